@@ -1,0 +1,155 @@
+"""The state of a run, whole or absent; and foreign weights, without running foreign code."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from topkd import files
+
+# What published checkpoints hold beside tensors: an accuracy as a NumPy number.
+_HARMLESS = [
+    np.dtype,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+]
+_WRAPPERS = ("model", "state_dict", "student")  # keys under which others keep the weights
+_PREFIXES = ("module.", "student.", "_orig_mod.")
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Saves the state of a run; a crash at any moment leaves the last one or this one.
+
+    Args:
+        folder: Where; it holds one state.
+        state: Tensors and plain values, and containers of these.
+    """
+    content = io.BytesIO()
+    torch.save(dict(state), content)
+    data = content.getvalue()
+    name = f"state-{files.sha256(data)[:12]}.pt"
+    files.write(folder / name, data)
+    files.write_json(folder / "latest.json", {"file": name, "sha256": files.sha256(data)})
+    for old in folder.glob("state-*.pt"):
+        if old.name != name:
+            old.unlink()
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """Loads what :func:`save_state` saved; None if there is nothing.
+
+    Raises:
+        ValueError: If the file is not the one that was saved.
+    """
+    if not (folder / "latest.json").exists():
+        return None
+    latest = files.read_json(folder / "latest.json")
+    path = folder / latest["file"]
+    data = path.read_bytes() if path.exists() else b""
+    if files.sha256(data) != latest["sha256"]:
+        raise ValueError(f"{path} is damaged; delete {folder} to start this run again")
+    state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
+    return state
+
+
+def save_weights(path: Path, network: nn.Module, about: Mapping[str, Any]) -> None:
+    """Saves the weights of a network with what is needed to use them, as safetensors."""
+    weights = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
+    files.write(path, save_safetensors(weights, {"topkd": json.dumps(dict(about))}))
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Loads the weights in a file of ours or of others, without running any code in it.
+
+    Understood are safetensors, and pickles that hold nothing but tensors and plain values, bare or
+    under ``model``, ``state_dict`` or ``student``; prefixes that wrappers leave are taken off.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no weights, or code.
+    """
+    content = path.read_bytes()
+    if path.suffix == ".safetensors":
+        try:
+            return load_safetensors(content)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            tree = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file of unknown origin provokes in the unpickler
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and code:
+            raise ValueError(
+                f"{path} is refused: to load it would run {code[1]}; "
+                "only tensors and plain values are loaded"
+            ) from error
+        raise ValueError(f"{path} is not a whole checkpoint of PyTorch") from error
+    return _weights(tree, path)
+
+
+def _weights(tree: Any, path: Path) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        if isinstance(tree, Mapping) and isinstance(tree.get(wrapper), Mapping):
+            tree = tree[wrapper]
+    if not isinstance(tree, Mapping) or not all(isinstance(t, Tensor) for t in tree.values()):
+        found = ", ".join(map(str, tree)) if isinstance(tree, Mapping) else type(tree).__name__
+        raise ValueError(f"{path} holds no state dict; it holds {found}")
+    weights = dict(tree)
+    for prefix in _PREFIXES:
+        if weights and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def fill(network: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+    """Puts weights into a network.
+
+    Args:
+        network: Of the same architecture.
+        weights: Its state dict; counts of batches may be missing.
+        origin: Where they come from, for the message.
+
+    Raises:
+        ValueError: If names or shapes differ; the message lists the first that do.
+    """
+    own = network.state_dict()
+    wrong = [
+        f"{name}: {_shape(weights.get(name))} in the file, {_shape(own.get(name))} in the network"
+        for name in sorted(own.keys() | weights.keys())
+        if _shape(weights.get(name)) != _shape(own.get(name))
+        and not name.endswith("num_batches_tracked")
+    ]
+    if wrong:
+        more = f"\n  and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        listed = "\n  ".join(wrong[:3])
+        raise ValueError(f"{origin} does not fit this network:\n  {listed}{more}")
+    network.load_state_dict(dict(weights), strict=False)
+
+
+def hash_of(network: nn.Module) -> str:
+    """Computes a hash of the weights of a network."""
+    content = io.BytesIO()
+    for name, tensor in sorted(network.state_dict().items()):
+        content.write(name.encode())
+        content.write(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return files.sha256(content.getvalue())
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else str(tuple(tensor.shape))

@@ -1,0 +1,354 @@
+"""Recipes carried out: teacher, RipsNet, student, evaluation, each skipped when it is done."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save as save_safetensors
+
+import topkd
+from topkd import checkpoint, evaluate, files
+from topkd import recipe as recipes
+from topkd.data import DATA, Data, training_batches
+from topkd.features import Batch, Features, Tapped, Teacher
+from topkd.losses import LOSSES, Loss, Source
+from topkd.models import MODELS
+from topkd.progress import Progress
+from topkd.recipe import STUDENT, DataSection, Recipe, RecipeError, Term
+from topkd.train import Device, Trainer, Weighted
+
+SHOWN = 1000  # test images whose embeddings are kept for pictures
+
+
+def check(recipe: Recipe) -> None:
+    """Checks every name and option of a recipe before any work is done.
+
+    Raises:
+        RecipeError: If one is wrong; the message says where, what was got and what would be right.
+    """
+    _named(DATA, recipe.data.name, "data.name")
+    recipes.parse_options(DATA[recipe.data.name], recipe.data.options, "data")
+    _named(MODELS, recipe.student.model, "student.model")
+    for arm, terms in recipe.arms.items():
+        place = "losses" if arm == STUDENT else f"controls.{arm}"
+        for number, term in enumerate(terms):
+            _check_term(term, f"{place}[{number}]", has_teacher=recipe.teacher is not None)
+        doubled = {t.name for t in terms if sum(t.name == other.name for other in terms) > 1}
+        if doubled:
+            raise RecipeError(f"{place}: {', '.join(sorted(doubled))} appears twice")
+    if recipe.teacher is not None:
+        _named(MODELS, recipe.teacher.model, "teacher.model")
+        if recipe.teacher.checkpoint is None:
+            _teacher_recipe(recipe)
+
+
+def _check_term(term: Term, where: str, *, has_teacher: bool) -> None:
+    _named(LOSSES, term.name, f"{where}.name")
+    loss = LOSSES[term.name].loss
+    if loss.needs_teacher and not has_teacher:
+        raise RecipeError(f"{where}: {term.name} cannot be computed without a teacher")
+    options = _parsed(term, where)
+    if not loss.learns:
+        try:
+            loss(**options)
+        except ValueError as error:
+            raise RecipeError(f"{where}: {error}") from error
+
+
+def _parsed(term: Term, where: str) -> dict[str, Any]:
+    """Parses the options of a term by the signature of what takes them."""
+    loss = LOSSES[term.name].loss
+    function = loss.between if loss.learns else loss.__init__
+    options: dict[str, Any] = recipes.parse_options(function, term.options, where)
+    return options
+
+
+def _named(catalogue: Mapping[str, Any], name: str, where: str) -> None:
+    if name not in catalogue:
+        raise RecipeError(f"{where}: there is no {name!r}{recipes.near(name, list(catalogue))}")
+
+
+def _teacher_recipe(recipe: Recipe) -> Recipe:
+    """The recipe that trains the teacher, on the student's images."""
+    assert recipe.teacher is not None and recipe.teacher.recipe is not None
+    teacher = recipes.load(recipe.teacher.recipe).model_copy(update={"data": recipe.data})
+    if teacher.student.model != recipe.teacher.model:
+        raise RecipeError(
+            f"teacher.recipe: {teacher.name} trains {teacher.student.model}, "
+            f"teacher.model is {recipe.teacher.model}"
+        )
+    return teacher
+
+
+def load_data(section: DataSection) -> Data:
+    """Loads the images of a recipe.
+
+    Raises:
+        FileNotFoundError: If a file or folder is missing.
+        ValueError: If a file or an image cannot be read, or a label is out of range.
+    """
+    options = recipes.parse_options(DATA[section.name], section.options, "data")
+    data = DATA[section.name](**options)
+    if section.validation:
+        data = data.with_validation(section.validation)
+    return data if section.limit is None else data.with_limit(section.limit)
+
+
+class Experiment:
+    """One recipe and the folder in which its runs are kept.
+
+    Args:
+        recipe: What to run.
+        out: Above the folder, which is called like the recipe.
+        progress: Tells the user.
+
+    Raises:
+        RecipeError: If the recipe names or asks for what there is not.
+        ValueError: If the folder holds runs of another recipe.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, progress: Progress) -> None:
+        check(recipe)
+        self.recipe, self.out, self.progress = recipe, out, progress
+        self.folder = out / recipe.name
+        self._claim_folder()
+
+    @cached_property
+    def data(self) -> Data:
+        """The images, loaded once."""
+        return load_data(self.recipe.data)
+
+    @cached_property
+    def device(self) -> Device:
+        """Where and in which numbers networks are computed."""
+        return Device.of(self.recipe, len(self.data.train.target))
+
+    @cached_property
+    def teacher(self) -> Teacher | None:
+        """The teacher, trained first where its recipe has not been run; None if there is none."""
+        section = self.recipe.teacher
+        if section is None:
+            return None
+        network = MODELS[section.model].build(len(self.data.classes))
+        if section.checkpoint is None:
+            experiment = Experiment(_teacher_recipe(self.recipe), self.out, self.progress)
+            experiment.student(STUDENT, seed=0)
+            path = experiment.folder / STUDENT / "seed0" / "student.safetensors"
+        else:
+            path = Path(section.checkpoint)
+        checkpoint.fill(network.network, checkpoint.load_weights(path), str(path))
+        mean, std = self.data.mean, self.data.std
+        teacher = Teacher(network, section.mean or mean, section.std or std, mean, std)
+        return teacher.to(self.device.device, memory_format=torch.channels_last)
+
+    @cached_property
+    def _teacher_hash(self) -> str:
+        assert self.teacher is not None
+        return checkpoint.hash_of(self.teacher.network.network)
+
+    @cached_property
+    def _teacher_predictions(self) -> evaluate.Predictions | None:
+        if self.teacher is None:
+            return None
+        return evaluate.predict(self.teacher, self.data.test, self.device.device)
+
+    def losses(self, arm: str, student: Tapped, seed: int) -> list[Weighted]:
+        """Builds the losses of one run, learning from the teacher what they need.
+
+        Args:
+            arm: Which of the recipe's runs.
+            student: The network that will learn.
+            seed: Of the weights that losses bring; they do not touch the student's random numbers.
+        """
+        images = self.data.train.read(torch.arange(self.recipe.batch_size), None)
+        images = images.to(self.device.device)
+        teacher = self.teacher
+        with torch.no_grad():
+            made = student.to(self.device.device).eval()(images)
+            answer = made if teacher is None else teacher(images)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1)
+            return [
+                Weighted(term, self._loss(term, made, answer)) for term in self.recipe.arms[arm]
+            ]
+
+    def _loss(self, term: Term, made: Features, answer: Features) -> Loss:
+        loss, options = LOSSES[term.name].loss, _parsed(term, term.name)
+        return loss.between(made, answer, self._source, **options)
+
+    @cached_property
+    def _source(self) -> Source:
+        return Source(
+            self._answers,
+            len(self.data.train.target),
+            "" if self.teacher is None else self._teacher_hash,
+            self.folder,
+            self.progress,
+        )
+
+    def _answers(self, epoch: int) -> Iterator[tuple[Batch, Features]]:
+        assert self.teacher is not None
+        for batch in training_batches(self.data.train, self.recipe.batch_size, 0, epoch):
+            with self.device.autocast():
+                answer = self.teacher(batch.images.to(self.device.device))
+            yield batch, answer.apply(lambda t: t.float().cpu())
+
+    def prepare(self) -> None:
+        """Carries out everything that comes before the first student is trained."""
+        for arm in self.recipe.arms:
+            self.losses(arm, MODELS[self.recipe.student.model].build(len(self.data.classes)), 0)
+
+    def student(self, arm: str, seed: int) -> dict[str, Any]:
+        """Trains and evaluates one student, or reads the result where that is done.
+
+        Args:
+            arm: Which of the recipe's runs: a control, or ``"student"`` for its own losses.
+            seed: Of the weights, the order of the images and their augmentation.
+
+        Returns:
+            What ``result.json`` holds.
+
+        Raises:
+            RecipeError: If the recipe has no such run.
+        """
+        _named(self.recipe.arms, arm, "arm")
+        folder = self.folder / arm / f"seed{seed}"
+        if (folder / "result.json").exists():
+            result: dict[str, Any] = files.read_json(folder / "result.json")
+            return result
+        teacher = self.teacher  # trained before the student's random numbers begin
+        torch.manual_seed(seed)
+        student = MODELS[self.recipe.student.model].build(len(self.data.classes))
+        losses = self.losses(arm, student, seed)
+        trainer = Trainer(
+            student, teacher, losses, self.data, self.recipe, seed, self.device, self.progress
+        )
+        history = trainer.run(folder)
+        result = self._result(arm, seed, student, losses, history)
+        checkpoint.save_weights(folder / "student.safetensors", student.network, self._about())
+        files.write_json(folder / "result.json", result)  # last: it says that all is done
+        return result
+
+    def _about(self) -> dict[str, Any]:
+        """What is needed to use the weights of a student."""
+        return {
+            "model": self.recipe.student.model,
+            "classes": list(self.data.classes),
+            "mean": list(self.data.mean),
+            "std": list(self.data.std),
+            "data": self.recipe.data.model_dump(mode="json"),
+        }
+
+    def _result(
+        self,
+        arm: str,
+        seed: int,
+        student: Tapped,
+        losses: list[Weighted],
+        history: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        recipe, judged_on = self.recipe, self.data.judged_on
+        student.eval()
+        predictions = evaluate.predict(student, self.data.test, self.device.device)
+        self._keep_examples(predictions, self.folder / arm / f"seed{seed}")
+        accuracies = [entry[f"{judged_on}_top1"] for entry in history]
+        best = max(range(len(accuracies)), key=accuracies.__getitem__)
+        result: dict[str, Any] = {
+            "recipe": recipe.name,
+            "recipe_hash": recipe.hash,
+            "arm": arm,
+            "seed": seed,
+            "model": recipe.student.model,
+            "data": recipe.data.name,
+            "losses": [term.model_dump(mode="json") for term in recipe.arms[arm]],
+            "epochs": recipe.epochs,
+            "judged_on": judged_on,
+            "last": evaluate.quality(predictions),
+            "mean_of_last_10": sum(accuracies[-10:]) / len(accuracies[-10:]),
+            "best": {"epoch": best + 1, "top1": accuracies[best]},
+            "gradient_share": history[-1]["gradient_share"],
+            "facts": {w.term.name: w.loss.facts() for w in losses if w.loss.facts()},
+            "train_seconds": round(sum(entry["seconds"] for entry in history), 1),
+            "environment": environment() | _as_text(asdict(self.device)),
+        }
+        if recipe.teacher is not None and self._teacher_predictions is not None:
+            taught_by = self._teacher_predictions
+            result["teacher"] = {"model": recipe.teacher.model, "hash": self._teacher_hash}
+            result["teacher"] |= evaluate.quality(taught_by)
+            result["likeness"] = evaluate.likeness(
+                predictions, taught_by, cloud_size=recipe.batch_size
+            )
+        return result
+
+    def _keep_examples(self, predictions: evaluate.Predictions, folder: Path) -> None:
+        """Keeps some embeddings, from which the report draws pictures."""
+        tensors = {"student": predictions.embedding, "target": predictions.target}
+        if self._teacher_predictions is not None:
+            tensors["teacher"] = self._teacher_predictions.embedding
+        kept = {name: tensor[:SHOWN].contiguous() for name, tensor in tensors.items()}
+        files.write(folder / "examples.safetensors", save_safetensors(kept))
+
+    def _claim_folder(self) -> None:
+        path = self.folder / "recipe.yaml"
+        if not path.exists():
+            files.write(path, recipes.write(self.recipe))
+            return
+        there = recipes.parse(yaml.safe_load(path.read_text()))
+        if there.hash == self.recipe.hash:
+            return
+        theirs, ours = there.model_dump(mode="json"), self.recipe.model_dump(mode="json")
+        key = next(key for key in ours if ours[key] != theirs[key])
+        raise ValueError(
+            f"{self.folder} holds runs of another recipe: {key} is {theirs[key]} there and "
+            f"{ours[key]} here; choose another place with --out, or delete the folder"
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Describes the machine and the versions that numbers were made with."""
+    return {
+        "topkd": topkd.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+    }
+
+
+def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value).removeprefix("torch.") for name, value in values.items()}
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the source, if it is used from a git checkout."""
+    folder = Path(__file__).resolve().parent
+    if not any((parent / ".git").exists() for parent in folder.parents[:2]):
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=folder, capture_output=True, text=True, check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

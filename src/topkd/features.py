@@ -1,0 +1,149 @@
+"""What networks are shown and what they make of it, for any network and without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a network is shown."""
+
+    images: Tensor  # (n, 3, h, w), normalised
+    target: Tensor  # (n,)
+    index: Tensor  # (n,), which samples of the data set these are
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one network made of one batch."""
+
+    logits: Tensor  # (n, classes)
+    embedding: Tensor  # (n, d), what the classifier reads
+    maps: list[Tensor] = field(default_factory=list)  # (n, c, h, w) each, shallow to deep
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Features:
+        """Applies ``function`` to every tensor."""
+        return Features(
+            function(self.logits), function(self.embedding), [function(m) for m in self.maps]
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Lists every tensor, in a fixed order."""
+        return [self.logits, self.embedding, *self.maps]
+
+
+class Tapped(nn.Module):
+    """A classifier that also returns what chosen modules computed on the way.
+
+    The network is read through hooks and is not changed.
+
+    Args:
+        network: Any classifier, from any library.
+        maps: Names of the modules whose outputs are the feature maps, shallow to deep.
+        head: Name of the classifier module; its input is the embedding.
+
+    Raises:
+        ValueError: If the network has no module of one of these names.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...                         nn.Linear(4, 10))
+        >>> features = Tapped(network, maps=["0"], head="3")(torch.zeros(2, 3, 8, 8))
+        >>> features.embedding.shape, features.maps[0].shape
+        (torch.Size([2, 4]), torch.Size([2, 4, 6, 6]))
+    """
+
+    def __init__(self, network: nn.Module, maps: Sequence[str], head: str) -> None:
+        super().__init__()
+        self.network, self.maps = network, tuple(maps)
+        self._seen: dict[str, Tensor] = {}
+        modules = dict(network.named_modules())
+        for name in (*maps, head):
+            if name not in modules:
+                near = get_close_matches(name, modules, n=8, cutoff=0.5)
+                some = near or [child for child, _ in network.named_children()]
+                raise ValueError(
+                    f"{type(network).__name__} has no module {name!r}; it has {', '.join(some)}"
+                )
+        for name in maps:
+            modules[name].register_forward_hook(self._keep_output(name))
+        modules[head].register_forward_pre_hook(self._keep_embedding)
+        self._head = [modules[head]]  # in a list: it is a part of the network already
+
+    def _keep_output(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            self._seen[name] = output
+
+        return hook
+
+    def _keep_embedding(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._seen["<embedding>"] = args[0]
+
+    def head(self, embedding: Tensor) -> Tensor:
+        """Computes the logits of embeddings (n, d) without being noticed by the taps."""
+        return self._head[0].forward(embedding)  # type: ignore[no-any-return]
+
+    def forward(self, images: Tensor) -> Features:
+        logits = self.network(images)
+        maps = [self._seen[name] for name in self.maps]
+        embedding = self._seen["<embedding>"].flatten(1)
+        self._seen = {}
+        return Features(logits, embedding, maps)
+
+
+class Teacher(nn.Module):
+    """A network that only answers: never trained, never in the graph, never in a checkpoint.
+
+    It stays in eval mode whatever is asked of it, and its answers carry no gradient.
+
+    Args:
+        network: The trained network.
+        mean: Mean of the images it was trained on, a channel each, as used to normalise them.
+        std: Their standard deviation.
+        seen_mean: Mean with which the images that it will be shown were normalised; the same
+            as ``mean`` if not given.
+        seen_std: Their standard deviation.
+    """
+
+    def __init__(
+        self,
+        network: Tapped,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seen_mean: Sequence[float] | None = None,
+        seen_std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self._network = [network.eval().requires_grad_(False)]  # in a list: not a submodule
+        own_mean, own_std = torch.tensor(mean), torch.tensor(std)
+        mean_seen = own_mean if seen_mean is None else torch.tensor(seen_mean)
+        std_seen = own_std if seen_std is None else torch.tensor(seen_std)
+        self._scale = (std_seen / own_std)[:, None, None]
+        self._shift = ((mean_seen - own_mean) / own_std)[:, None, None]
+        self._same = bool((self._scale == 1).all() and (self._shift == 0).all())
+
+    @property
+    def network(self) -> Tapped:
+        """The network itself, in eval mode and without gradients."""
+        return self._network[0]
+
+    def train(self, mode: bool = True) -> Teacher:
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
+        self.network._apply(fn, recurse)  # so that .to() and .double() still reach it
+        self._scale, self._shift = fn(self._scale), fn(self._shift)
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        if not self._same:
+            images = images * self._scale + self._shift
+        return self.network(images)  # type: ignore[no-any-return]

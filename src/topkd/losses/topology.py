@@ -1,0 +1,232 @@
+"""Losses on the shape of a batch of embeddings."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from topkd import files
+from topkd.features import Batch, Features
+from topkd.losses.base import Loss, Source
+from topkd.topology import rips
+from topkd.topology.images import FORMS, Form, Vectorisation, to_json
+from topkd.topology.ripsnet import Approximation, Training, cut_clouds, fidelity, train
+
+Via = Literal["exact", "ripsnet"]
+
+FITTED_ON = 64  # clouds that range and scale of an exact vectorisation are read off
+HELD_OUT = 256  # clouds, at least, by which an approximator is judged
+WARN_BELOW = 0.5  # R² of an approximator
+
+
+class TopKD(Loss):
+    r"""Compares the global shape of a batch: the persistence of both clouds of embeddings.
+
+    .. math:: \frac{1}{m} \lVert V(f^t) - V(f^s) \rVert^2
+
+    where V describes the cloud that the n embeddings of the batch form by m numbers. It does not
+    see which point is which image: the other terms have to say so.
+
+    Args:
+        describe: V, from a cloud (n, d) to (m,).
+        project: Takes the student's embedding to the width that ``describe`` needs.
+        facts: What readers of the results should know of V.
+
+    References:
+        Do Topological Characteristics Help in Knowledge Distillation? (Kim et al., ICML 2024)
+        https://proceedings.mlr.press/v235/kim24aj.html
+
+    Examples:
+        >>> from topkd.topology import PersistenceVector
+        >>> cloud = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+        >>> vector = PersistenceVector.fit(rips(cloud[None]))
+        >>> loss = TopKD(lambda points: vector(rips(points)))
+        >>> teacher = Features(torch.zeros(64, 10), cloud)
+        >>> student = Features(torch.zeros(64, 10), cloud.flip(0))  # the same shape, permuted
+        >>> batch = Batch(torch.zeros(64, 3, 8, 8), torch.zeros(64).long(), torch.arange(64))
+        >>> loss(student, teacher, batch).item() < 1e-9
+        True
+    """
+
+    learns = True
+
+    def __init__(
+        self,
+        describe: Callable[[Tensor], Tensor],
+        project: nn.Module | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.describe, self.project = describe, project
+        self._facts = facts or {}
+
+    @classmethod
+    def between(
+        cls,
+        student: Features,
+        teacher: Features,
+        source: Source,
+        *,
+        via: Via = "exact",
+        form: Form | None = None,
+        ripsnet: Training = Training(),  # noqa: B008  (it is frozen)
+        file: str | None = None,
+    ) -> TopKD:
+        """Builds the loss, learning from the teacher what it needs.
+
+        Args:
+            student: What the student makes of some batch.
+            teacher: What the teacher makes of it.
+            source: The teacher's answers to the training images.
+            via: Whether persistence is computed exactly or guessed by a RipsNet, as in the paper.
+            form: How a diagram is described, "vector" (20 numbers without scale) or "image" (the
+                paper's 400 pixels). Exact uses the vector if not told, RipsNet the image.
+            ripsnet: How the RipsNet is trained, if it is used.
+            file: A RipsNet that was trained before, to be used instead of training one.
+
+        Raises:
+            ValueError: If the RipsNet in the file was made for another teacher or other clouds.
+        """
+        if via == "exact":
+            clouds = [features.embedding for _, features in islice(source.answers(0), FITTED_ON)]
+            vectorisation = FORMS[form or "vector"].fit(rips(torch.stack(clouds)))
+            facts = {"via": via, "vectorisation": to_json(vectorisation)}
+            return cls(lambda points: vectorisation(rips(points)), facts=facts)
+        size, width = teacher.embedding.shape
+        if file is None:
+            approximation = learn(source, size, form or "image", ripsnet)
+        else:
+            approximation = Approximation.from_bytes(Path(file).read_bytes())
+            _check_fit(approximation, file, source.teacher, size)
+        own_width = student.embedding.shape[1]
+        project = None if own_width == width else nn.Linear(own_width, width)
+        facts = {
+            "via": via,
+            "vectorisation": to_json(approximation.vectorisation),
+            "fidelity": asdict(approximation.fidelity),
+        }
+        return cls(approximation.network, project, facts)
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
+        points = student.embedding
+        if self.project is not None:
+            points = self.project(points)
+        return F.mse_loss(self.describe(points), self.describe(teacher.embedding))
+
+    def facts(self) -> dict[str, Any]:
+        """Tells the parameters of V and, of a RipsNet, how well it stands for the exact one."""
+        return self._facts
+
+
+def learn(source: Source, size: int, form: Form, training: Training) -> Approximation:
+    """Trains a RipsNet on clouds of a teacher's embeddings, or loads it where that is done.
+
+    The embeddings of ``training.passes`` augmented passes are kept, 4 d bytes an image and pass;
+    each epoch cuts them into new clouds. One image in ten is in no training cloud: the clouds of
+    these judge the network.
+
+    Args:
+        source: The teacher's answers to the training images, and where to keep the result.
+        size: Points in a cloud.
+        form: What the network learns to guess.
+        training: How it is trained.
+    """
+    about = json.dumps([source.teacher, size, form, asdict(training)])
+    path = source.folder / f"ripsnet-{files.sha256(about.encode())[:8]}.safetensors"
+    if path.exists():
+        return Approximation.from_bytes(path.read_bytes())
+    stream = _Clouds(source, size, training.passes)
+    first, held_out = stream.training(0), stream.held_out()
+    vectorisation: Vectorisation = FORMS[form].fit(rips(first))
+    saved = path.with_suffix(".state")
+    state = torch.load(saved, weights_only=True) if saved.exists() else None
+    with source.progress.bar("RipsNet", training.epochs, "epochs") as advance:
+        if state is not None:
+            advance(state["epoch"], "")
+
+        def after_epoch(epoch: int, error: float, state: dict[str, Any]) -> None:
+            often = epoch % 10 == 0
+            advance(1, f"epoch {epoch}, held-out error {error:.5f}" if often else "")
+            if often:
+                content = io.BytesIO()
+                torch.save(state, content)
+                files.write(saved, content.getvalue())
+
+        network = train(
+            stream.training, held_out, vectorisation, training, state=state, after_epoch=after_epoch
+        )
+    judged = fidelity(network, vectorisation, first, held_out)
+    source.progress.say(f"RipsNet: {judged}")
+    if judged.r2 < WARN_BELOW:
+        source.progress.say(
+            f"warning: this RipsNet explains {max(judged.r2, 0):.0%} of what differs between "
+            "clouds; `via: exact` explains all of it and is faster"
+        )
+    approximation = Approximation(network, vectorisation, size, source.teacher, judged)
+    files.write(path, approximation.to_bytes())
+    saved.unlink(missing_ok=True)
+    return approximation
+
+
+class _Clouds:
+    """Clouds of a teacher's embeddings, cut anew each epoch from some augmented passes."""
+
+    def __init__(self, source: Source, size: int, passes: int) -> None:
+        self.size = size
+        self.passes = []
+        with source.progress.bar("Clouds", passes * source.images, "images") as advance:
+            for epoch in range(passes):
+                answers = source.answers(epoch)
+                index, embeddings = [], []
+                for batch, features in answers:
+                    index.append(batch.index)
+                    embeddings.append(features.embedding)
+                    advance(len(batch.index), "")
+                self.passes.append((torch.cat(index), torch.cat(embeddings)))
+        order = torch.randperm(source.images, generator=torch.Generator().manual_seed(0))
+        self.kept_back = torch.zeros(source.images, dtype=torch.bool)
+        self.kept_back[order[: max(source.images // 10, 2 * size)]] = True
+
+    def training(self, epoch: int) -> Tensor:
+        """Clouds without the images that are kept back, (clouds, n, d)."""
+        return torch.cat(
+            [
+                cut_clouds(
+                    embeddings[~self.kept_back[index]],
+                    self.size,
+                    torch.Generator().manual_seed(epoch * len(self.passes) + number),
+                )
+                for number, (index, embeddings) in enumerate(self.passes)
+            ]
+        )
+
+    def held_out(self) -> Tensor:
+        """Clouds of the images that are kept back, at least 256, (clouds, n, d)."""
+        generator = torch.Generator().manual_seed(0)
+        clouds: list[Tensor] = []
+        while sum(map(len, clouds)) < HELD_OUT:
+            index, embeddings = self.passes[len(clouds) % len(self.passes)]
+            clouds.append(cut_clouds(embeddings[self.kept_back[index]], self.size, generator))
+        return torch.cat(clouds)
+
+
+def _check_fit(approximation: Approximation, file: str, teacher: str, size: int) -> None:
+    if approximation.teacher != teacher:
+        raise ValueError(
+            f"{file} was made for another teacher: it learnt {approximation.teacher[:8]}, "
+            f"this one is {teacher[:8]}"
+        )
+    if approximation.cloud_size != size:
+        raise ValueError(
+            f"{file} was made for clouds of {approximation.cloud_size} points, "
+            f"the batches here have {size}"
+        )

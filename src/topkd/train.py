@@ -1,0 +1,380 @@
+"""The training loop; it knows no method and no network by name."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from topkd import checkpoint, evaluate, files
+from topkd.data import Data, training_batches
+from topkd.features import Batch, Features, Tapped, Teacher
+from topkd.losses import Loss
+from topkd.progress import Progress
+from topkd.recipe import Optimizer, Recipe, Term
+
+MEASURED = 8  # steps of an epoch at which the gradient of each term is measured
+LONG = 500_000  # training images from which compiling pays for itself
+
+
+class Diverged(ValueError):
+    """Training that has left the numbers; the message names the term."""
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A summand of the loss."""
+
+    term: Term
+    loss: Loss
+
+    def weight(self, epoch: int) -> float:
+        """Its weight in an epoch, counted from 1."""
+        return self.term.weight * min(1.0, epoch / max(1, self.term.warmup))
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and in which numbers networks are computed."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the networks; losses are always float32
+    compile: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, images: int) -> Device:
+        """Chooses what the recipe leaves open.
+
+        Args:
+            recipe: May ask for a precision and for compiling.
+            images: In the training set.
+        """
+        device = Accelerator().device
+        precision = recipe.precision
+        if precision == "auto":
+            precision = "bfloat16" if _gains_from_bfloat16(device) else "float32"
+        # Measured on CPUs: what compiling gains on a network it loses to the convolutions around.
+        pays = device.type == "cuda" and images * recipe.epochs >= LONG
+        compile = pays if recipe.compile == "auto" else recipe.compile
+        return cls(device, getattr(torch, precision), compile)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Computes networks in :attr:`dtype` inside the ``with``."""
+        half = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=half)
+
+
+def _gains_from_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        able = torch.cpu.get_capabilities()
+        return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+    return False
+
+
+def learning_rate(optimizer: Optimizer, done: float, epochs: int) -> float:
+    r"""Computes the rate after so many epochs, which may be a fraction.
+
+    ``milestones`` multiplies by ``factor`` at each; ``cosine`` falls as
+    :math:`\frac{1}{2}(1 + \cos \pi t)`; ``one-cycle`` rises linearly over the share ``rise`` and
+    then falls as the cosine.
+
+    References:
+        SGDR (Loshchilov & Hutter, ICLR 2017) https://arxiv.org/abs/1608.03983
+        Super-Convergence (Smith & Topin, 2018) https://arxiv.org/abs/1708.07120
+
+    Examples:
+        >>> learning_rate(Optimizer(lr=1.0, milestones=(2,)), 2.0, epochs=4)
+        0.1
+        >>> learning_rate(Optimizer(lr=1.0, schedule="one-cycle", rise=0.5), 1.0, epochs=4)
+        0.5
+    """
+    if optimizer.schedule == "milestones":
+        passed = sum(done >= milestone for milestone in optimizer.milestones)
+        return optimizer.lr * optimizer.factor**passed
+    share, rise = done / epochs, 0.0 if optimizer.schedule == "cosine" else optimizer.rise
+    if share < rise:
+        return optimizer.lr * share / rise
+    return optimizer.lr * 0.5 * (1 + math.cos(math.pi * (share - rise) / (1 - rise)))
+
+
+@dataclass
+class Sums:
+    """Running means over the steps of an epoch, kept on the device."""
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Adds one value."""
+        self.totals[name] = self.totals.get(name, 0) + value.detach()
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self, prefix: str) -> dict[str, float]:
+        """Computes the means of the names that begin with ``prefix``, which is taken off."""
+        return {
+            name.removeprefix(prefix): (total / self.counts[name]).item()
+            for name, total in self.totals.items()
+            if name.startswith(prefix)
+        }
+
+
+class Trainer:
+    """Trains one student.
+
+    Args:
+        student: The network that learns.
+        teacher: The network that it learns from; None if no loss needs one.
+        losses: The summands.
+        data: What to train on and to judge by.
+        recipe: Length, batch size and optimizer.
+        seed: Of the order of the images and of their augmentation.
+        device: Where and in which numbers.
+        progress: Tells the user.
+    """
+
+    def __init__(
+        self,
+        student: Tapped,
+        teacher: Teacher | None,
+        losses: Sequence[Weighted],
+        data: Data,
+        recipe: Recipe,
+        seed: int,
+        device: Device,
+        progress: Progress,
+    ) -> None:
+        self.accelerator = Accelerator()
+        self.student = student.to(device.device, memory_format=torch.channels_last)
+        self.teacher = None if teacher is None else teacher.to(device.device)
+        self.losses = [Weighted(w.term, w.loss.to(device.device)) for w in losses]
+        self.adapters = nn.ModuleList(w.loss for w in self.losses)
+        self.data, self.recipe, self.seed = data, recipe, seed
+        self.device, self.progress = device, progress
+        self.weights = [
+            p for p in (*student.parameters(), *self.adapters.parameters()) if p.requires_grad
+        ]
+        settings = recipe.optimizer
+        self.optimizer = torch.optim.SGD(
+            self.weights,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+            weight_decay=settings.weight_decay,
+        )
+        self.steps = len(data.train.target) // (recipe.batch_size * self.accelerator.num_processes)
+        self.history: list[dict[str, Any]] = []
+        learner = self.accelerator.prepare(student)  # data parallel where there are processes
+        self.learner: Callable[[Tensor], Features] = self._compiled(learner)
+        self.answerer = None if teacher is None else self._compiled(teacher)
+
+    def run(self, folder: Path) -> list[dict[str, Any]]:
+        """Trains to the last epoch, going on from what is in the folder.
+
+        Args:
+            folder: Where the state and ``metrics.jsonl`` are kept.
+
+        Returns:
+            What was measured, an entry for each epoch.
+
+        Raises:
+            Diverged: If a loss or a feature becomes NaN or infinite.
+        """
+        self._resume(checkpoint.load_state(folder / "checkpoint"))
+        board = _tensorboard(folder) if self.accelerator.is_main_process else None
+        left = range(len(self.history) + 1, self.recipe.epochs + 1)
+        title = f"{folder.parent.name} seed {self.seed}"
+        images = self.recipe.epochs * self.steps * self.recipe.batch_size
+        with self.progress.bar(title, images, "images") as advance:
+            advance(len(self.history) * self.steps * self.recipe.batch_size, "")
+            for epoch in left:
+                entry = self._epoch(epoch, advance)
+                self.history.append(entry)
+                if self.accelerator.is_main_process:
+                    self._save(folder)
+                if board is not None:
+                    _write_scalars(board, entry)
+                advance(0, f"epoch {epoch}/{self.recipe.epochs}, {_summary(entry)}")
+        if board is not None:
+            board.close()
+        return self.history
+
+    def _epoch(self, epoch: int, advance: Callable[[int, str], None]) -> dict[str, Any]:
+        start, sums = time.perf_counter(), Sums()
+        torch.manual_seed(self.seed * 1_000_003 + epoch)  # for networks that draw, as by dropout
+        self.student.train()
+        measured = {round(i * self.steps / MEASURED) for i in range(MEASURED)}
+        batches = training_batches(
+            self.data.train,
+            self.recipe.batch_size,
+            self.seed,
+            epoch,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
+        for step, batch in enumerate(batches):
+            done = epoch - 1 + step / self.steps
+            rate = learning_rate(self.recipe.optimizer, done, self.recipe.epochs)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self._step(batch, epoch, sums, measure=step in measured)
+            advance(len(batch.index), "")
+        seconds = time.perf_counter() - start
+        self.student.eval()
+        with self.device.autocast():
+            judged = evaluate.predict(self.student, self.data.test, self.device.device)
+        return {
+            "epoch": epoch,
+            "learning_rate": rate,
+            "train_top1": 100 * sums.means("right")[""],
+            f"{self.data.judged_on}_top1": evaluate.top_k(judged, 1),
+            "losses": sums.means("loss/"),
+            "gradient_share": sums.means("share/"),
+            "seconds": round(seconds, 3),
+        }
+
+    def _step(self, batch: Batch, epoch: int, sums: Sums, *, measure: bool) -> None:
+        device = self.device.device
+        batch = Batch(*(t.to(device) for t in (batch.images, batch.target, batch.index)))
+        with self.device.autocast():
+            made = self.learner(batch.images)
+            # Without a teacher a student stands in for it: its losses do not look.
+            answer = made if self.answerer is None else self.answerer(batch.images)
+        # The losses see copies, so that the gradient of each can be measured at the features.
+        features = made.apply(lambda t: t.detach().float().requires_grad_())
+        answer = answer.apply(lambda t: t.detach().float())
+        values = [self._value(weighted, features, answer, batch, epoch) for weighted in self.losses]
+        if measure:
+            for name, share in self._gradient_shares(values, features, epoch).items():
+                sums.add(f"share/{name}", share)
+        total = torch.stack(
+            [w.weight(epoch) * value for w, value in zip(self.losses, values, strict=True)]
+        ).sum()
+        self.optimizer.zero_grad()
+        total.backward()  # type: ignore[no-untyped-call]
+        _carry_back(made, features)
+        self._share_among_processes()
+        if self.recipe.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.weights, self.recipe.gradient_clip)
+        self.optimizer.step()
+        for weighted, value in zip(self.losses, values, strict=True):
+            sums.add(f"loss/{weighted.term.name}", value)
+        sums.add("right", (features.logits.argmax(1) == batch.target).float().mean())
+
+    def _value(
+        self, weighted: Weighted, features: Features, answer: Features, batch: Batch, epoch: int
+    ) -> Tensor:
+        name = weighted.term.name
+        try:
+            value: Tensor = weighted.loss(features, answer, batch)
+        except ValueError as error:
+            raise Diverged(f"epoch {epoch}, term {name}: {error}") from error
+        if not value.isfinite():
+            raise Diverged(
+                f"epoch {epoch}, term {name}: the loss is {value.item()}; "
+                "try a smaller optimizer.lr, or gradient_clip=1"
+            )
+        return value
+
+    def _gradient_shares(
+        self, values: Sequence[Tensor], features: Features, epoch: int
+    ) -> dict[str, Tensor]:
+        """Measures how much of the gradient at the embedding comes from each term."""
+        norms = {}
+        for weighted, value in zip(self.losses, values, strict=True):
+            weighed = weighted.weight(epoch) * value
+            at_logits, at_embedding = torch.autograd.grad(
+                weighed, (features.logits, features.embedding), retain_graph=True,
+                allow_unused=True, materialize_grads=True,
+            )
+            embedding = features.embedding.detach().requires_grad_()
+            logits = self.student.head(embedding)
+            (through_head,) = torch.autograd.grad(logits, embedding, at_logits)
+            norms[weighted.term.name] = (through_head + at_embedding).norm()
+        whole = torch.stack(list(norms.values())).sum().clamp(min=1e-30)
+        return {name: norm / whole for name, norm in norms.items()}
+
+    def _share_among_processes(self) -> None:
+        """Averages the gradients of the losses' own weights; those of the student are already."""
+        if self.accelerator.num_processes > 1:
+            for weight in self.adapters.parameters():
+                if weight.grad is not None:
+                    weight.grad = self.accelerator.reduce(weight.grad, "mean")
+
+    def _compiled(self, network: nn.Module) -> Callable[[Tensor], Features]:
+        """Compiles a network, or says in a line why it is used as it is."""
+        if not self.device.compile:
+            return network
+        compiled = torch.compile(network)
+
+        def first_try(images: Tensor) -> Features:
+            nonlocal compiled
+            try:
+                return compiled(images)  # type: ignore[no-any-return]
+            except torch._dynamo.exc.TorchDynamoException as error:
+                reason = str(error).strip().splitlines()[0]
+                self.progress.say(f"not compiled, which costs some speed: {reason}")
+                compiled = network
+                return network(images)  # type: ignore[no-any-return]
+
+        return first_try
+
+    def _save(self, folder: Path) -> None:
+        state = {
+            "student": self.student.network.state_dict(),
+            "losses": self.adapters.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+        }
+        checkpoint.save_state(folder / "checkpoint", state)
+        files.write(folder / "metrics.jsonl", files.json_lines(self.history))
+
+    def _resume(self, state: Mapping[str, Any] | None) -> None:
+        if state is None:
+            return
+        self.student.network.load_state_dict(state["student"])
+        self.adapters.load_state_dict(state["losses"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = list(state["history"])
+
+
+def _carry_back(made: Features, features: Features) -> None:
+    """Sends the gradients that the losses left at the copies on through the network."""
+    reached = [
+        (output, copy.grad.to(output.dtype))
+        for output, copy in zip(made.tensors(), features.tensors(), strict=True)
+        if copy.grad is not None
+    ]
+    torch.autograd.backward([output for output, _ in reached], [grad for _, grad in reached])
+
+
+def _summary(entry: Mapping[str, Any]) -> str:
+    judged = next(key for key in entry if key.endswith("_top1") and key != "train_top1")
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in entry["losses"].items())
+    accuracy = f"{judged.removesuffix('_top1')} {entry[judged]:.2f} %"
+    return f"{accuracy}, train {entry['train_top1']:.2f} %, {losses}, {entry['seconds']:.1f} s"
+
+
+def _tensorboard(folder: Path) -> Any:
+    """Opens a TensorBoard log where the extra is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+
+def _write_scalars(board: Any, entry: Mapping[str, Any]) -> None:
+    for key, value in entry.items():
+        parts = value.items() if isinstance(value, Mapping) else [("", value)]
+        for name, number in parts:
+            board.add_scalar(f"{key}/{name}" if name else key, number, entry["epoch"])
