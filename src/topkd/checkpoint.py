@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from topkd import files
 
 # What published checkpoints hold beside tensors: an accuracy as a NumPy number.
-_HARMLESS = [
+_SCALAR = np.float64(0).__reduce__()[0]
+_HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype,
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
     np.dtypes.Float64DType,
     np.dtypes.Float32DType,
     np.dtypes.Int64DType,
@@ -71,6 +72,17 @@ def save_weights(path: Path, network: nn.Module, about: Mapping[str, Any]) -> No
     """Saves the weights of a network with what is needed to use them, as safetensors."""
     weights = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
     files.write(path, save_safetensors(weights, {"topkd": json.dumps(dict(about))}))
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Reads what :func:`save_weights` was told; nothing of files that others wrote."""
+    content = path.read_bytes() if path.suffix == ".safetensors" else b""
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about: dict[str, Any] = json.loads(header["__metadata__"]["topkd"])
+    except (KeyError, ValueError):
+        return {}
+    return about
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

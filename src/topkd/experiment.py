@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import save as save_safetensors
 
 import topkd
@@ -78,12 +79,14 @@ def _named(catalogue: Mapping[str, Any], name: str, where: str) -> None:
 
 def _teacher_recipe(recipe: Recipe) -> Recipe:
     """The recipe that trains the teacher, on the student's images."""
-    assert recipe.teacher is not None and recipe.teacher.recipe is not None
-    teacher = recipes.load(recipe.teacher.recipe).model_copy(update={"data": recipe.data})
-    if teacher.student.model != recipe.teacher.model:
+    section = recipe.teacher
+    assert section is not None
+    assert section.recipe is not None
+    teacher = recipes.load(section.recipe).model_copy(update={"data": recipe.data})
+    if teacher.student.model != section.model:
         raise RecipeError(
             f"teacher.recipe: {teacher.name} trains {teacher.student.model}, "
-            f"teacher.model is {recipe.teacher.model}"
+            f"teacher.model is {section.model}"
         )
     return teacher
 
@@ -139,15 +142,21 @@ class Experiment:
             return None
         network = MODELS[section.model].build(len(self.data.classes))
         if section.checkpoint is None:
-            experiment = Experiment(_teacher_recipe(self.recipe), self.out, self.progress)
-            experiment.student(STUDENT, seed=0)
-            path = experiment.folder / STUDENT / "seed0" / "student.safetensors"
-        else:
-            path = Path(section.checkpoint)
+            Experiment(_teacher_recipe(self.recipe), self.out, self.progress).student(STUDENT, 0)
+        path = self.teacher_file
         checkpoint.fill(network.network, checkpoint.load_weights(path), str(path))
         mean, std = self.data.mean, self.data.std
         teacher = Teacher(network, section.mean or mean, section.std or std, mean, std)
-        return teacher.to(self.device.device, memory_format=torch.channels_last)
+        return teacher.to(self.device.device).to(memory_format=torch.channels_last)
+
+    @property
+    def teacher_file(self) -> Path:
+        """Where the teacher's weights are, or will be once it is trained."""
+        section = self.recipe.teacher
+        assert section is not None
+        if section.checkpoint is not None:
+            return Path(section.checkpoint).expanduser()
+        return self.out / str(section.recipe) / STUDENT / "seed0" / "student.safetensors"
 
     @cached_property
     def _teacher_hash(self) -> str:
@@ -312,6 +321,43 @@ class Experiment:
         )
 
 
+def evaluate_file(
+    target: Path, model: str | None, data: str | None, root: str | None, progress: Progress
+) -> dict[str, Any]:
+    """Evaluates the network in a file on test images, in float32.
+
+    Args:
+        target: The folder of a run, a file of ours, or a checkpoint of others.
+        model: Which network it is; a file of ours tells by itself.
+        data: Which images; a file of ours tells by itself.
+        root: Where the images are.
+        progress: Tells the user.
+
+    Raises:
+        RecipeError: If a name is missing or unknown.
+        ValueError: If the weights do not fit the network.
+    """
+    path = target / "student.safetensors" if target.is_dir() else target
+    about = checkpoint.read_about(path)
+    model = model or about.get("model")
+    tree = {"name": data} if data else about.get("data")
+    if model is None or tree is None:
+        raise RecipeError(f"{path} does not tell which network it is: give --model and --data")
+    _named(MODELS, model, "--model")
+    _named(DATA, tree["name"], "--data")
+    section = DataSection.model_validate(tree | ({"root": root} if root else {}))
+    weights = checkpoint.load_weights(path)
+    images = load_data(section)
+    network = MODELS[model].build(len(images.classes))
+    checkpoint.fill(network.network, weights, str(path))
+    device = Accelerator().device
+    network.to(device).eval()
+    with progress.bar("Evaluating", len(images.test.target), "images") as advance:
+        predictions = evaluate.predict(network, images.test, device, advance)
+    described = {"model": model, "data": images.name, "images": len(images.test.target)}
+    return described | evaluate.quality(predictions)
+
+
 def environment() -> dict[str, Any]:
     """Describes the machine and the versions that numbers were made with."""
     return {
@@ -347,7 +393,10 @@ def _commit() -> str | None:
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=folder, capture_output=True, text=True, check=True,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

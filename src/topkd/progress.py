@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from rich import progress
 from rich.console import Console
+from rich.text import Text
 
 
 class Progress:
@@ -51,7 +52,9 @@ class Progress:
             task = bars.add_task(title, total=total, news="")
 
             def advance(amount: int, news: str) -> None:
-                bars.update(task, advance=amount, **({"news": news} if news else {}))
+                bars.advance(task, amount)
+                if news:
+                    bars.update(task, news=news)
 
             yield advance
 
@@ -61,5 +64,5 @@ class _Rate(progress.ProgressColumn):
         super().__init__()
         self.unit = unit
 
-    def render(self, task: progress.Task) -> progress.Text:
-        return progress.Text(f"{task.speed:,.0f} {self.unit}/s" if task.speed else "")
+    def render(self, task: progress.Task) -> Text:
+        return Text(f"{task.speed:,.0f} {self.unit}/s" if task.speed else "")

@@ -20,7 +20,7 @@ STUDENT = "student"  # the name of the run with the recipe's own losses, beside 
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used; the message says where, what was got and what would be right."""
+    """A recipe that cannot be used; it says where, what was got and what would be right."""
 
 
 class _Section(BaseModel):
@@ -143,7 +143,9 @@ def names() -> list[str]:
     """Lists the recipes that ship with the package."""
     top = resources.files("topkd") / "recipes"
     with resources.as_file(top) as folder:
-        return sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
+        return sorted(
+            p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml")
+        )
 
 
 def text(name: str) -> str:
@@ -157,6 +159,12 @@ def text(name: str) -> str:
     if name in names():
         return (resources.files("topkd") / "recipes" / f"{name}.yaml").read_text()
     raise RecipeError(f"there is no recipe {name!r}{near(name, names())}")
+
+
+def about(name: str) -> str:
+    """Reads what the first comment of a recipe says, its first line."""
+    first = text(name).splitlines()[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
 
 
 def load(name: str, changes: Sequence[str] = ()) -> Recipe:
@@ -239,7 +247,12 @@ def _explain(model: Any, tree: Any, where: str, error: dict[str, Any]) -> str:
     path, known, got = ("" if where == "recipe" else where), _fields(model), tree
     steps = list(error["loc"])
     for number, step in enumerate(steps):
-        if isinstance(got, Mapping) and step in got or isinstance(got, list) and isinstance(step, int):
+        if (
+            isinstance(got, Mapping)
+            and step in got
+            or isinstance(got, list)
+            and isinstance(step, int)
+        ):
             last = number == len(steps) - 1
             path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
             got = got[step]

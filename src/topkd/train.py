@@ -154,7 +154,7 @@ class Trainer:
         progress: Progress,
     ) -> None:
         self.accelerator = Accelerator()
-        self.student = student.to(device.device, memory_format=torch.channels_last)
+        self.student = student.to(device.device).to(memory_format=torch.channels_last)
         self.teacher = None if teacher is None else teacher.to(device.device)
         self.losses = [Weighted(w.term, w.loss.to(device.device)) for w in losses]
         self.adapters = nn.ModuleList(w.loss for w in self.losses)
@@ -260,7 +260,7 @@ class Trainer:
             [w.weight(epoch) * value for w, value in zip(self.losses, values, strict=True)]
         ).sum()
         self.optimizer.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         _carry_back(made, features)
         self._share_among_processes()
         if self.recipe.gradient_clip is not None:
@@ -293,8 +293,11 @@ class Trainer:
         for weighted, value in zip(self.losses, values, strict=True):
             weighed = weighted.weight(epoch) * value
             at_logits, at_embedding = torch.autograd.grad(
-                weighed, (features.logits, features.embedding), retain_graph=True,
-                allow_unused=True, materialize_grads=True,
+                weighed,
+                (features.logits, features.embedding),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
             embedding = features.embedding.detach().requires_grad_()
             logits = self.student.head(embedding)
@@ -319,12 +322,12 @@ class Trainer:
         def first_try(images: Tensor) -> Features:
             nonlocal compiled
             try:
-                return compiled(images)  # type: ignore[no-any-return]
+                return compiled(images)
             except torch._dynamo.exc.TorchDynamoException as error:
                 reason = str(error).strip().splitlines()[0]
                 self.progress.say(f"not compiled, which costs some speed: {reason}")
                 compiled = network
-                return network(images)  # type: ignore[no-any-return]
+                return network(images)
 
         return first_try
 
@@ -370,7 +373,7 @@ def _tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def _write_scalars(board: Any, entry: Mapping[str, Any]) -> None:

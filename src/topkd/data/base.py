@@ -18,11 +18,12 @@ from topkd.features import Batch
 class Images(Protocol):
     """Labelled images that can be read by index."""
 
-    target: Tensor  # (images,)
+    @property
+    def target(self) -> Tensor:
+        """(images,)."""
 
     def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
         """Reads normalised images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
-        ...
 
 
 @dataclass(frozen=True)

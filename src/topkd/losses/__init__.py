@@ -24,5 +24,13 @@ LOSSES: Mapping[str, Entry] = {
 }
 """Name -> class, what it compares and its paper."""
 
-__all__ = ["LOSSES", "CrossEntropy", "Distillation", "Entry", "Loss", "Source", "TopKD",
-           "distillation"]
+__all__ = [
+    "LOSSES",
+    "CrossEntropy",
+    "Distillation",
+    "Entry",
+    "Loss",
+    "Source",
+    "TopKD",
+    "distillation",
+]

@@ -32,9 +32,7 @@ class Loss(nn.Module):
     learns = False  # from the teacher: then its options are those of `between`
 
     @classmethod
-    def between(
-        cls, student: Features, teacher: Features, source: Source, **options: Any
-    ) -> Loss:
+    def between(cls, student: Features, teacher: Features, source: Source, **options: Any) -> Loss:
         """Builds the loss for one pair of networks.
 
         This is the one place that reads sizes off features.

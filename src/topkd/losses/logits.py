@@ -27,9 +27,7 @@ class CrossEntropy(Loss):
         self.label_smoothing = label_smoothing
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        return F.cross_entropy(
-            student.logits, batch.target, label_smoothing=self.label_smoothing
-        )
+        return F.cross_entropy(student.logits, batch.target, label_smoothing=self.label_smoothing)
 
 
 def distillation(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:

@@ -17,6 +17,7 @@ class Model:
 
     network: Callable[..., nn.Module]  # takes the number of classes
     taps: Mapping[str, Any]  # maps and head, as Tapped takes them
+    about: str = ""
 
     def build(self, classes: int) -> Tapped:
         """Builds the network, new, with its taps."""
@@ -24,7 +25,9 @@ class Model:
 
 
 def _resnet(depth: int, *widths: int) -> Model:
-    return Model(partial(resnet.ResNet, depth, widths), resnet.TAPS)
+    """A CIFAR ResNet; the widths are those of the stem and of the three stages."""
+    about = f"CIFAR ResNet of {depth} layers, {widths[-1]} wide at the end"
+    return Model(partial(resnet.ResNet, depth, widths), resnet.TAPS, about)
 
 
 MODELS: Mapping[str, Model] = {

@@ -1,10 +1,12 @@
 """Residual networks for 32x32 images, as in the public distillation benchmark."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 TAPS = {"maps": ("relu", "layer1", "layer2", "layer3"), "head": "fc"}
-"""Names of the modules whose outputs are the feature maps, shallow to deep, and of the classifier."""
+"""Modules whose outputs are the feature maps, shallow to deep, and the classifier."""
 
 
 class BasicBlock(nn.Module):
@@ -55,7 +57,7 @@ class ResNet(nn.Module):
         278324
     """
 
-    def __init__(self, depth: int, widths: tuple[int, int, int, int], classes: int) -> None:
+    def __init__(self, depth: int, widths: Sequence[int], classes: int) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if blocks < 1 or rest:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from topkd.topology.rips import Diagrams, rips
+from topkd.topology.rips import Diagrams
 
 Form = Literal["image", "vector"]
 
@@ -87,8 +87,9 @@ class PersistenceImage:
         if len(distances) == 0:
             raise ValueError("the first 200 bars are equal: a persistence image needs a width")
         low, high = points.amin(0).tolist(), points.amax(0).tolist()
-        image = cls((low[0], high[0]), (low[1], high[1]), distances.quantile(0.2).item(), 1.0,
-                    resolution)
+        image = cls(
+            (low[0], high[0]), (low[1], high[1]), distances.quantile(0.2).item(), 1.0, resolution
+        )
         return cls(**asdict(image) | {"scale": image(diagrams).max().item()})
 
     def __call__(self, diagrams: Diagrams) -> Tensor:
@@ -110,7 +111,8 @@ class PersistenceVector:
     r"""The H0 diagram as a smoothed histogram of its deaths, in units of their mean.
 
     .. math:: v_i = \frac{1}{s} \sum_k p_k
-        \Big[\Phi\Big(\frac{u_{i+1} - p_k}{\sigma}\Big) - \Phi\Big(\frac{u_i - p_k}{\sigma}\Big)\Big],
+        \Big[\Phi\Big(\frac{u_{i+1} - p_k}{\sigma}\Big)
+        - \Phi\Big(\frac{u_i - p_k}{\sigma}\Big)\Big],
         \qquad p_k = d_k \Big/ \frac{1}{n-1} \sum_j d_j
 
     with cells :math:`[u_i, u_{i+1}]` and the normal distribution function :math:`\Phi`. Each bar
@@ -147,7 +149,9 @@ class PersistenceVector:
     def __post_init__(self) -> None:
         _check_positive(self, "sigma", "scale")
         if not self.persistences[0] < self.persistences[1]:
-            raise ValueError(f"persistences must be a range, low then high, got {self.persistences}")
+            raise ValueError(
+                f"persistences must be a range, low then high, got {self.persistences}"
+            )
 
     @property
     def size(self) -> int:
@@ -197,7 +201,7 @@ def to_json(vectorisation: Vectorisation) -> dict[str, Any]:
 
 def from_json(description: Mapping[str, Any]) -> Vectorisation:
     """Makes the vectorisation that :func:`to_json` described."""
-    parameters = {
+    parameters: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in description.items()
         if key != "form"

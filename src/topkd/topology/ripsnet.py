@@ -89,7 +89,7 @@ class _Dense(nn.Module):
         self.linear = nn.Linear(width_in, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)  # type: ignore[no-any-return]
+        return self.linear(x)
 
 
 @dataclass(frozen=True)
@@ -274,5 +274,10 @@ class Approximation:
         network = RipsNet(about["width"], vectorisation.size, pooling=about["pooling"])
         network.load_state_dict(weights)
         network.eval().requires_grad_(False)
-        return cls(network, vectorisation, about["cloud_size"], about["teacher"],
-                   Fidelity(**about["fidelity"]))
+        return cls(
+            network,
+            vectorisation,
+            about["cloud_size"],
+            about["teacher"],
+            Fidelity(**about["fidelity"]),
+        )

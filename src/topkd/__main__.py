@@ -1,0 +1,5 @@
+"""Lets ``python -m topkd`` do what ``topkd`` does."""
+
+from topkd.cli import main
+
+main()

@@ -1,0 +1,321 @@
+"""The command line: parsing and printing only, every command is one call into the package."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+# The package is imported inside the commands: `topkd --help` should not have to load torch.
+if TYPE_CHECKING:
+    from topkd.experiment import Experiment
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A file, or a name from `topkd list recipes`.")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Changes to the recipe, e.g. `optimizer.lr=0.1` or `losses.kd.weight=1`.",
+    ),
+]
+Seeds = Annotated[str, typer.Option(help="One run for each seed: `0 1 2`, `0,1,2` or `0-2`.")]
+Out = Annotated[Path, typer.Option(help="Where runs are kept, in a folder called as the recipe.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+
+
+@app.callback()
+def _app() -> None:
+    """Make a small network out of a large one, and keep the shape of what the large one knows.
+
+    Begin with `topkd run digits`: it needs no data and takes a few minutes.
+    Then `topkd list recipes`, `topkd copy RECIPE my.yaml`, `topkd run my.yaml`.
+    """
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    changes: Changes = None,
+    seeds: Seeds = "0",
+    out: Out = Path("runs"),
+    quiet: Quiet = False,
+) -> None:
+    """Run all that a recipe needs: teacher, RipsNet, students, evaluation, report.
+
+    What is done already is not done again, so the same command goes on where it was stopped.
+
+    Examples: `topkd run digits --seeds 0 1 2` · `topkd run cifar100/resnet56-resnet20
+    data.root=~/data/cifar100`
+    """
+    from topkd.report import write_report
+
+    experiment = _experiment(recipe, changes, out, quiet)
+    results = [
+        experiment.student(arm, seed) for seed in _numbers(seeds) for arm in experiment.recipe.arms
+    ]
+    page = experiment.folder / "report.html"
+    write_report(experiment.folder, page, experiment.progress)
+    _print_results(results)
+    typer.echo(f"report: {page}")
+
+
+@app.command()
+def teacher(
+    recipe: RecipeName, changes: Changes = None, out: Out = Path("runs"), quiet: Quiet = False
+) -> None:
+    """Train the teacher of a recipe, and nothing else."""
+    experiment = _experiment(recipe, changes, out, quiet)
+    if experiment.teacher is None:
+        raise ValueError(f"{experiment.recipe.name} has no teacher; `topkd run` trains its network")
+    typer.echo(f"teacher: {experiment.teacher_file}")
+
+
+@app.command()
+def ripsnet(
+    recipe: RecipeName, changes: Changes = None, out: Out = Path("runs"), quiet: Quiet = False
+) -> None:
+    """Make clouds and persistence images and train RipsNet, and before it the teacher."""
+    experiment = _experiment(recipe, changes, out, quiet)
+    experiment.prepare()
+    made = sorted(experiment.folder.glob("ripsnet-*.safetensors"))
+    if not made:
+        raise ValueError(f"no loss of {experiment.recipe.name} is computed `via: ripsnet`")
+    for path in made:
+        typer.echo(f"RipsNet: {path}")
+
+
+@app.command()
+def student(
+    recipe: RecipeName,
+    changes: Changes = None,
+    arm: Annotated[
+        str, typer.Option(help="`student` for the recipe's own losses, or the name of a control.")
+    ] = "student",
+    seeds: Seeds = "0",
+    out: Out = Path("runs"),
+    quiet: Quiet = False,
+) -> None:
+    """Train and evaluate the student of a recipe without its controls, or one control."""
+    experiment = _experiment(recipe, changes, out, quiet)
+    _print_results([experiment.student(arm, seed) for seed in _numbers(seeds)])
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or a weights file.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Network in the file, if the file does not tell.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Images to judge by, if other.")] = None,
+    root: Annotated[str | None, typer.Option(help="Folder of the images.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure accuracy and calibration of a network on test images, in float32.
+
+    Example: `topkd evaluate resnet20.pth --model resnet20 --data cifar100 --root ~/data/cifar100`
+    """
+    from topkd.experiment import evaluate_file
+    from topkd.progress import Progress
+
+    result = evaluate_file(target, model, data, root, Progress(quiet=quiet))
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    typer.echo(f"{result['model']} on the {result['images']:,} test images of {result['data']}")
+    typer.echo(f"top-1              {result['top1']:.2f} %")
+    typer.echo(f"top-5              {result['top5']:.2f} %")
+    typer.echo(f"log-likelihood     {-result['nll']:.4f} nats an image")
+    typer.echo(f"calibration error  {result['ece']:.2f} %")
+
+
+@app.command()
+def report(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder with finished runs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page to write; `report.html` among the runs if not told."),
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as Markdown, and write no page.")
+    ] = False,
+) -> None:
+    """Make one HTML page, with all pictures in it, of finished runs."""
+    from topkd import report as reports
+    from topkd.progress import Progress
+
+    if markdown:
+        typer.echo(reports.markdown(runs))
+        return
+    page = out or runs / "report.html"
+    reports.write_report(runs, page, Progress())
+    typer.echo(f"report: {page}")
+
+
+@app.command("list")
+def list_(
+    what: Annotated[
+        Literal["recipes", "models", "losses", "data"], typer.Argument(help="Which catalogue.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """List what recipes can name."""
+    lines = _catalogue(what)
+    if as_json:
+        typer.echo(json.dumps([{"name": name, "about": about} for name, about in lines], indent=2))
+        return
+    width = max(len(name) for name, _ in lines)
+    for name, about in lines:
+        typer.echo(f"{name:<{width}}  {about}".rstrip())
+
+
+@app.command()
+def show(recipe: RecipeName, changes: Changes = None) -> None:
+    """Print a recipe with every setting that it leaves to its default."""
+    from topkd import recipe as recipes
+
+    typer.echo(recipes.write(recipes.load(recipe, changes or [])), nl=False)
+
+
+@app.command()
+def copy(
+    recipe: RecipeName,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")],
+) -> None:
+    """Copy a recipe, comments included, to a file of your own."""
+    from topkd import files
+    from topkd import recipe as recipes
+
+    if file.exists():
+        raise FileExistsError(f"{file} exists already; copy to another name")
+    files.write(file, recipes.text(recipe))
+    typer.echo(f"{file}: edit it, then `topkd check {file}` and `topkd run {file}`")
+
+
+@app.command()
+def check(recipe: RecipeName, changes: Changes = None) -> None:
+    """Check every name and option of a recipe, without running it."""
+    from topkd import recipe as recipes
+    from topkd.experiment import check as check_recipe
+
+    loaded = recipes.load(recipe, changes or [])
+    check_recipe(loaded)
+    taught = f", taught by {loaded.teacher.model}" if loaded.teacher else ""
+    arms = ", ".join(loaded.arms)
+    typer.echo(f"{loaded.name} is right: {loaded.student.model}{taught}; runs {arms}")
+
+
+@app.command()
+def env(as_json: AsJson = False) -> None:
+    """Print machine and versions, for reports of faults."""
+    from topkd.experiment import environment
+
+    described = environment()
+    if as_json:
+        typer.echo(json.dumps(described, indent=2))
+        return
+    for name, value in described.items():
+        typer.echo(f"{name:<10} {value}")
+
+
+def main() -> None:
+    """Runs the command line; exits with 2 and one line for what a user can cause."""
+    try:
+        app(_join_seeds(sys.argv[1:]), prog_name="topkd", standalone_mode=True)
+    except KeyboardInterrupt:
+        print("\ntopkd: stopped; the same command goes on from the last epoch", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"topkd: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except (ValueError, ImportError) as error:  # what a user can cause; anything else is a bug
+        print(f"topkd: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _experiment(recipe: str, changes: list[str] | None, out: Path, quiet: bool) -> Experiment:
+    from topkd import recipe as recipes
+    from topkd.experiment import Experiment
+    from topkd.progress import Progress
+
+    return Experiment(recipes.load(recipe, changes or []), out, Progress(quiet=quiet))
+
+
+def _catalogue(what: str) -> list[tuple[str, str]]:
+    if what == "recipes":
+        from topkd import recipe as recipes
+
+        return [(name, recipes.about(name)) for name in recipes.names()]
+    if what == "losses":
+        from topkd.losses import LOSSES
+
+        return [(name, f"{e.compares} ({e.paper})") for name, e in LOSSES.items()]
+    if what == "models":
+        from topkd.models import MODELS
+
+        return [(name, model.about) for name, model in MODELS.items()]
+    from topkd.data import DATA
+
+    return [(name, str(load.__doc__).splitlines()[0]) for name, load in DATA.items()]
+
+
+def _print_results(results: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("run", "seed", "top-1 %", "agreement %", "topological distance", box=None)
+    taught_by = results[0].get("teacher")
+    if taught_by:
+        table.add_row("teacher", "", f"{taught_by['top1']:.2f}", "", "")
+    for result in results:
+        like = result.get("likeness", {})
+        numbers = (
+            f"{like[key]:.{digits}f}" if key in like else ""
+            for key, digits in (("agreement", 2), ("topological_distance", 4))
+        )
+        row = (result["arm"], str(result["seed"]), f"{result['last']['top1']:.2f}", *numbers)
+        table.add_row(*row)
+    console = Console(highlight=False)
+    console.print(f"last epoch, on the {results[0]['judged_on']} images")
+    console.print(table)
+
+
+def _join_seeds(arguments: Sequence[str]) -> list[str]:
+    """Lets `--seeds 0 1 2` stand for `--seeds 0,1,2`, which is all that the parser knows."""
+    joined: list[str] = []
+    for argument in arguments:
+        if argument.isdigit() and len(joined) > 1 and joined[-2] == "--seeds":
+            joined[-1] += f",{argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _numbers(seeds: str) -> list[int]:
+    """Reads `0,1,2` or `0-2`."""
+    numbers: list[int] = []
+    try:
+        for part in seeds.split(","):
+            first, _, last = part.partition("-")
+            numbers.extend(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise ValueError(f"--seeds: expected numbers such as 0,1,2 or 0-2, got {seeds!r}") from None
+    return numbers
