@@ -1,0 +1,394 @@
+"""Pictures: values in, matplotlib figures out.
+
+Nothing here reads files, and matplotlib and UMAP are loaded by the functions that need them. The
+figures know no window: show them in a notebook, or write them by ``figure.savefig``,
+:func:`to_svg` and :func:`to_png`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#A6761D")
+"""Told apart with every kind of colour vision (Okabe & Ito 2008, without its yellow)."""
+TEACHER = "#333333"
+OTHERS = "#c8c8c8"
+CLASS_COLOURS = (*COLOURS, "#6A3D9A", "#B8B000")
+NEIGHBOURS = 15  # of UMAP; fewer points than this have none
+
+_STYLE: Mapping[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.labelcolor": "#444444",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "xtick.color": "#666666",
+    "ytick.color": "#666666",
+    "xtick.labelcolor": "#444444",
+    "ytick.labelcolor": "#444444",
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "text.parse_math": False,  # names are shown as they are, dollars and all
+    "svg.fonttype": "none",  # letters, which can be read out, searched for and copied
+    "svg.hashsalt": "topkd",  # equal values make equal files
+}
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        settings: Any = dict(_STYLE)
+        with matplotlib.rc_context(settings):
+            yield
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def palette(names: Sequence[str]) -> dict[str, str]:
+    """Gives every name a colour, the same for the same names in the same order.
+
+    Examples:
+        >>> palette(["kd", "student"])
+        {'kd': '#0072B2', 'student': '#D55E00'}
+    """
+    return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+
+
+def curves(
+    runs: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    title: str,
+    ylabel: str,
+    colours: Mapping[str, str] | None = None,
+    wide: bool = False,
+    threshold: float | None = None,
+) -> Figure:
+    """Draws how something changed over the epochs: seeds as thin lines, their mean thick.
+
+    Args:
+        runs: Name -> for each seed, a value for each epoch.
+        title: Above the figure.
+        ylabel: What the values are, with their unit.
+        colours: Of the names; from :func:`palette` if not told.
+        wide: Whether values that span more than a factor of 30 get a logarithmic axis; values
+            that are not positive are then left out.
+        threshold: Where to draw a dashed line across.
+    """
+    colours = colours or palette(list(runs))
+    with _style():
+        figure = _figure(4.2, 3.0)
+        axes = figure.add_subplot(title=title, xlabel="epoch", ylabel=ylabel)
+        for number, (name, seeds) in enumerate(runs.items()):
+            length = min(len(seed) for seed in seeds)
+            values = np.array([seed[:length] for seed in seeds], dtype=float)
+            epochs = np.arange(1, length + 1)
+            if len(values) > 1:
+                axes.plot(epochs, values.T, color=colours[name], linewidth=0.7, alpha=0.35)
+            axes.plot(
+                epochs,
+                values.mean(0),
+                color=colours[name],
+                linewidth=2,
+                linestyle=("-", "--", "-.", ":")[number % 4],
+                marker="o" if length == 1 else None,
+                label=name,
+            )
+        if threshold is not None:
+            axes.axhline(threshold, color="#999999", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+        _finish_curves(axes, wide=wide)
+    return figure
+
+
+def _finish_curves(axes: Axes, *, wide: bool) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    values = np.concatenate([np.ravel(line.get_ydata()) for line in axes.lines])
+    positive = values[values > 0]
+    if wide and len(positive) and positive.max() > 30 * positive.min():
+        axes.set_yscale("log", nonpositive="mask")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.margins(x=0.02)
+    axes.legend(fontsize=9, handlelength=2.4)
+
+
+def gradient_shares(
+    terms: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    title: str,
+    colours: Mapping[str, str] | None = None,
+) -> Figure:
+    """Draws the share of each term in the gradient over the epochs, with a line at 0.1 %.
+
+    Args:
+        terms: Name of the term -> for each seed, its share (0 to 1) in each epoch.
+        title: Above the figure.
+        colours: Of the terms; from :func:`palette` if not told.
+    """
+    percent = {name: [[100 * v for v in seed] for seed in seeds] for name, seeds in terms.items()}
+    return curves(
+        percent,
+        title=title,
+        ylabel="share of the gradient, %",
+        colours=colours,
+        wide=True,
+        threshold=0.1,
+    )
+
+
+def barcode(
+    deaths: ArrayLike,
+    *,
+    title: str,
+    end: float | None = None,
+    unit: str = "",
+    colour: str = COLOURS[0],
+) -> Figure:
+    """Draws an H0 persistence diagram as bars: each lasts until its point joins another.
+
+    All births being 0, the usual diagram of births against deaths would be a single column.
+
+    Args:
+        deaths: Where the bars end, (bars,).
+        title: Above the figure.
+        end: Right end of the axis, to compare several; the greatest death if not told.
+        unit: Of the deaths.
+        colour: Of the bars.
+    """
+    lengths = np.sort(np.asarray(deaths, dtype=float))[::-1]
+    with _style():
+        figure = _figure(3.2, 3.0)
+        axes = figure.add_subplot(title=title, xlabel=f"distance{unit and f', {unit}'}")
+        axes.hlines(np.arange(1, len(lengths) + 1), 0, lengths, color=colour, linewidth=1.6)
+        axes.set_xlim(0, 1.03 * (end or max(lengths.max(initial=0), 1e-12)))
+        axes.set_ylabel("groups, the longest-lived below")
+        axes.grid(visible=False, axis="y")
+    return figure
+
+
+def sorted_deaths(
+    diagrams: Mapping[str, ArrayLike],
+    *,
+    title: str,
+    unit: str = "",
+    colours: Mapping[str, str] | None = None,
+) -> Figure:
+    """Draws the sorted deaths of several H0 diagrams over each other.
+
+    Between equally many bars, the mean gap of two lines is their 1-Wasserstein distance divided
+    by the number of bars.
+
+    Args:
+        diagrams: Name -> where the bars end, (bars,).
+        title: Above the figure.
+        unit: Of the deaths.
+        colours: Of the names; from :func:`palette` if not told.
+    """
+    colours = colours or palette(list(diagrams))
+    with _style():
+        figure = _figure(3.2, 3.0)
+        axes = figure.add_subplot(title=title, xlabel="bars, shortest first")
+        axes.set_ylabel(f"distance{unit and f', {unit}'}")
+        for number, (name, deaths) in enumerate(diagrams.items()):
+            values = np.sort(np.asarray(deaths, dtype=float))
+            style = ("-", "--", "-.", ":")[number % 4]
+            bars = np.arange(1, len(values) + 1)
+            axes.plot(bars, values, style, color=colours[name], linewidth=1.8, label=name)
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=9, handlelength=2.4)
+    return figure
+
+
+def persistence_images(
+    exact: ArrayLike, approximated: ArrayLike, *, resolution: int, name: str = "RipsNet"
+) -> Figure:
+    """Draws exact persistence images above those that an approximator guesses, on one scale.
+
+    Args:
+        exact: A row for each cloud, (clouds, resolution²), or (clouds, resolution) for vectors,
+            which are drawn as bars.
+        approximated: As many.
+        resolution: Nodes on each side of an image, or entries of a vector.
+        name: Of the approximator.
+
+    Raises:
+        ValueError: If the shapes differ or do not fit the resolution.
+    """
+    truth, guess = np.asarray(exact, dtype=float), np.asarray(approximated, dtype=float)
+    if truth.shape != guess.shape or truth.ndim != 2:
+        raise ValueError(f"shapes differ: exact {truth.shape}, approximated {guess.shape}")
+    if truth.shape[1] not in (resolution, resolution**2):
+        raise ValueError(f"{truth.shape[1]} numbers are no image of resolution {resolution}")
+    low, high = min(0.0, truth.min(), guess.min()), max(truth.max(), guess.max())
+    with _style():
+        figure = _figure(1.35 * len(truth) + 0.9, 3.1)
+        grid = figure.subplots(2, len(truth), sharex=True, sharey=True, squeeze=False)
+        for row, (label, values) in enumerate((("exact", truth), (name, guess))):
+            for column, value in enumerate(values):
+                axes = grid[row, column]
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.grid(visible=False)
+                if row == 0:
+                    axes.set_title(f"cloud {column + 1}", fontsize=10, fontweight="normal")
+                _draw_image(axes, value, resolution, low, high)
+            grid[row, 0].set_ylabel(label, fontsize=10)
+        if truth.shape[1] != resolution:
+            bar = figure.colorbar(grid[0, 0].images[0], ax=grid, shrink=0.8, aspect=18)
+            bar.outline.set_visible(False)
+    return figure
+
+
+def _draw_image(axes: Axes, value: NDArray[Any], resolution: int, low: float, high: float) -> None:
+    if len(value) == resolution:
+        axes.bar(range(resolution), value, width=0.9, color=COLOURS[0])
+        axes.set_ylim(low, high * 1.02 or 1.0)
+        return
+    pixels = value.reshape(resolution, resolution)  # a row for each persistence, least first
+    axes.imshow(pixels, vmin=low, vmax=high or 1.0, cmap="cividis", origin="lower", aspect="equal")
+
+
+def project(points: ArrayLike, *, seed: int = 0) -> tuple[NDArray[Any], str]:
+    """Lays points out in the plane: by UMAP, or by PCA where there are too few for it.
+
+    Args:
+        points: (n, d).
+        seed: Of UMAP.
+
+    Returns:
+        Places in the plane, (n, 2), and the name of the method.
+
+    Raises:
+        ValueError: If there are fewer than two points.
+
+    References:
+        UMAP: Uniform Manifold Approximation and Projection (McInnes et al., 2018)
+        https://arxiv.org/abs/1802.03426
+    """
+    x = np.asarray(points, dtype=np.float64)
+    if x.ndim != 2 or len(x) < 2:
+        raise ValueError(f"at least two points (n, d) are needed, got {x.shape}")
+    if len(x) <= NEIGHBOURS:
+        left, scale, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+        places = np.zeros((len(x), 2))
+        places[:, : min(2, len(scale))] = (left * scale)[:, :2]
+        return places, "PCA, for lack of points"
+    import umap
+
+    reducer = umap.UMAP(n_neighbors=NEIGHBOURS, random_state=seed, n_jobs=1)
+    return np.asarray(reducer.fit_transform(x), dtype=np.float64), "UMAP"
+
+
+def class_colours(target: Sequence[int]) -> dict[int, str]:
+    """Gives the ten most frequent classes a colour.
+
+    Args:
+        target: The class of each image.
+
+    Returns:
+        Class -> colour, by class.
+
+    Examples:
+        >>> list(class_colours([3, 1, 1, 2]))
+        [1, 2, 3]
+    """
+    ranked = sorted(Counter(target).items(), key=lambda item: (-item[1], item[0]))
+    chosen = sorted(number for number, _ in ranked[: len(CLASS_COLOURS)])
+    return dict(zip(chosen, CLASS_COLOURS, strict=False))
+
+
+def scatter(
+    places: ArrayLike, target: Sequence[int], *, title: str, names: Mapping[int, str] | None = None
+) -> Figure:
+    """Draws points in the plane, coloured by class; all but the ten most frequent are grey.
+
+    Args:
+        places: (n, 2), of :func:`project`.
+        target: The class of each point.
+        title: Above the figure.
+        names: Of the classes, for a legend; without them there is no legend.
+
+    Raises:
+        ValueError: If there are not as many classes as points.
+    """
+    spots, classes = np.asarray(places, dtype=float), np.asarray(target)
+    if spots.shape != (len(classes), 2):
+        raise ValueError(f"places must be (n, 2) for n classes, got {spots.shape}, {classes.shape}")
+    colours = class_colours(classes.tolist())
+    with _style():
+        figure = _figure(3.4, 3.4 if names is None else 4.0)
+        axes = figure.add_subplot(title=title)
+        grey = ~np.isin(classes, list(colours))
+        if grey.any():
+            x, y = spots[grey].T
+            axes.scatter(x, y, 8, OTHERS, linewidths=0, label="others")
+        for number, colour in colours.items():
+            label = (names or {}).get(number, str(number))
+            x, y = spots[classes == number].T
+            axes.scatter(x, y, 10, colour, linewidths=0, alpha=0.85, label=label)
+        axes.set(xticks=[], yticks=[])
+        axes.grid(visible=False)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        if names is not None:
+            figure.legend(loc="outside lower center", ncols=5, fontsize=8, markerscale=2)
+    return figure
+
+
+def to_svg(figure: Figure, *, prefix: str, alt: str) -> str:
+    """Writes a figure as an ``<svg>`` element that can stand inside a page.
+
+    Args:
+        figure: What to write.
+        prefix: Of all ids, different for each figure of a page.
+        alt: What the picture shows, for those who cannot see it.
+    """
+    from html import escape
+
+    content = io.StringIO()
+    with _style():
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    svg = content.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\b(id=\"|href=\"#|url\(#)", rf"\1{prefix}-", svg[svg.index("<svg") :])
+    # In points, widths would be fixed; the view box keeps the proportions.
+    size = re.search(r"viewBox=\"0 0 ([\d.]+)", svg)
+    width = math.ceil(float(size[1]) * 96 / 72) if size else 400
+    svg = re.sub(r"(<svg[^>]*?) width=\"[\d.]+pt\"", rf'\1 width="{width}"', svg, count=1)
+    svg = re.sub(r"(<svg[^>]*?) height=\"[\d.]+pt\"", r"\1", svg, count=1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1).strip()
+
+
+def to_png(figure: Figure) -> bytes:
+    """Writes a figure as a PNG with two dots for each pixel of a usual screen."""
+    content = io.BytesIO()
+    with _style():
+        figure.savefig(content, format="png", dpi=192, metadata={"Software": None})
+    return content.getvalue()

@@ -1,0 +1,31 @@
+"""What all tests share: one thread, random numbers that repeat, files that may be absent."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+torch.set_num_threads(1)  # xdist runs one process on each core already
+settings.register_profile("topkd", deadline=None, derandomize=True, database=None, max_examples=40)
+settings.load_profile("topkd")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def shared():
+    """Finds a file that lies beside the checkout, or skips the test where it does not."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"{path} is absent")
+        return path
+
+    return find
