@@ -226,7 +226,7 @@ class Trainer:
             rate = learning_rate(self.recipe.optimizer, done, self.recipe.epochs)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            self._step(batch, epoch, sums, measure=step in measured)
+            self.step(batch, epoch, sums, measure=step in measured)
             advance(len(batch.index), "")
         seconds = time.perf_counter() - start
         self.student.eval()
@@ -242,7 +242,7 @@ class Trainer:
             "seconds": round(seconds, 3),
         }
 
-    def _step(self, batch: Batch, epoch: int, sums: Sums, *, measure: bool) -> None:
+    def step(self, batch: Batch, epoch: int, sums: Sums, *, measure: bool) -> None:
         device = self.device.device
         batch = Batch(*(t.to(device) for t in (batch.images, batch.target, batch.index)))
         with self.device.autocast():

@@ -6,8 +6,11 @@ before: runs can be replayed, and resumed exactly.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 
@@ -51,7 +54,7 @@ def crop_and_flip(pixels: Tensor, uniform: Tensor, *, padding: int, flip: bool) 
     """Crops every image at its own place from a black border around it, and mirrors half of them.
 
     Args:
-        pixels: Images, (n, h, w, c).
+        pixels: Bytes of the images, (n, h, w, c).
         uniform: Three numbers in [0, 1) for each image, (n, 3): vertical, horizontal, mirror.
         padding: Width of the border.
         flip: Whether images may be mirrored.
@@ -59,22 +62,47 @@ def crop_and_flip(pixels: Tensor, uniform: Tensor, *, padding: int, flip: bool) 
     Returns:
         Images of the same shape.
     """
+    corner = (uniform[:, :2] * (2 * padding + 1)).long() - padding
+    mirrored = (uniform[:, 2] < 0.5) & flip
+    cropped = np.zeros(pixels.shape, np.uint8)
+    _crop_and_flip(pixels.contiguous().numpy(), corner.numpy(), mirrored.numpy(), cropped)
+    return torch.from_numpy(cropped)
+
+
+@njit(nogil=True, cache=True)
+def _crop_and_flip(
+    pixels: np.ndarray, corner: np.ndarray, mirrored: np.ndarray, cropped: np.ndarray
+) -> None:
     n, height, width, channels = pixels.shape
-    padded = pixels.new_zeros(n, height + 2 * padding, width + 2 * padding, channels)
-    padded[:, padding : padding + height, padding : padding + width] = pixels
-    top, left = (uniform[:, :2] * (2 * padding + 1)).long().unbind(1)
-    columns = torch.arange(width).expand(n, -1)
-    if flip:
-        columns = torch.where(uniform[:, 2:] < 0.5, columns.flip(1), columns)
-    rows = top[:, None] + torch.arange(height)
-    columns = left[:, None] + columns
-    return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    for i in range(n):
+        top, left = corner[i]
+        for y in range(max(0, -top), min(height, height - top)):
+            for x in range(max(0, -left), min(width, width - left)):
+                to = width - 1 - x if mirrored[i] else x
+                for c in range(channels):
+                    cropped[i, y, to, c] = pixels[i, y + top, x + left, c]
 
 
-def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Turns bytes (n, h, w, 3) into floats (n, 3, h, w) of about zero mean and unit variance.
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    r"""Computes :math:`(x / 255 - \mathrm{mean}) / \mathrm{std}` of every channel.
 
-    The result is channels-last in memory.
+    Args:
+        pixels: Bytes of the images, (n, h, w, 3).
+        mean: Of each channel, in [0, 1].
+        std: Of each channel.
+
+    Returns:
+        Floats (n, 3, h, w), channels-last in memory.
     """
-    scale, shift = 1 / (255 * std), -mean / std
-    return torch.addcmul(shift, pixels.float(), scale).permute(0, 3, 1, 2)
+    byte = torch.arange(256, dtype=torch.float64)[:, None] / 255
+    table = ((byte - torch.tensor(mean)) / torch.tensor(std)).float()  # what a byte becomes
+    images = np.empty(pixels.shape, np.float32)
+    _look_up(pixels.contiguous().numpy().reshape(-1, 3), table.numpy(), images.reshape(-1, 3))
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+@njit(nogil=True, cache=True)
+def _look_up(pixels: np.ndarray, table: np.ndarray, images: np.ndarray) -> None:
+    for i in range(len(pixels)):
+        for c in range(3):
+            images[i, c] = table[pixels[i, c], c]

@@ -50,7 +50,7 @@ class InMemory:
         if augmented is not None:
             uniform = draws(*augmented, index, 3)
             pixels = crop_and_flip(pixels, uniform, padding=self.padding, flip=self.flip)
-        return normalise(pixels, torch.tensor(self.mean), torch.tensor(self.std))
+        return normalise(pixels, self.mean, self.std)
 
 
 @dataclass(frozen=True)

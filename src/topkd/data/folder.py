@@ -33,7 +33,7 @@ class Files:
         with ThreadPoolExecutor(os.cpu_count()) as readers:
             pixels = list(readers.map(self._read_one, index.tolist(), uniform))
         images = torch.from_numpy(np.stack(pixels))
-        return normalise(images, torch.tensor(MEAN), torch.tensor(STD))
+        return normalise(images, MEAN, STD)
 
     def _read_one(self, index: int, uniform: list[float] | None) -> np.ndarray:
         from PIL import Image, ImageOps

@@ -1,0 +1,33 @@
+"""Times several ways to do the same in turn, so that a machine that changes its speed is fair."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def in_turn(ways: Mapping[str, Callable[[], object]], *, rounds: int, unit: str) -> None:
+    """Prints the median and least time of each way, and its median ratio to the first.
+
+    Args:
+        ways: Name -> what to time; the first is what the others are compared with.
+        rounds: How often each is timed, after one call that is not.
+        unit: What one call is, for the heading.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for work in ways.values():
+        work()
+    for _ in range(rounds):
+        for name, work in ways.items():
+            start = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - start)
+    first = next(iter(seconds.values()))
+    print(f"{'':32} {'median':>10} {'least':>10}   first / this   ({unit}, {rounds} rounds)")
+    for name, times in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(first, times, strict=True))
+        median, least = statistics.median(times), min(times)
+        print(f"{name:32} {_pretty(median):>10} {_pretty(least):>10}   {ratio:12.3f}", flush=True)
+
+
+def _pretty(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
