@@ -156,7 +156,8 @@ class Experiment:
         assert section is not None
         if section.checkpoint is not None:
             return Path(section.checkpoint).expanduser()
-        return self.out / str(section.recipe) / STUDENT / "seed0" / "student.safetensors"
+        name = _teacher_recipe(self.recipe).name
+        return self.out / name / STUDENT / "seed0" / "student.safetensors"
 
     @cached_property
     def _teacher_hash(self) -> str:

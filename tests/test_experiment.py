@@ -1,0 +1,193 @@
+"""Recipes carried out: stages, resuming, folders, and every recipe that ships."""
+
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from topkd import checkpoint, recipe
+from topkd.data import DATA, Data, InMemory
+from topkd.experiment import Experiment, evaluate_file
+from topkd.models import MODELS
+from topkd.progress import Progress
+from topkd.recipe import RecipeError
+
+QUIET = Progress(quiet=True)
+TINY = {
+    "name": "tiny",
+    "data": {"name": "digits", "limit": 200},
+    "student": {"model": "resnet8x0.25"},
+    "losses": [
+        {"name": "ce"},
+        {"name": "kd", "weight": 2.0},
+        {"name": "topkd", "weight": 5.0, "via": "ripsnet", "ripsnet": {"passes": 2, "epochs": 2}},
+    ],
+    "controls": {
+        "kd": [{"name": "ce"}, {"name": "kd", "weight": 2.0}],
+        "silent": [
+            {"name": "ce"},
+            {"name": "kd", "weight": 2.0},
+            {
+                "name": "topkd",
+                "weight": 0.0,
+                "via": "ripsnet",
+                "ripsnet": {"passes": 2, "epochs": 2},
+            },
+        ],
+    },
+    "epochs": 2,
+    "batch_size": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A recipe whose teacher is trained by a recipe of its own, and where it was run."""
+    folder = tmp_path_factory.mktemp("tiny")
+    teacher = {
+        "data": {"name": "digits"},
+        "student": {"model": "resnet8"},
+        "losses": [{"name": "ce"}],
+        "epochs": 1,
+        "batch_size": 32,
+    }
+    (folder / "taught.yaml").write_text(yaml.safe_dump(teacher))
+    taught_by = {"model": "resnet8", "recipe": str(folder / "taught.yaml")}
+    parsed = recipe.parse(TINY | {"teacher": taught_by})
+    experiment = Experiment(parsed, folder / "runs", QUIET)
+    results = {arm: experiment.student(arm, 0) for arm in parsed.arms}
+    return experiment, results
+
+
+def weights(experiment: Experiment, arm: str):
+    return checkpoint.load_weights(experiment.folder / arm / "seed0" / "student.safetensors")
+
+
+def test_every_stage_leaves_what_the_next_needs(tiny):
+    experiment, results = tiny
+    assert experiment.teacher_file == experiment.out / "taught/student/seed0/student.safetensors"
+    assert experiment.teacher_file.exists()
+    assert len(list(experiment.folder.glob("ripsnet-*.safetensors"))) == 1  # one for both arms
+    for arm in ("student", "kd", "silent"):
+        files = {path.name for path in (experiment.folder / arm / "seed0").iterdir()}
+        assert {"result.json", "metrics.jsonl", "student.safetensors", "checkpoint"} <= files
+        assert results[arm]["last"]["top1"] == pytest.approx(
+            evaluate_file(experiment.folder / arm / "seed0", None, None, None, QUIET)["top1"]
+        )
+
+
+def test_a_silent_term_changes_no_bit(tiny):
+    experiment, _ = tiny
+    with_term, without = weights(experiment, "silent"), weights(experiment, "kd")
+    for name, tensor in without.items():
+        assert torch.equal(tensor, with_term[name]), name
+
+
+def test_the_term_is_not_silent_at_its_weight(tiny):
+    experiment, _ = tiny
+    with_term, without = weights(experiment, "student"), weights(experiment, "kd")
+    assert any(not torch.equal(t, with_term[name]) for name, t in without.items())
+
+
+def test_what_is_done_is_not_done_again(tiny):
+    experiment, results = tiny
+    again = Experiment(experiment.recipe, experiment.out, QUIET)
+    assert again.student("kd", 0) == results["kd"]
+    assert "data" not in vars(again)  # not even the images were loaded
+
+
+def test_a_folder_of_another_recipe_is_refused(tiny):
+    experiment, _ = tiny
+    other = experiment.recipe.model_copy(update={"epochs": 7})
+    with pytest.raises(ValueError, match="epochs is 2 there and 7 here"):
+        Experiment(other, experiment.out, QUIET)
+
+
+def test_an_unknown_run_is_refused(tiny):
+    with pytest.raises(RecipeError, match="there is no 'kdd'; did you mean 'kd'"):
+        tiny[0].student("kdd", 0)
+
+
+def test_a_ripsnet_of_another_teacher_is_refused(tiny, tmp_path):
+    experiment, _ = tiny
+    (made,) = experiment.folder.glob("ripsnet-*.safetensors")
+    other = MODELS["resnet8"].build(10).network
+    checkpoint.save_weights(tmp_path / "other.safetensors", other, {})
+    tree = TINY | {
+        "name": "foreign",
+        "teacher": {"model": "resnet8", "checkpoint": str(tmp_path / "other.safetensors")},
+        "losses": [{"name": "topkd", "via": "ripsnet", "file": str(made)}],
+        "controls": {},
+    }
+    with pytest.raises(ValueError, match="made for another teacher"):
+        Experiment(recipe.parse(tree), tmp_path, QUIET).prepare()
+
+
+def test_a_teacher_that_does_not_fit_its_checkpoint_is_refused(tmp_path):
+    checkpoint.save_weights(tmp_path / "w.safetensors", MODELS["resnet14"].build(10).network, {})
+    taught_by = {"model": "resnet8", "checkpoint": str(tmp_path / "w.safetensors")}
+    experiment = Experiment(recipe.parse(TINY | {"teacher": taught_by}), tmp_path, QUIET)
+    with pytest.raises(ValueError, match="does not fit this network:\n  layer1.1.bn1.bias"):
+        experiment.student("kd", 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"name": "digit"}}, "data.name: there is no 'digit'; did you mean 'digits'"),
+        ({"data": {"name": "digits", "root": "x"}}, "data.root: unknown key"),
+        ({"student": {"model": "resnet9"}}, "student.model: there is no 'resnet9'; did you mean"),
+        ({"losses": [{"name": "kdd"}]}, r"losses\[0\].name: there is no 'kdd'; did you mean 'kd'"),
+        (
+            {"losses": [{"name": "kd", "temprature": 4.0}]},
+            r"losses\[0\].temprature: unknown key; did you mean 'temperature'",
+        ),
+        (
+            {"losses": [{"name": "kd", "temperature": -1.0}]},
+            r"losses\[0\]: temperature must be positive, got -1.0",
+        ),
+        (
+            {"losses": [{"name": "topkd", "via": "exakt"}]},
+            r"losses\[0\].via: expected 'exact' or 'ripsnet', got 'exakt'",
+        ),
+        ({"teacher": None}, r"controls.kd\[1\]: kd cannot be computed without a teacher"),
+        ({"losses": [{"name": "ce"}, {"name": "ce"}]}, "losses: ce appears twice"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_any_work(tmp_path, changes, message):
+    tree = TINY | {"teacher": {"model": "resnet8", "checkpoint": "absent"}} | changes
+    with pytest.raises(RecipeError, match=message):
+        Experiment(recipe.parse(tree), tmp_path / "runs", QUIET)
+    assert not (tmp_path / "runs").exists()
+
+
+def noise(**options) -> Data:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (320, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    statistics = ((0.5,) * 3, (0.25,) * 3)
+    images = InMemory(pixels[:256], torch.arange(256) % 100, *statistics, padding=4, flip=True)
+    test = InMemory(pixels[256:], torch.arange(64), *statistics, padding=4, flip=True)
+    return Data("noise", images, test, [str(c) for c in range(100)], *statistics)
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_recipe_is_read_written_read_again_and_trained(name, tmp_path, monkeypatch):
+    read = recipe.load(name)
+    assert recipe.parse(yaml.safe_load(recipe.write(read))) == read
+    assert recipe.about(name)
+
+    monkeypatch.setattr("topkd.experiment.DATA", DATA | {read.data.name: lambda: noise()})
+    changes = ["epochs=1", "batch_size=64"]
+    if read.teacher is not None:
+        network = MODELS[read.teacher.model].build(100).network
+        checkpoint.save_weights(tmp_path / "teacher.safetensors", network, {})
+        changes.append(f"teacher.checkpoint={tmp_path / 'teacher.safetensors'}")
+    for place in ("losses", *(f"controls.{arm}" for arm in read.controls)):
+        terms = read.losses if place == "losses" else read.controls[place.split(".")[1]]
+        if any(term.options.get("via") == "ripsnet" for term in terms):
+            changes.append(f"{place}.topkd.ripsnet={{passes: 1, epochs: 1}}")
+    experiment = Experiment(recipe.load(name, changes), tmp_path, QUIET)
+    result = experiment.student("student", 0)
+    assert 0 <= result["last"]["top1"] <= 100
+    shutil.rmtree(tmp_path / name)

@@ -1,0 +1,202 @@
+"""The loop: what one step does, how rates change, how runs resume and how they fail."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from topkd.data import Data, InMemory
+from topkd.features import Batch, Features, Teacher
+from topkd.losses import CrossEntropy, Distillation, Loss
+from topkd.models import MODELS
+from topkd.progress import Progress
+from topkd.recipe import Optimizer, parse
+from topkd.train import Device, Diverged, Sums, Trainer, Weighted, learning_rate
+
+STATISTICS = ((0.5,) * 3, (0.25,) * 3)
+
+
+def data(count: int = 64) -> Data:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 8, 8, 3), dtype=torch.uint8, generator=generator)
+    target = torch.arange(count) % 10
+    images = InMemory(pixels, target, *STATISTICS, padding=1, flip=True)
+    return Data("noise", images, images, [str(c) for c in range(10)], *STATISTICS)
+
+
+def recipe(**changes):
+    tree = {
+        "data": {"name": "digits"},
+        "teacher": {"model": "resnet8", "checkpoint": "unused"},
+        "student": {"model": "resnet8x0.25"},
+        "losses": [{"name": "ce"}, {"name": "kd", "weight": 2.0}],
+        "epochs": 3,
+        "batch_size": 16,
+        "precision": "float32",
+        "optimizer": {"lr": 0.05},
+    }
+    return parse(tree | changes)
+
+
+def trainer(losses=None, **changes) -> Trainer:
+    settings = recipe(**changes)
+    torch.manual_seed(0)
+    student, teacher = MODELS["resnet8x0.25"].build(10), MODELS["resnet8"].build(10)
+    made = losses or (CrossEntropy(), Distillation())
+    weighted = [Weighted(t, loss) for t, loss in zip(settings.losses, made, strict=True)]
+    images, device = data(), Device.of(settings, 64)
+    taught_by = Teacher(teacher, *STATISTICS)
+    return Trainer(student, taught_by, weighted, images, settings, 0, device, Progress(quiet=True))
+
+
+def a_batch() -> Batch:
+    index = torch.arange(16)
+    return Batch(data().train.read(index, None), data().train.target[index], index)
+
+
+def test_a_step_is_the_step_of_a_plain_loop():
+    ours, plain, batch = trainer(), trainer(), a_batch()
+    ours.student.train()
+    ours.step(batch, 1, Sums(), measure=True)
+
+    network, teacher = plain.student.network.train(), plain.teacher
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    logits, taught = network(batch.images), teacher(batch.images).logits
+    kd = 16 * F.kl_div((logits / 4).log_softmax(1), (taught / 4).softmax(1), reduction="batchmean")
+    (F.cross_entropy(logits, batch.target) + 2 * kd).backward()
+    optimizer.step()
+    torch.testing.assert_close(ours.student.network.state_dict(), network.state_dict())
+
+
+def test_the_gradient_is_clipped_to_its_greatest_norm():
+    clipped = trainer(gradient_clip=0.01)
+    before = [weight.detach().clone() for weight in clipped.weights]
+    clipped.optimizer.param_groups[0]["weight_decay"] = 0.0
+    clipped.student.train()
+    clipped.step(a_batch(), 1, Sums(), measure=False)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, clipped.weights, strict=True)])
+    assert moved.norm().item() == pytest.approx(0.05 * 0.01, rel=1e-3)
+
+
+def test_shares_are_those_of_the_gradients_at_the_embedding():
+    ours, batch, sums = trainer(), a_batch(), Sums()
+    ours.student.train()
+    features = ours.student(batch.images)
+    taught = ours.teacher(batch.images)
+    norms = []
+    for weight, loss in ((1.0, CrossEntropy()), (2.0, Distillation())):
+        value = weight * loss(features, taught, batch)
+        (gradient,) = torch.autograd.grad(value, features.embedding, retain_graph=True)
+        norms.append(gradient.norm().item())
+    ours.step(batch, 1, sums, measure=True)
+    shares = sums.means("share/")
+    assert shares["ce"] == pytest.approx(norms[0] / sum(norms), rel=1e-4)
+    assert shares["kd"] == pytest.approx(norms[1] / sum(norms), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scheduler"),
+    [
+        (
+            Optimizer(lr=0.5, milestones=(2, 3)),
+            lambda o: torch.optim.lr_scheduler.MultiStepLR(o, milestones=[2, 3]),
+        ),
+        (
+            Optimizer(lr=0.5, schedule="cosine"),
+            lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=4),
+        ),
+    ],
+)
+def test_rates_are_those_of_torch(settings, scheduler):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    theirs = scheduler(optimizer)
+    for epoch in range(4):
+        rate = optimizer.param_groups[0]["lr"]
+        assert learning_rate(settings, epoch, epochs=4) == pytest.approx(rate)
+        optimizer.step()
+        theirs.step()
+
+
+def test_one_cycle_rises_to_its_peak_and_falls_to_zero():
+    settings = Optimizer(lr=0.3, schedule="one-cycle", rise=0.25)
+    assert learning_rate(settings, 0, epochs=8) == 0
+    assert learning_rate(settings, 2, epochs=8) == pytest.approx(0.3)
+    assert learning_rate(settings, 5, epochs=8) == pytest.approx(0.15)
+    assert learning_rate(settings, 8, epochs=8) == pytest.approx(0)
+
+
+def test_a_weight_grows_over_its_warmup():
+    term = recipe(losses=[{"name": "ce", "weight": 6.0, "warmup": 3}]).losses[0]
+    weighted = Weighted(term, CrossEntropy())
+    assert [weighted.weight(epoch) for epoch in (1, 2, 3, 4)] == [2, 4, 6, 6]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, precision):
+    whole = trainer(precision=precision)
+    whole.run(tmp_path / "a" / "seed0")
+
+    class Stop(Exception):
+        pass
+
+    stopped = trainer(precision=precision)
+    epoch = stopped._epoch
+    stopped._epoch = lambda number, advance: (
+        _raise(Stop()) if number == 3 else epoch(number, advance)
+    )
+    with pytest.raises(Stop):
+        stopped.run(tmp_path / "b" / "seed0")
+    resumed = trainer(precision=precision)
+    history = resumed.run(tmp_path / "b" / "seed0")
+    for name, tensor in whole.student.network.state_dict().items():
+        assert torch.equal(tensor, resumed.student.network.state_dict()[name]), name
+    assert [entry["losses"] for entry in history] == [entry["losses"] for entry in whole.history]
+
+
+def _raise(error: Exception):
+    raise error
+
+
+def test_metrics_are_written_for_each_epoch(tmp_path):
+    trainer().run(tmp_path / "a" / "seed0")
+    lines = (tmp_path / "a" / "seed0" / "metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert [entry["epoch"] for entry in entries] == [1, 2, 3]
+    for entry in entries:
+        assert set(entry["losses"]) == set(entry["gradient_share"]) == {"ce", "kd"}
+        assert math.isclose(sum(entry["gradient_share"].values()), 1, rel_tol=1e-5)
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = trainer().run(tmp_path / "a" / "seed0")
+    events = EventAccumulator(str(tmp_path / "a" / "seed0" / "tensorboard"))
+    events.Reload()
+    written = [event.value for event in events.Scalars("losses/kd")]
+    assert written == pytest.approx([entry["losses"]["kd"] for entry in history])
+
+
+class Broken(Loss):
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> torch.Tensor:
+        return student.logits.sum() * torch.nan
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_is_named(tmp_path):
+    with pytest.raises(Diverged, match="epoch 1, term kd: the loss is nan"):
+        trainer(losses=(CrossEntropy(), Broken())).run(tmp_path / "a" / "seed0")
+
+
+def test_features_that_are_not_numbers_are_named_by_the_term_that_met_them():
+    from topkd.losses import TopKD
+    from topkd.topology import rips
+
+    term = recipe(losses=[{"name": "topkd"}]).losses[0]
+    weighted = Weighted(term, TopKD(lambda points: rips(points).deaths))
+    broken = Features(torch.zeros(4, 10), torch.full((4, 3), torch.nan))
+    batch = Batch(torch.zeros(4, 3, 8, 8), torch.zeros(4).long(), torch.arange(4))
+    with pytest.raises(Diverged, match="term topkd: cloud 0, point 0: a coordinate is NaN"):
+        trainer()._value(weighted, broken, broken, batch, 1)
