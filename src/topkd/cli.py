@@ -14,6 +14,8 @@ import typer
 if TYPE_CHECKING:
     from topkd.experiment import Experiment
 
+INTERRUPTED = 130  # exit status of a program that was stopped by Ctrl-C
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -238,10 +240,11 @@ def env(as_json: AsJson = False) -> None:
 def main() -> None:
     """Runs the command line; exits with 2 and one line for what a user can cause."""
     try:
-        app(_join_seeds(sys.argv[1:]), prog_name="topkd", standalone_mode=True)
-    except KeyboardInterrupt:
-        print("\ntopkd: stopped; the same command goes on from the last epoch", file=sys.stderr)
-        sys.exit(130)
+        app(_join_seeds(sys.argv[1:]), prog_name="topkd")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("\ntopkd: stopped; the same command goes on from the last epoch", file=sys.stderr)
+        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"topkd: {where}{error.strerror or error}", file=sys.stderr)

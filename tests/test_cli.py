@@ -1,0 +1,205 @@
+"""The real command line: what it prints, what it refuses, and how."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from topkd import cli, recipe
+
+TINY = {
+    "data": {"name": "digits", "limit": 200},
+    "teacher": {"model": "resnet8", "recipe": "teacher.yaml"},
+    "student": {"model": "resnet8x0.25"},
+    "losses": [
+        {"name": "ce"},
+        {"name": "kd"},
+        {"name": "topkd", "via": "ripsnet", "ripsnet": {"passes": 1, "epochs": 1}},
+    ],
+    "controls": {"kd": [{"name": "ce"}, {"name": "kd"}]},
+    "epochs": 1,
+    "batch_size": 32,
+}
+TEACHER = {
+    "data": {"name": "digits"},
+    "student": {"model": "resnet8"},
+    "losses": [{"name": "ce"}],
+    "epochs": 1,
+    "batch_size": 32,
+}
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Calls the command line in an empty folder and gives its status, output and messages."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(TEACHER))
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["topkd", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run
+
+
+def test_stages_one_by_one(call, tmp_path):
+    status, out, err = call("teacher", "tiny.yaml")
+    assert status == 0, err
+    assert out.split() == ["teacher:", "runs/teacher/student/seed0/student.safetensors"]
+    status, out, err = call("ripsnet", "tiny.yaml")
+    assert status == 0, err
+    assert "R² " in err
+    assert out.startswith("RipsNet: runs/tiny/ripsnet-")
+    status, out, _ = call("student", "tiny.yaml", "--arm", "kd", "--seeds", "0", "1")
+    assert status == 0
+    assert (tmp_path / "runs/tiny/kd/seed1/result.json").exists()
+    assert out.count("kd") == 2
+
+    run = "runs/tiny/kd/seed0"
+    status, out, _ = call("evaluate", run, "--json")
+    result = json.loads(out)
+    stored = json.loads((tmp_path / run / "result.json").read_text())
+    assert status == 0
+    assert result["top1"] == pytest.approx(stored["last"]["top1"])
+    status, out, _ = call("evaluate", run)
+    assert f"top-1              {result['top1']:.2f} %" in out
+
+    status, out, _ = call("report", "runs/tiny", "--markdown")
+    assert status == 0
+    assert "| kd" in out
+
+
+@pytest.mark.slow
+def test_run_ends_with_a_report_and_does_nothing_twice(call, tmp_path):
+    status, out, err = call("run", "tiny.yaml")
+    assert status == 0, err
+    assert "report: runs/tiny/report.html" in out
+    assert "<html" in (tmp_path / "runs/tiny/report.html").read_text()
+    status, again, err = call("run", "tiny.yaml")
+    assert again == out
+    assert "epoch" not in err
+
+
+def test_catalogues(call):
+    status, out, _ = call("list", "recipes")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == recipe.names()
+    for what, name in (("models", "resnet20"), ("losses", "topkd"), ("data", "cifar100")):
+        status, out, _ = call("list", what, "--json")
+        assert name in [entry["name"] for entry in json.loads(out)]
+
+
+def test_show_copy_check(call, tmp_path):
+    _, shown, _ = call("show", "digits", "optimizer.lr=1e-3")
+    assert yaml.safe_load(shown)["optimizer"]["lr"] == 1e-3
+    status, _, _ = call("copy", "digits", "mine.yaml")
+    assert status == 0
+    assert (tmp_path / "mine.yaml").read_text() == recipe.text("digits")
+    status, out, _ = call("check", "mine.yaml")
+    assert (status, out.split(":")[0]) == (0, "mine is right")
+    status, _, err = call("copy", "digits", "mine.yaml")
+    assert (status, err) == (2, "topkd: mine.yaml exists already; copy to another name\n")
+
+
+def test_env_tells_the_versions(call):
+    status, out, _ = call("env", "--json")
+    assert status == 0
+    assert json.loads(out)["torch"] == torch.__version__
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("pwned",))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run", "digit"), "there is no recipe 'digit'; did you mean 'digits'?"),
+        (("run", "digits", "epoch=3"), "epoch: unknown key; did you mean 'epochs'?"),
+        (("check", "tiny.yaml", "losses.kd.temprature=4"), "losses[1].temprature: unknown key"),
+        (("check", "tiny.yaml", "losses.4=1"), "there is no '4'; there are ce, kd, topkd"),
+        (("run", "digits", "--seeds", "a"), "--seeds: expected numbers such as 0,1,2 or 0-2"),
+        (("report", "."), "no result.json"),
+        (("evaluate", "absent.pth", "--model", "resnet8", "--data", "digits"), "absent.pth: No su"),
+        (("evaluate", "evil.pth", "--model", "resnet8", "--data", "digits"), "evil.pth is refused"),
+        (("evaluate", "evil.pth"), "evil.pth does not tell which network it is"),
+        (("evaluate", "wrong.pth", "--model", "resnet8", "--data", "digits"), "does not fit"),
+        (("teacher", "digits/teacher"), "digits/teacher has no teacher"),
+        (
+            ("teacher", "cifar100/teachers/resnet20", "data.root=nowhere"),
+            "cifar100/teachers/resnet20 has no teacher",
+        ),
+        (
+            ("student", "cifar100/teachers/resnet20", "data.root=nowhere"),
+            "nowhere holds neither parquet files",
+        ),
+    ],
+)
+def test_what_a_user_can_cause_is_one_clear_message(call, tmp_path, words, message):
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    torch.save({"model": {"conv1.weight": torch.zeros(1)}}, tmp_path / "wrong.pth")
+    status, out, err = call(*words)
+    assert status == 2
+    assert err.startswith("topkd: ")
+    assert message in err
+    assert "Traceback" not in err + out
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("topkd.experiment.Experiment.student", interrupt)
+    status, _, err = call("student", "tiny.yaml")
+    assert status == 130
+    assert "the same command goes on from the last epoch" in err
+
+
+def test_no_space_left_is_one_line(call, monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    status, _, err = call("student", "teacher.yaml")
+    assert status == 2
+    assert "runs/teacher/recipe.yaml could not be written: No space left on device" in err
+
+
+def test_seeds_are_read_in_every_form():
+    assert cli._join_seeds(["run", "x", "--seeds", "0", "1", "2", "a=1"]) == [
+        *("run", "x", "--seeds", "0,1,2", "a=1")
+    ]
+    assert cli._numbers("0,2") == [0, 2]
+    assert cli._numbers("1-3") == [1, 2, 3]
+
+
+def test_help_loads_neither_torch_nor_pydantic():
+    code = (
+        "import sys; sys.argv = ['topkd', '--help']\n"
+        "from topkd import cli\n"
+        "try: cli.main()\n"
+        "finally: print([m for m in ('torch', 'pydantic', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.slow
+def test_the_authors_student_has_the_accuracy_they_published(call, shared):
+    weights = shared("checkpoints/resnet20_cifar100_topkd.pth")
+    data = shared("data/cifar100")
+    status, out, _ = call(
+        "evaluate", str(weights), "--model", "resnet20", "--data", "cifar100", "--root", str(data)
+    )
+    assert status == 0
+    assert "top-1              71.74 %" in out
