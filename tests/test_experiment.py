@@ -1,6 +1,9 @@
 """Recipes carried out: stages, resuming, folders, and every recipe that ships."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -191,3 +194,34 @@ def test_every_recipe_is_read_written_read_again_and_trained(name, tmp_path, mon
     result = experiment.student("student", 0)
     assert 0 <= result["last"]["top1"] <= 100
     shutil.rmtree(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same_network(tmp_path):
+    tree = TINY | {"teacher": None, "losses": [{"name": "ce"}], "controls": {}}
+    (tmp_path / "alone.yaml").write_text(yaml.safe_dump(tree | {"name": "alone"}))
+    code = (
+        "import sys, torch; from pathlib import Path; from topkd import recipe\n"
+        "from topkd.experiment import Experiment; from topkd.progress import Progress\n"
+        "from topkd.train import Trainer; import os; run = Trainer.run\n"
+        "def kept(self, folder):\n"
+        "    history = run(self, folder)\n"
+        "    torch.save([w.detach() for w in self.weights], f'rank{os.environ[\"RANK\"]}.pt')\n"
+        "    return history\n"
+        "Trainer.run = kept\n"
+        "e = Experiment(recipe.load('alone.yaml'), Path('runs'), Progress(quiet=True))\n"
+        "e.student('student', 0)\n"
+    )
+    (tmp_path / "two.py").write_text(code)
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "two.py"]
+    subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    assert (tmp_path / "runs/alone/student/seed0/result.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,8 @@ def run(
     results = [
         experiment.student(arm, seed) for seed in _numbers(seeds) for arm in experiment.recipe.arms
     ]
+    if not _is_first_process():
+        return
     page = experiment.folder / "report.html"
     write_report(experiment.folder, page, experiment.progress)
     _print_results(results)
@@ -114,7 +117,9 @@ def student(
 ) -> None:
     """Train and evaluate the student of a recipe without its controls, or one control."""
     experiment = _experiment(recipe, changes, out, quiet)
-    _print_results([experiment.student(arm, seed) for seed in _numbers(seeds)])
+    results = [experiment.student(arm, seed) for seed in _numbers(seeds)]
+    if _is_first_process():
+        _print_results(results)
 
 
 @app.command()
@@ -260,6 +265,11 @@ def _experiment(recipe: str, changes: list[str] | None, out: Path, quiet: bool) 
     from topkd.progress import Progress
 
     return Experiment(recipes.load(recipe, changes or []), out, Progress(quiet=quiet))
+
+
+def _is_first_process() -> bool:
+    """Tells whether this is the one of several processes that speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _catalogue(what: str) -> list[tuple[str, str]]:

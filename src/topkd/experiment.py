@@ -242,9 +242,13 @@ class Experiment:
             student, teacher, losses, self.data, self.recipe, seed, self.device, self.progress
         )
         history = trainer.run(folder)
-        result = self._result(arm, seed, student, losses, history)
-        checkpoint.save_weights(folder / "student.safetensors", student.network, self._about())
-        files.write_json(folder / "result.json", result)  # last: it says that all is done
+        predictions = evaluate.predict(student.eval(), self.data.test, self.device.device)
+        result = self._result(arm, seed, predictions, losses, history)
+        if trainer.accelerator.is_main_process:
+            self._keep_examples(predictions, folder)
+            checkpoint.save_weights(folder / "student.safetensors", student.network, self._about())
+            files.write_json(folder / "result.json", result)  # last: it says that all is done
+        trainer.accelerator.wait_for_everyone()
         return result
 
     def _about(self) -> dict[str, Any]:
@@ -261,14 +265,11 @@ class Experiment:
         self,
         arm: str,
         seed: int,
-        student: Tapped,
+        predictions: evaluate.Predictions,
         losses: list[Weighted],
         history: list[dict[str, Any]],
     ) -> dict[str, Any]:
         recipe, judged_on = self.recipe, self.data.judged_on
-        student.eval()
-        predictions = evaluate.predict(student, self.data.test, self.device.device)
-        self._keep_examples(predictions, self.folder / arm / f"seed{seed}")
         accuracies = [entry[f"{judged_on}_top1"] for entry in history]
         best = max(range(len(accuracies)), key=accuracies.__getitem__)
         result: dict[str, Any] = {

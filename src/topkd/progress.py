@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,8 @@ class Progress:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
+        # Of several processes only the first speaks.
+        quiet = quiet or os.environ.get("RANK", "0") != "0"
         self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:

@@ -228,6 +228,8 @@ class Trainer:
                 group["lr"] = rate
             self.step(batch, epoch, sums, measure=step in measured)
             advance(len(batch.index), "")
+        for name, total in sums.totals.items():
+            sums.totals[name] = self.accelerator.reduce(total, "mean")  # over processes
         seconds = time.perf_counter() - start
         self.student.eval()
         with self.device.autocast():
