@@ -30,6 +30,9 @@ class Images(Protocol):
 class InMemory:
     """Small images of one size, kept as bytes and augmented a whole batch at a time.
 
+    Raises:
+        ValueError: If the pixels are not bytes of that shape, or not as many as the labels.
+
     Examples:
         >>> images = InMemory(torch.zeros(10, 8, 8, 3, dtype=torch.uint8), torch.zeros(10).long(),
         ...                   mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), padding=1, flip=False)
@@ -43,6 +46,14 @@ class InMemory:
     std: Sequence[float]
     padding: int  # of the random crop
     flip: bool
+
+    def __post_init__(self) -> None:
+        pixels = self.pixels
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
+            got = f"{pixels.dtype} {tuple(pixels.shape)}"
+            raise ValueError(f"pixels must be bytes (images, h, w, 3), got {got}")
+        if self.target.shape != pixels.shape[:1]:
+            raise ValueError(f"{len(pixels)} images need as many labels, got {len(self.target)}")
 
     def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
         """Reads normalised images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""

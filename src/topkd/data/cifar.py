@@ -44,7 +44,7 @@ def cifar10(*, root: str = "data/cifar10", download: bool = False) -> Data:
         Learning Multiple Layers of Features from Tiny Images (Krizhevsky, 2009)
         https://www.cs.toronto.edu/~kriz/cifar.html
     """
-    return _load(_CIFAR10, Path(root), download)
+    return _load(_CIFAR10, Path(root).expanduser(), download)
 
 
 def cifar100(*, root: str = "data/cifar100", download: bool = False) -> Data:
@@ -63,7 +63,7 @@ def cifar100(*, root: str = "data/cifar100", download: bool = False) -> Data:
         Learning Multiple Layers of Features from Tiny Images (Krizhevsky, 2009)
         https://www.cs.toronto.edu/~kriz/cifar.html
     """
-    return _load(_CIFAR100, Path(root), download)
+    return _load(_CIFAR100, Path(root).expanduser(), download)
 
 
 def _load(kind: _Kind, root: Path, download: bool) -> Data:

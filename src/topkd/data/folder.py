@@ -72,7 +72,7 @@ def folder(*, root: str, size: int = 224) -> Data:
     """
     from torchvision.datasets import folder as torchvision_folder
 
-    top = Path(root)
+    top = Path(root).expanduser()
     judge = next((name for name in ("val", "test") if (top / name).is_dir()), "val")
     parts, names = [], []
     for part in ("train", judge):
