@@ -9,7 +9,7 @@ from hypothesis import settings
 SHARED = Path(__file__).parents[2] / "shared"
 
 torch.set_num_threads(1)  # xdist runs one process on each core already
-settings.register_profile("topkd", deadline=None, derandomize=True, database=None, max_examples=40)
+settings.register_profile("topkd", deadline=None, derandomize=True, database=None, max_examples=30)
 settings.load_profile("topkd")
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FAINT = 0.001  # share of the gradient below which a term is as good as absent
 POOR = 0.5  # R² below which an approximator is no stand-in
 CLOUDS = 4  # shown of an approximator
+NO_METRICS = "No curves: there is no metrics.jsonl beside the results."
+NO_EXAMPLES = "there is no examples.safetensors of both sides beside the results."
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,14 @@ def training(study: Study) -> Chapter:
     }
     runs = {arm: histories for arm, histories in runs.items() if histories}
     if not runs:
-        return Chapter("training", missing=["No curves: there is no metrics.jsonl beside results."])
+        return Chapter("training", missing=[NO_METRICS])
     colours, judged_on = plots.palette(list(study.arms)), study.first.result.judged_on
-    accuracy = {
+    accuracies = {
         arm: [[entry[f"{judged_on}_top1"] for entry in history] for history in histories]
         for arm, histories in runs.items()
     }
     figure = plots.curves(
-        accuracy, title="Accuracy", ylabel=f"{judged_on} accuracy, %", colours=colours
+        accuracies, title="Accuracy", ylabel=f"{judged_on} accuracy, %", colours=colours
     )
     pictures = [Picture(figure, f"{judged_on} accuracy over the epochs of {', '.join(runs)}")]
     terms = {name: None for histories in runs.values() for name in histories[0][0]["losses"]}
@@ -122,7 +124,7 @@ def gradients(study: Study) -> Chapter | None:
             }
             figure = plots.gradient_shares(over_epochs, title=arm, colours=colours)
             pictures.append(Picture(figure, f"share of the gradient of {', '.join(last)} in {arm}"))
-    missing = [] if pictures else ["No curves: there is no metrics.jsonl beside the results."]
+    missing = [] if pictures else [NO_METRICS]
     return Chapter("gradients", sentences, faint_terms(study), pictures, missing)
 
 
@@ -157,9 +159,6 @@ def _teacher(run: Run) -> str:
     return "" if run.result.teacher is None else run.result.teacher.model
 
 
-NO_EXAMPLES = "there is no examples.safetensors of both sides beside the results."
-
-
 def shape(study: Study) -> Chapter | None:
     """Draws the H0 diagrams of teacher, control and student for one cloud of test images."""
     if study.first.result.teacher is None:
@@ -176,7 +175,7 @@ def shape(study: Study) -> Chapter | None:
         deaths[name] = evaluate.relative_diagrams(cloud, size).deaths[0].numpy()
     end = max(float(values.max()) for values in deaths.values())
     colours = dict(zip(deaths, (plots.TEACHER, *plots.COLOURS), strict=False))
-    unit = "in means"
+    unit = "mean = 1"
     pictures = [
         Picture(
             plots.barcode(values, title=name, end=end, unit=unit, colour=colours[name]),
@@ -187,6 +186,11 @@ def shape(study: Study) -> Chapter | None:
     together = plots.sorted_deaths(deaths, title="Together", unit=unit, colours=colours)
     pictures.append(Picture(together, f"sorted bar lengths of {', '.join(deaths)}"))
     return Chapter("shape", sentences, pictures=pictures)
+
+
+def accuracy(result: Result) -> float:
+    """The accuracy of a run at the last epoch, in percent."""
+    return result.last.top1
 
 
 def distance(result: Result) -> float | None:
@@ -201,7 +205,18 @@ def _distances(study: Study) -> list[str]:
     )
     if not listed:
         return []
-    return [f"Topological distance to the teacher, over all clouds of test images: {listed}."]
+    sentences = [f"Topological distance to the teacher, over all clouds of test images: {listed}."]
+    for arm, found in study.compare(distance).items():
+        if found is not None and found.interval is not None:
+            low, high = found.interval
+            ends = f"{fixed(low, '+.3f')} to {fixed(high, '+.3f')}"
+            sentences.append(
+                f"Seed by seed, {arm} is {abs(found.mean):.3f} "
+                f"{'closer' if found.mean < 0 else 'farther'} than {study.control} (95 % interval "
+                f"of the difference {ends}, {count(found.n, 'seed')})"
+                f"{', which may be chance.' if low <= 0 <= high else '.'}"
+            )
+    return sentences
 
 
 def _clouds(embedding: Tensor, size: int) -> Tensor:
@@ -215,16 +230,16 @@ def fidelities(study: Study) -> dict[str, Judged]:
     for run in study.runs:
         for term, facts in run.result.facts.items():
             if facts.fidelity is not None and facts.fidelity not in found.values():
-                found[f"{term} of {run.result.arm}"] = facts.fidelity
+                found[f"{term} in {run.result.arm}"] = facts.fidelity
     return found
 
 
 def poor_approximators(study: Study) -> list[str]:
     """Warns of approximators that explain less than half of what differs between clouds."""
     return [
-        f"The RipsNet behind {name} has R² {fidelity.r2:.2f}, below {POOR}: it answers "
-        "much the same whatever it is shown, so this run says little about topology. "
-        "`via: exact` computes the real thing, and faster."
+        f"The RipsNet of {name} has R² {fixed(fidelity.r2, '.2f')}, below {POOR}: "
+        "it misses more than half of what differs between clouds, so that this run says little "
+        "about topology. The option via: exact computes the real thing, and faster."
         for name, fidelity in fidelities(study).items()
         if fidelity.r2 < POOR
     ]
@@ -236,9 +251,10 @@ def images(study: Study) -> Chapter | None:
     if not known:
         return None
     sentences = [
-        f"{name}: R² {f.r2:.2f} on {f.clouds} held-out clouds, where 1 is exact and 0 is no "
-        "better than always answering with the mean image; the cosine between its gradient and "
-        f"the exact one is {f.gradient_cosine:.2f} (median), where 1 is the same direction."
+        f"RipsNet of {name}: R² {fixed(f.r2, '.2f')} on {f.clouds} held-out clouds, where 1 is "
+        "exact and 0 is no better than always answering with the mean image; the cosine between "
+        f"its gradient and the exact one is {fixed(f.gradient_cosine, '.2f')} (median), where 1 "
+        "is the same direction."
         for name, f in known.items()
     ]
     warnings = poor_approximators(study)
@@ -324,3 +340,20 @@ def count(number: int, what: str) -> str:
         ('1 seed', '3 seeds')
     """
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def fixed(number: float, spec: str) -> str:
+    """Writes a number with a proper minus sign, and none before a zero.
+
+    Examples:
+        >>> fixed(-1.25, "+.1f"), fixed(-0.001, ".2f"), fixed(0.5, "+.1f")
+        ('\u22121.2', '0.00', '+0.5')
+    """
+    text = format(number, spec)
+    if not text.strip("-+0."):
+        return text.lstrip("-+")
+    return text.replace("-", "\u2212")
+
+
+CHAPTERS = (training, gradients, shape, images, maps)
+"""Everything that can be told of a study, in the order of the page; some have nothing to tell."""

@@ -121,6 +121,8 @@ class Experiment:
     def __init__(self, recipe: Recipe, out: Path, progress: Progress) -> None:
         check(recipe)
         self.recipe, self.out, self.progress = recipe, out, progress
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
         self.folder = out / recipe.name
         self._claim_folder()
 

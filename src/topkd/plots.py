@@ -8,12 +8,14 @@ figures know no window: show them in a notebook, or write them by ``figure.savef
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#A6761D")
 """Told apart with every kind of colour vision (Okabe & Ito 2008, without its yellow)."""
+LINES = ("-", "--", "-.", ":")
 TEACHER = "#333333"
 OTHERS = "#c8c8c8"
 CLASS_COLOURS = (*COLOURS, "#6A3D9A", "#B8B000")
@@ -104,10 +107,11 @@ def curves(
         threshold: Where to draw a dashed line across.
     """
     colours = colours or palette(list(runs))
+    styles = dict(zip(colours, itertools.cycle(LINES), strict=False))
     with _style():
         figure = _figure(4.2, 3.0)
         axes = figure.add_subplot(title=title, xlabel="epoch", ylabel=ylabel)
-        for number, (name, seeds) in enumerate(runs.items()):
+        for name, seeds in runs.items():
             length = min(len(seed) for seed in seeds)
             values = np.array([seed[:length] for seed in seeds], dtype=float)
             epochs = np.arange(1, length + 1)
@@ -118,7 +122,7 @@ def curves(
                 values.mean(0),
                 color=colours[name],
                 linewidth=2,
-                linestyle=("-", "--", "-.", ":")[number % 4],
+                linestyle=styles[name],
                 marker="o" if length == 1 else None,
                 label=name,
             )
@@ -129,12 +133,14 @@ def curves(
 
 
 def _finish_curves(axes: Axes, *, wide: bool) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     values = np.concatenate([np.ravel(line.get_ydata()) for line in axes.lines])
     positive = values[values > 0]
     if wide and len(positive) and positive.max() > 30 * positive.min():
         axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.margins(x=0.02)
     axes.legend(fontsize=9, handlelength=2.4)
@@ -186,10 +192,10 @@ def barcode(
     lengths = np.sort(np.asarray(deaths, dtype=float))[::-1]
     with _style():
         figure = _figure(3.2, 3.0)
-        axes = figure.add_subplot(title=title, xlabel=f"distance{unit and f', {unit}'}")
+        axes = figure.add_subplot(title=title, ylabel="bars, longest at the bottom")
+        axes.set_xlabel(f"distance{unit and f', {unit}'}")
         axes.hlines(np.arange(1, len(lengths) + 1), 0, lengths, color=colour, linewidth=1.6)
         axes.set_xlim(0, 1.03 * (end or max(lengths.max(initial=0), 1e-12)))
-        axes.set_ylabel("groups, the longest-lived below")
         axes.grid(visible=False, axis="y")
     return figure
 
@@ -213,15 +219,15 @@ def sorted_deaths(
         colours: Of the names; from :func:`palette` if not told.
     """
     colours = colours or palette(list(diagrams))
+    styles = dict(zip(colours, itertools.cycle(LINES), strict=False))
     with _style():
         figure = _figure(3.2, 3.0)
         axes = figure.add_subplot(title=title, xlabel="bars, shortest first")
         axes.set_ylabel(f"distance{unit and f', {unit}'}")
-        for number, (name, deaths) in enumerate(diagrams.items()):
+        for name, deaths in diagrams.items():
             values = np.sort(np.asarray(deaths, dtype=float))
-            style = ("-", "--", "-.", ":")[number % 4]
             bars = np.arange(1, len(values) + 1)
-            axes.plot(bars, values, style, color=colours[name], linewidth=1.8, label=name)
+            axes.plot(bars, values, styles[name], color=colours[name], linewidth=1.8, label=name)
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=9, handlelength=2.4)
     return figure
@@ -301,10 +307,12 @@ def project(points: ArrayLike, *, seed: int = 0) -> tuple[NDArray[Any], str]:
         places = np.zeros((len(x), 2))
         places[:, : min(2, len(scale))] = (left * scale)[:, :2]
         return places, "PCA, for lack of points"
-    import umap
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages it could use, and of clusters far apart
+        import umap
 
-    reducer = umap.UMAP(n_neighbors=NEIGHBOURS, random_state=seed, n_jobs=1)
-    return np.asarray(reducer.fit_transform(x), dtype=np.float64), "UMAP"
+        reducer = umap.UMAP(n_neighbors=NEIGHBOURS, random_state=seed, n_jobs=1)
+        return np.asarray(reducer.fit_transform(x), dtype=np.float64), "UMAP"
 
 
 def class_colours(target: Sequence[int]) -> dict[int, str]:
@@ -370,8 +378,6 @@ def to_svg(figure: Figure, *, prefix: str, alt: str) -> str:
         prefix: Of all ids, different for each figure of a page.
         alt: What the picture shows, for those who cannot see it.
     """
-    from html import escape
-
     content = io.StringIO()
     with _style():
         figure.savefig(content, format="svg", metadata={"Date": None})

@@ -112,6 +112,8 @@ class Recipe(_Section):
     optimizer: Optimizer = Optimizer()
     gradient_clip: Annotated[float, Field(gt=0)] | None = None
     """Greatest norm of the gradient."""
+    threads: Annotated[int, Field(gt=0)] | None = None
+    """Of the CPU, all if not told; small networks gain from one, which other work does not slow."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the networks; auto is bfloat16 where the device gains from it."""
     compile: Literal["auto", True, False] = "auto"

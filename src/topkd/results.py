@@ -17,6 +17,7 @@ from torch import Tensor
 
 from topkd import files
 from topkd.recipe import STUDENT, Term
+from topkd.statistics import Paired, paired
 
 Value = TypeVar("Value")
 
@@ -100,10 +101,16 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return []
+        needed = {"losses", "gradient_share", f"{self.result.judged_on}_top1"}
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()]
+            entries = [json.loads(line) for line in path.read_text().splitlines()]
         except ValueError as error:
             raise ValueError(f"{path} is broken: {error}") from error
+        for number, entry in enumerate(entries, start=1):
+            lacking = sorted(needed - set(entry)) if isinstance(entry, dict) else sorted(needed)
+            if lacking:
+                raise ValueError(f"{path} is broken: line {number} lacks {', '.join(lacking)}")
+        return entries
 
     @cached_property
     def examples(self) -> dict[str, Tensor]:
@@ -159,6 +166,24 @@ class Study:
         """Reads something of every run of an arm: seed -> value, without those that have none."""
         values = {seed: read(run.result) for seed, run in self.arms[arm].items()}
         return {seed: value for seed, value in values.items() if value is not None}
+
+    def compare(self, read: Callable[[Result], float | None]) -> dict[str, Paired | None]:
+        """Compares every other arm with the control, seed by seed.
+
+        Args:
+            read: What is compared.
+
+        Returns:
+            Arm -> comparison, None where no seed is in common.
+        """
+        if self.control is None:
+            return {}
+        control, found = self.over_seeds(self.control, read), dict[str, Paired | None]()
+        for arm in self.arms:
+            values = self.over_seeds(arm, read)
+            if arm != self.control:
+                found[arm] = paired(values, control) if values.keys() & control.keys() else None
+        return found
 
 
 def collect(folder: Path) -> list[Study]:

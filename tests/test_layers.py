@@ -1,0 +1,169 @@
+"""The house keeps its order: which part may import which, read off the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import topkd
+
+ROOT = Path(topkd.__file__).parent
+LEVELS = {  # an import points to a lower number, or sideways without a circle
+    "cli": 6,
+    "experiment": 5,
+    "report": 5,
+    "plots": 5,
+    "export": 5,
+    "statistics": 5,
+    "results": 5,
+    "chapters": 5,
+    "train": 4,
+    "checkpoint": 4,
+    "evaluate": 3,
+    "losses": 2,
+    "models": 2,
+    "data": 2,
+    "features": 1,
+    "topology": 1,
+    "recipe": 1,
+    "files": 1,
+    "progress": 1,
+}
+FREE = {"topkd", "topkd.__main__"}  # the version, and the way in
+# Licences that ours does not go with, and libraries that are only here to be compared with.
+FORBIDDEN = {
+    "gudhi",
+    "ripser",
+    "persim",
+    "gtda",
+    "gph",
+    "torch_topological",
+    "multipers",
+    "pingouin",
+}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def imports_of(name: str, source: str, is_package: bool) -> set[str]:
+    """Every module that is imported anywhere in a file, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = name.split(".") if is_package else name.split(".")[:-1]
+            base = base[: len(base) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # `from topkd import files` imports a module, `from topkd.files import write` a name.
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                found.add(inner if inner in MODULES else module)
+    return found
+
+
+IMPORTS = {
+    name: imports_of(name, path.read_text(), path.name == "__init__.py")
+    for name, path in MODULES.items()
+}
+OWN = {name: {i for i in imports if i in MODULES} - {"topkd"} for name, imports in IMPORTS.items()}
+
+
+def part(name: str) -> str:
+    return name.split(".")[1]
+
+
+def test_imports_are_read_as_python_reads_them():
+    source = "import os.path\nfrom topkd import files, __version__\nfrom topkd.data import DATA\n"
+    assert imports_of("topkd.x", source, False) == {"os.path", "topkd.files", "topkd", "topkd.data"}
+    inside = (
+        "def f():\n    from .base import Loss\n    from . import files\n    from .. import data\n"
+    )
+    found = imports_of("topkd.losses.logits", inside, False)
+    assert found == {"topkd.losses.base", "topkd.losses", "topkd.data"}
+    assert imports_of("topkd.losses", "from .base import Loss", True) == {"topkd.losses.base"}
+    assert OWN["topkd.losses.base"] >= {"topkd.features"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - FREE))
+def test_every_part_has_its_level(name):
+    assert part(name) in LEVELS, "a new part of the house: give it a level in LEVELS"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - FREE))
+def test_imports_never_point_upwards(name):
+    wrong = {i for i in OWN[name] if LEVELS[part(i)] > LEVELS[part(name)]}
+    assert not wrong
+
+
+def circles(graph):
+    """What is left of a graph after everything that imports nothing left has been taken away."""
+    left = {name: set(imports) for name, imports in graph.items()}
+    while free := {name for name, imports in left.items() if not imports & left.keys()}:
+        left = {name: imports for name, imports in left.items() if name not in free}
+    return left
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": set()}) == {}
+    assert circles({"a": {"b"}, "b": {"a"}, "c": set()}).keys() == {"a", "b"}
+
+
+def test_there_is_no_circle_of_modules():
+    assert circles(OWN) == {}
+
+
+def test_there_is_no_circle_of_parts():
+    parts = {}
+    for name in MODULES.keys() - FREE:
+        others = {part(i) for i in OWN[name]} - {part(name)}
+        parts.setdefault(part(name), set()).update(others)
+    assert circles(parts) == {}
+
+
+def test_topology_could_be_a_package_of_its_own():
+    inside = {name for name in MODULES if name.startswith("topkd.topology")}
+    for name in inside:
+        assert {i for i in IMPORTS[name] if i.split(".")[0] == "topkd"} <= inside
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_of_another_licence_is_imported(name):
+    assert not {i.split(".")[0] for i in IMPORTS[name]} & FORBIDDEN
+
+
+def loaded_by(statement: str) -> set[str]:
+    script = f"import sys\n{statement}\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_import_of_the_package_is_light():
+    loaded = loaded_by("import topkd; topkd.__version__")
+    assert "topkd" in loaded
+    assert not loaded & {"torch", "matplotlib", "numba", "numpy", "pydantic", "rich"}
+
+
+def test_training_does_not_load_what_only_pictures_need():
+    loaded = loaded_by(
+        "import topkd.topology, topkd.losses, topkd.models, topkd.data, topkd.checkpoint"
+    )
+    assert not loaded & {
+        "matplotlib",
+        "umap",
+        "jinja2",
+        "typer",
+        "sklearn",
+        "pyarrow",
+        "torchvision",
+    }

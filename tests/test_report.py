@@ -1,0 +1,462 @@
+"""Reports on small folders of results made by hand, and on one made by a real experiment."""
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from topkd import chapters, plots, report
+from topkd.progress import Progress
+from topkd.recipe import Term
+from topkd.topology import PersistenceImage, RipsNet, rips
+from topkd.topology.ripsnet import Approximation, Fidelity
+
+CE, KD = {"name": "ce", "weight": 1.0, "warmup": 0}, {"name": "kd", "weight": 2.0, "warmup": 0}
+TOPKD = {"name": "topkd", "weight": 5.0, "warmup": 0, "via": "ripsnet", "ripsnet": {"passes": 8}}
+LOSSES = {"kd": [CE, KD], "ce": [CE], "student": [CE, KD, TOPKD]}
+FIDELITY = {"r2": 0.02, "gradient_cosine": -0.001, "gradient_cosine_low": -0.1, "clouds": 256}
+RECIPE = {"controls": {"kd": [CE, KD], "ce": [CE]}, "batch_size": 16, "note": "<b>bold</b>"}
+VOID = {"br", "img", "link", "meta"}
+
+
+def result(arm: str, seed: int, top1: float, **changes: object) -> dict:
+    """What ``experiment`` writes, in its form."""
+    shares = {term["name"]: 1 / len(LOSSES.get(arm, [CE])) for term in LOSSES.get(arm, [CE])}
+    if "topkd" in shares:
+        shares |= {"ce": 0.3, "kd": 0.6998, "topkd": 0.0002}
+    return {
+        "recipe": "digits",
+        "recipe_hash": "3f0a3080a40e",
+        "arm": arm,
+        "seed": seed,
+        "model": "resnet8x0.25",
+        "data": "digits",
+        "losses": LOSSES.get(arm, [CE]),
+        "epochs": 2,
+        "judged_on": "test",
+        "last": {"top1": top1, "top5": 100.0, "nll": 0.2, "ece": 2.5},
+        "mean_of_last_10": top1 - 20,
+        "best": {"epoch": 1, "top1": top1 + 1},
+        "gradient_share": shares,
+        "facts": {"topkd": {"via": "ripsnet", "fidelity": FIDELITY}} if arm == "student" else {},
+        "train_seconds": 5.9,
+        "environment": {
+            "topkd": "0.1.0",
+            "commit": None,
+            "python": "3.11.7",
+            "torch": "2.14.1",
+            "processor": "AMD EPYC",
+            "threads": 2,
+            "device": "cpu",
+            "dtype": "bfloat16",
+        },
+        "teacher": {"model": "resnet20", "hash": "fdee", "top1": 99.0, "top5": 100.0},
+        "likeness": {"agreement": 93.0, "kl": 0.2, "topological_distance": 0.2 + seed / 100},
+    } | changes
+
+
+def put(folder: Path, *results: dict) -> Path:
+    for content in results:
+        path = folder / content["recipe"] / content["arm"] / f"seed{content['seed']}"
+        path.mkdir(parents=True)
+        (path / "result.json").write_text(json.dumps(content))
+    return folder
+
+
+def put_files(folder: Path) -> Path:
+    """Puts beside results what a run keeps: metrics, embeddings, the recipe and a RipsNet."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(40, 8, generator=generator)
+    for path in folder.rglob("result.json"):
+        terms = [term["name"] for term in json.loads(path.read_text())["losses"]]
+        entries = [
+            {
+                "epoch": epoch,
+                "test_top1": 40.0 * epoch,
+                "losses": dict.fromkeys(terms, 1 / epoch),
+                "gradient_share": dict.fromkeys(terms, 1 / len(terms)),
+            }
+            for epoch in (1, 2)
+        ]
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        (path.parent / "metrics.jsonl").write_text(lines)
+        student = torch.randn(40, 4, generator=generator)
+        kept = {"teacher": teacher, "student": student, "target": torch.arange(40) % 12}
+        save_file(kept, path.parent / "examples.safetensors")
+    (folder / "digits/recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    image = PersistenceImage.fit(rips(teacher[:32].view(2, 16, 8)))
+    fidelity = Fidelity(r2=0.02, gradient_cosine=0.0, gradient_cosine_low=0.0, clouds=256, silent=0)
+    approximation = Approximation(RipsNet(8), image, 16, "fdee", fidelity)
+    (folder / "digits/ripsnet-1.safetensors").write_bytes(approximation.to_bytes())
+    return folder
+
+
+@pytest.fixture
+def six(tmp_path):
+    """Six seeds of a control and of the recipe's own losses, 0.5 apart on average."""
+    gains = (0.25, 0.75, 0.5, 0.0, 1.0, 0.5)
+    runs = [result("kd", seed, 90.0 + seed) for seed in range(6)]
+    runs += [result("student", seed, 90.0 + seed + gain) for seed, gain in enumerate(gains)]
+    return put(tmp_path / "runs", *runs)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Takes the first two coordinates in place of UMAP, which is slow to load."""
+    monkeypatch.setattr(plots, "project", lambda points: (points[:, :2], "UMAP"))
+
+
+class Page(HTMLParser):
+    """What a browser would load and show."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.open, self.attributes, self.shown = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.shown.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.shown).split())
+
+
+def collect_one(folder):
+    (study,) = report.collect(folder)
+    return study
+
+
+def test_runs_are_grouped_by_recipe_arm_and_seed(tmp_path):
+    teacher = result("student", 0, 99.0, recipe="digits/teacher", recipe_hash="1", teacher=None)
+    runs = [result(arm, seed, 90.0) for arm in ("student", "ce", "kd") for seed in (10, 2)]
+    studies = report.collect(put(tmp_path, teacher, *runs))
+    assert [study.recipe for study in studies] == ["digits", "digits/teacher"]
+    assert {arm: list(seeds) for arm, seeds in studies[0].arms.items()} == dict.fromkeys(
+        ("kd", "ce", "student"), [2, 10]
+    )
+    assert [study.control for study in studies] == ["kd", None]
+
+
+def test_the_first_control_of_the_recipe_is_the_one_to_compare_with(tmp_path):
+    put(tmp_path, *(result(arm, 0, 90.0) for arm in LOSSES))
+    assert collect_one(tmp_path).control == "kd"  # it has most of the student's losses
+    recipe = {"controls": {"ce": [CE], "kd": [CE, KD]}}
+    (tmp_path / "digits/recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert collect_one(tmp_path).control == "ce"
+
+
+def test_no_result_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=f"no result.json below {re.escape(str(tmp_path))}"):
+        report.markdown(tmp_path)
+
+
+def test_a_seed_that_appears_twice_is_an_error(tmp_path):
+    put(tmp_path / "a", result("kd", 0, 90.0))
+    put(tmp_path / "b", result("kd", 0, 91.0))
+    with pytest.raises(
+        ValueError, match=r"b/digits/kd/seed0/result\.json: seed 0 of arm 'kd'.*twice"
+    ):
+        report.collect(tmp_path)
+
+
+def test_two_recipes_of_one_name_are_not_mixed(tmp_path):
+    put(tmp_path / "a", result("kd", 0, 90.0))
+    put(tmp_path / "b", result("kd", 1, 91.0, recipe_hash="other"))
+    with pytest.raises(ValueError, match=r"b/digits/kd/seed1/result\.json: .*share the name"):
+        report.collect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not the result of a run"),
+        (json.dumps({"recipe": "digits"}), "recipe_hash is missing"),
+        (json.dumps(result("kd", 0, 90.0, last={"top1": "high"})), r"last\.top1: .*got 'high'"),
+        (json.dumps(result("kd", 0, float("nan"))), r"last\.top1: expected a finite number"),
+    ],
+)
+def test_a_broken_result_is_named(tmp_path, content, message):
+    path = put(tmp_path, result("kd", 1, 90.0)) / "digits/kd/seed0/result.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"kd/seed0/result.json .*{message}"):
+        report.collect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", b'{"epoch": 1', "metrics.jsonl is broken"),
+        ("metrics.jsonl", b'{"epoch": 1}\n', "line 1 lacks gradient_share, losses, test_top1"),
+        ("examples.safetensors", b"torn", "examples.safetensors is broken"),
+        ("../../recipe.yaml", b"a: [", "recipe.yaml is not YAML"),
+    ],
+)
+def test_other_broken_files_are_named(six, quick, name, content, message):
+    (put_files(six) / "digits/kd/seed0" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        report.html(six)
+
+
+def test_losses_read_as_the_sum_that_they_are():
+    terms = [
+        Term(name="ce"),
+        Term(name="kd", weight=2, temperature=4.0),
+        Term(name="topkd", weight=0.5, warmup=20, via="ripsnet", ripsnet={"passes": 8, "on": True}),
+    ]
+    assert report.formula(terms) == (
+        "ce + 2 kd (temperature 4) + "
+        "0.5 topkd (warmup 20, via ripsnet, ripsnet.passes 8, ripsnet.on True)"
+    )
+
+
+def test_the_table(six):
+    teacher, control, student = report.rows(collect_one(six))
+    assert (teacher.run, teacher.last) == ("teacher: resnet20", "99.00 (1)")
+    assert (control.run, control.losses) == ("kd (control)", "ce + 2 kd")
+    # 90, ..., 95 deviate by sqrt(17.5 / 5) from 92.5.
+    assert (control.last, control.difference) == ("92.50 ± 1.87 (6)", "–")
+    assert (control.mean_of_last_10, control.best) == ("72.50 ± 1.87 (6)", "93.50 ± 1.87 (6)")
+    assert control.agreement == "93.00 ± 0.00 (6)"
+    assert control.topological_distance == "0.225 ± 0.019 (6)"
+    # The gains deviate by sqrt(0.625 / 5) = 0.354 from 0.5; t for 5 degrees of freedom is 2.571.
+    assert student.difference == "+0.50 [+0.13, +0.87] (6)"
+
+
+@pytest.mark.parametrize(
+    ("student", "difference", "said"),
+    [
+        ({0: 91.5}, "+1.50 (1 seed)", "One seed: no statement possible about student and kd."),
+        ({0: 90.0}, "0.00 (1 seed)", "student is level."),
+        ({7: 91.5}, "no common seed", "No seed in common: no statement possible"),
+        ({0: 89.0, 1: 90.0}, "−1.00 (2 seeds)", "which does not tell how differences spread"),
+        ({0: 90.5, 1: 91.0, 2: 91.5}, "+0.00 [−1.24, +1.24] (3)", "No detectable difference"),
+        (
+            {0: 95.0, 1: 96.1, 2: 96.9},
+            "+5.00 [+4.75, +5.25] (3)",
+            "A detectable difference between",
+        ),
+    ],
+)
+def test_what_the_comparison_says(tmp_path, student, difference, said):
+    runs = [result("kd", seed, 90.0 + seed) for seed in range(3)]
+    put(tmp_path, *runs, *(result("student", seed, top1) for seed, top1 in student.items()))
+    study = collect_one(tmp_path)
+    assert report.rows(study)[-1].difference == difference.replace("+0.00 [", "0.00 [")
+    (sentence,) = report.statements(study)
+    assert said in sentence
+
+
+def test_six_seeds_are_tested_in_two_ways(six):
+    (sentence,) = report.statements(collect_one(six))
+    # 62 of the 64 sign patterns of 0.25, 0.75, 0.5, 0, 1, 0.5 are less far from 0; 0 has no sign.
+    assert "p = 0.018; by sign flips alone, p = 0.062" in sentence
+    assert "0.50 percentage points above on average over 6 seeds" in sentence
+
+
+def test_several_comparisons_are_corrected(tmp_path):
+    gains = {"student": (0.4, 0.5, 0.6), "ce": (0.1, -0.2, 0.2)}
+    runs = [result("kd", seed, 90.0) for seed in range(3)]
+    runs += [result(arm, s, 90 + gain) for arm, of in gains.items() for s, gain in enumerate(of)]
+    study = collect_one(put(tmp_path, *runs))
+    alone = study.compare(chapters.accuracy)["student"].t_p
+    corrected = next(line for line in report.statements(study) if "student" in line)
+    assert f"p = {2 * alone:.2g}" in corrected
+    assert any("corrected for 2 comparisons (Holm)" in line for line in report.setting(study))
+
+
+def test_markdown(six):
+    lines = report.markdown(six).splitlines()
+    assert lines[0] == "### digits"
+    assert {line.count("|") for line in lines if line.startswith("|")} == {10}
+    assert lines[2].startswith("| Run | Losses | Accuracy, last epoch, % |")
+    assert lines[4].startswith("| teacher: resnet20 |")
+    assert lines[6].startswith("| student | ce + 2 kd + 5 topkd (via ripsnet, ripsnet.passes 8) |")
+    text = "\n".join(lines)
+    assert "Judged on the test set, and the headline is the last epoch" in text
+    assert "Data digits, teacher resnet20, student resnet8x0.25, 2 epochs." in text
+    assert "AMD EPYC, 2 threads" in text
+    assert "commit unknown" in text
+    assert "the term topkd carries 0.02 % of the gradient" in text
+    assert "R² 0.02, below 0.5" in text
+
+
+def test_a_validation_split_is_not_called_the_test_set(tmp_path):
+    put(tmp_path, result("kd", 0, 90.0, judged_on="validation"))
+    assert "Judged on the validation split" in report.markdown(tmp_path)
+
+
+def test_markdown_cannot_be_broken_by_names(tmp_path):
+    hostile = result("kd", 0, 90.0, data="a|b\n| c", model="<script>x")
+    text = report.markdown(put(tmp_path, hostile))
+    assert "Data a\\|b \\| c" in text
+    assert "<script" not in text
+
+
+def test_terms_are_faint_below_a_thousandth_and_only_with_a_weight(tmp_path):
+    shares = {"ce": 0.999, "kd": 0.001, "topkd": 0.0}
+    silent = [CE, KD, TOPKD | {"weight": 0.0}]
+    put(tmp_path, result("student", 0, 90.0, gradient_share=shares, losses=silent))
+    assert chapters.faint_terms(collect_one(tmp_path)) == []
+    put(tmp_path, result("student", 1, 90.0, recipe="b", gradient_share=shares | {"kd": 0.0009}))
+    warnings = chapters.faint_terms(report.collect(tmp_path)[0])
+    assert [re.search(r"the term (\w+) carries (\S+) %", w).groups() for w in warnings] == [
+        ("kd", "0.09"),
+        ("topkd", "0"),
+    ]
+
+
+def test_what_keeps_runs_from_being_compared_is_said(tmp_path):
+    other = copy.deepcopy(result("student", 0, 90.0))
+    other["environment"]["torch"], other["teacher"]["hash"] = "2.9.0", "beef"
+    study = collect_one(put(tmp_path, result("kd", 0, 90.0), other))
+    said = " ".join(report.cautions(study))
+    assert "taught by 2 different teachers" in said
+    assert "differ in torch: 2.14.1 / 2.9.0" in said
+    assert "no recipe.yaml" in said
+    assert report.rows(study)[0].last == "99.00 ± 0.00 (2)"
+
+
+def test_the_page_is_whole_and_needs_nothing_else(six, quick):
+    page = Page(report.html(put_files(six)))
+    assert page.open == []
+    assert ("html", "lang", "en") in page.attributes
+    for tag, name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "srcset", "data", "poster", "action"):
+            assert value.startswith(("#", "data:image/png;base64,")), (tag, name, value[:80])
+    styles = "".join(text for text in page.shown if "{" in text)
+    assert "url(" not in styles
+    assert "@import" not in styles
+    assert "script" not in page.tags
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    linked = {
+        value[1:] for _, name, value in page.attributes if name.endswith("href") and value[0] == "#"
+    }
+    assert linked <= set(ids)
+
+
+def test_every_picture_is_there_and_described(six, quick):
+    page = Page(report.html(put_files(six)))
+    # Accuracy and three terms, shares of two arms, three barcodes and their comparison.
+    assert page.tags.count("svg") == 4 + 2 + 4
+    assert page.tags.count("img") == 1 + 3  # persistence images, three maps
+    described = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")]
+    described += [v for tag, name, v in page.attributes if (tag, name) == ("svg", "aria-label")]
+    assert len(described) == 14
+    assert all(described)
+
+
+def test_the_page_says_what_matters(six, quick):
+    text = Page(report.html(put_files(six))).text
+    for expected in (
+        "A detectable difference between student and kd",
+        "92.50 ± 1.87 (6)",
+        "+0.50 [+0.13, +0.87] (6)",
+        "the term topkd carries 0.02 % of the gradient",
+        "R² 0.02 on 256 held-out clouds",
+        "Topological distance to the teacher, over all clouds of test images: kd 0.225 ± 0.019 (6)",
+        "batch_size: 16",
+        "AMD EPYC",
+        "other classes",
+        "For readers new to persistence",
+    ):
+        assert expected in text
+
+
+def test_hostile_names_are_shown_and_not_obeyed(tmp_path, quick):
+    name = '<script>alert("1")</script><img src=x onerror=alert(2)> $x_{$'
+    run = result("student", 0, 90.0, data=name, model=name)
+    run["losses"], run["gradient_share"] = [CE, {"name": name}], {"ce": 0.5, name: 0.5}
+    run["environment"]["processor"] = name
+    control = result("kd", 0, 90.0) | {"arm": name.replace("/", "")}
+    (tmp_path / "r").mkdir()
+    for content in (run, control):
+        path = tmp_path / "r" / "arm" / f"seed{id(content)}"
+        path.mkdir(parents=True)
+        (path / "result.json").write_text(json.dumps(content))
+        entry = {
+            "test_top1": 1.0,
+            "losses": {name: 1.0},
+            "gradient_share": content["gradient_share"],
+        }
+        (path / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
+    page = Page(report.html(tmp_path))
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert name in page.text
+
+
+def test_what_files_are_absent_for_is_left_out_and_said(six):
+    page = Page(report.html(six))
+    assert {"svg", "img"}.isdisjoint(page.tags)
+    for line in ("No curves:", "No diagrams:", "No images:", "No maps:"):
+        assert line in page.text
+    assert "recipe.yaml" in page.text  # that it is absent
+
+
+def test_a_recipe_without_teacher_has_no_topology(tmp_path):
+    run = result("student", 0, 99.0, losses=[CE], gradient_share={"ce": 1.0}, facts={})
+    page = Page(report.html(put(tmp_path, {k: v for k, v in run.items() if k != "teacher"})))
+    headings = [tag for tag in page.tags if tag == "h3"]
+    assert len(headings) == 1  # training
+    assert "No detectable" not in page.text
+
+
+def test_a_ripsnet_of_another_teacher_is_not_shown(six, quick):
+    put_files(six)
+    for path in six.rglob("result.json"):
+        content = json.loads(path.read_text())
+        content["teacher"]["hash"] = "another"
+        path.write_text(json.dumps(content))
+    assert "no RipsNet file of this teacher" in Page(report.html(six)).text
+
+
+def test_a_broken_ripsnet_is_said(six, quick):
+    (put_files(six) / "digits/ripsnet-1.safetensors").write_bytes(b"torn")
+    assert "ripsnet-1.safetensors is left out" in Page(report.html(six)).text
+
+
+def test_clouds_hold_the_same_images_for_every_network(six):
+    study = collect_one(put_files(six))
+    chapter = chapters.shape(study)
+    teacher, control, student = (picture.figure.axes[0] for picture in chapter.pictures[:3])
+    together = chapter.pictures[3].figure.axes[0].lines
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:16]
+    examples = study.arms["kd"][0].examples
+    for axes, line, name in zip((teacher, control), together, ("teacher", "student"), strict=False):
+        deaths = rips(examples[name][order].double()).deaths
+        expected = (deaths / deaths.mean()).sort().values.tolist()
+        assert line.get_ydata().tolist() == pytest.approx(expected, rel=1e-6)
+        ends = [segment[1, 0] for segment in axes.collections[0].get_segments()]
+        assert ends == pytest.approx(expected[::-1], rel=1e-6)
+    assert student.get_title(loc="left") == "student, seed 0"
+
+
+def test_the_page_is_written_whole(six, quick, capsys):
+    report.write_report(six, six / "report.html", Progress())
+    assert (six / "report.html").read_text().endswith("</html>")
+    report.write_report(six, six / "report.html", Progress(quiet=True))  # again, beside the first
