@@ -353,3 +353,9 @@ def test_wrong_options_are_told_with_their_place(options, message):
     with pytest.raises(RecipeError) as caught:
         parse_options(function, options, "losses[0]")
     assert message in str(caught.value)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "twice.yaml").write_text("epochs: 1\ndata: {name: digits}\nepochs: 2\n")
+    with pytest.raises(RecipeError, match="the key 'epochs' stands twice"):
+        recipe.load(str(tmp_path / "twice.yaml"))

@@ -60,6 +60,8 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     if not (folder / "latest.json").exists():
         return None
     latest = files.read_json(folder / "latest.json")
+    if not isinstance(latest, dict) or not {"file", "sha256"} <= latest.keys():
+        raise ValueError(f"{folder / 'latest.json'} is damaged; delete {folder} to start again")
     path = folder / latest["file"]
     data = path.read_bytes() if path.exists() else b""
     if files.sha256(data) != latest["sha256"]:
@@ -80,7 +82,7 @@ def read_about(path: Path) -> dict[str, Any]:
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         about: dict[str, Any] = json.loads(header["__metadata__"]["topkd"])
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return {}
     return about
 
@@ -98,7 +100,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     content = path.read_bytes()
     if path.suffix == ".safetensors":
         try:
-            return load_safetensors(content)
+            return _without_prefixes(load_safetensors(content))
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     try:
@@ -119,13 +121,20 @@ def _weights(tree: Any, path: Path) -> dict[str, Tensor]:
     for wrapper in _WRAPPERS:
         if isinstance(tree, Mapping) and isinstance(tree.get(wrapper), Mapping):
             tree = tree[wrapper]
-    if not isinstance(tree, Mapping) or not all(isinstance(t, Tensor) for t in tree.values()):
+    if not isinstance(tree, Mapping) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in tree.items()
+    ):
         found = ", ".join(map(str, tree)) if isinstance(tree, Mapping) else type(tree).__name__
         raise ValueError(f"{path} holds no state dict; it holds {found}")
-    weights = dict(tree)
+    return _without_prefixes(dict(tree))
+
+
+def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Takes off what wrappers put before every name, however many there were."""
     for prefix in _PREFIXES:
         if weights and all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+            shorter = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+            return _without_prefixes(shorter)
     return weights
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +36,31 @@ class Features:
     def tensors(self) -> list[Tensor]:
         """Lists every tensor, in a fixed order."""
         return [self.logits, self.embedding, *self.maps]
+
+
+EMBEDDING = "<embedding>"  # what taps call it; no module can have this name
+
+
+@dataclass
+class _Output:
+    """A hook that keeps what a module returns; unlike a closure, it is copied with its network."""
+
+    seen: dict[str, Tensor]
+    name: str
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.seen[self.name] = output
+
+
+@dataclass
+class _Input:
+    """A hook that keeps what a module is given."""
+
+    seen: dict[str, Tensor]
+    name: str
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.seen[self.name] = args[0]
 
 
 class Tapped(nn.Module):
@@ -73,18 +97,9 @@ class Tapped(nn.Module):
                     f"{type(network).__name__} has no module {name!r}; it has {', '.join(some)}"
                 )
         for name in maps:
-            modules[name].register_forward_hook(self._keep_output(name))
-        modules[head].register_forward_pre_hook(self._keep_embedding)
+            modules[name].register_forward_hook(_Output(self._seen, name))
+        modules[head].register_forward_pre_hook(_Input(self._seen, EMBEDDING))
         self._head = [modules[head]]  # in a list: it is a part of the network already
-
-    def _keep_output(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            self._seen[name] = output
-
-        return hook
-
-    def _keep_embedding(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._seen["<embedding>"] = args[0]
 
     def head(self, embedding: Tensor) -> Tensor:
         """Computes the logits of embeddings (n, d) without being noticed by the taps."""
@@ -93,8 +108,8 @@ class Tapped(nn.Module):
     def forward(self, images: Tensor) -> Features:
         logits = self.network(images)
         maps = [self._seen[name] for name in self.maps]
-        embedding = self._seen["<embedding>"].flatten(1)
-        self._seen = {}
+        embedding = self._seen[EMBEDDING].flatten(1)
+        self._seen.clear()
         return Features(logits, embedding, maps)
 
 

@@ -24,13 +24,13 @@ class RecipeError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class _Open(_Section):
     """A section with options of its own, which belong to whatever it names."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+    model_config = ConfigDict(extra="allow")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -240,7 +240,10 @@ def _validated(model: type[BaseModel], tree: Mapping[str, Any], where: str) -> A
         # As JSON, strict checking takes lists for tuples and mappings for dataclasses.
         return model.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        lines = [_explain(model, tree, where, dict(e)) for e in error.errors(include_url=False)]
+        errors = error.errors(include_url=False)
+        # A list whose only item is wrong counts as empty: the item's own message is enough.
+        inner = [e for e in errors if e["type"] != "too_short"] or errors
+        lines = [_explain(model, tree, where, dict(e)) for e in inner]
         raise RecipeError("\n".join(lines)) from None
 
 
@@ -249,12 +252,7 @@ def _explain(model: Any, tree: Any, where: str, error: dict[str, Any]) -> str:
     path, known, got = ("" if where == "recipe" else where), _fields(model), tree
     steps = list(error["loc"])
     for number, step in enumerate(steps):
-        if (
-            isinstance(got, Mapping)
-            and step in got
-            or isinstance(got, list)
-            and isinstance(step, int)
-        ):
+        if _has(got, step):
             last = number == len(steps) - 1
             path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
             got = got[step]
@@ -262,7 +260,7 @@ def _explain(model: Any, tree: Any, where: str, error: dict[str, Any]) -> str:
                 model = _inside(model, step)
                 known = _fields(model)
         elif error["type"] == "missing":
-            path += f".{step}" if path else str(step)
+            path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{path}: unknown key{near(str(steps[-1]), known)}"
     if error["type"] == "missing":
@@ -271,6 +269,12 @@ def _explain(model: Any, tree: Any, where: str, error: dict[str, Any]) -> str:
     if error["type"] == "value_error":
         return f"{path}: {message}" if path else message
     return f"{path or 'recipe'}: expected {message.removeprefix('a valid ')}, got {got!r}"
+
+
+def _has(got: Any, step: Any) -> bool:
+    if isinstance(got, Mapping):
+        return step in got
+    return isinstance(got, list) and isinstance(step, int) and step < len(got)
 
 
 def _fields(model: Any) -> list[str]:
@@ -302,13 +306,13 @@ def near(word: str, words: Sequence[str]) -> str:
 
 def _change(tree: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
-    if not equals or not key:
+    steps = re.findall(r"[^.\[\]]+", key)
+    if not equals or not steps:
         raise RecipeError(f"a change is written key=value, got {change!r}")
     try:
         new = yaml.load(value, _Loader)  # noqa: S506  (a SafeLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{change}: the value is not YAML: {error}") from error
-    steps = re.findall(r"[^.\[\]]+", key)
     here: Any = tree
     for step in steps[:-1]:
         if isinstance(here, list):
@@ -336,7 +340,17 @@ def _place(items: list[Any], step: str, change: str) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-4 as a number, as people mean it."""
+    """YAML that reads 1e-4 as a number, as people mean it, and takes no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        doubled = [key for number, key in enumerate(keys) if key in keys[:number]]
+        if doubled:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(
+                f"the key {doubled[0]!r} stands twice in what begins in line {line}"
+            )
+        return super().construct_mapping(node, deep=deep)
 
 
 _Loader.add_implicit_resolver(

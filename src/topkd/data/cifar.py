@@ -114,7 +114,13 @@ def _parquet(kind: _Kind, files: Sequence[Path]) -> tuple[InMemory, Sequence[str
             zip(table[column].to_pylist(), table[kind.label].to_pylist(), strict=True)
         ):
             pixels.append(_decode(image, f"{file}, row {row}"))
+            if not isinstance(label, int):
+                raise ValueError(
+                    f"{file}, row {row}: expected a whole number as label, got {label!r}"
+                )
             target.append(label)
+    if not pixels:
+        raise ValueError(f"{files[0].parent}: the parquet files hold no image")
     return _images(kind, np.stack(pixels), target), names
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from topkd.data.augment import draws, normalise
 from topkd.data.base import Data
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as pretrained networks use
 
@@ -40,9 +44,9 @@ class Files:
 
         path = self.paths[index]
         try:
-            with Image.open(path) as picture:
-                picture = picture.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
+            with Image.open(path) as opened:
+                picture = _in_color(opened)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: not a readable image: {error}") from error
         box = _center(picture.size) if uniform is None else _random_box(picture.size, uniform)
         picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box)
@@ -90,6 +94,17 @@ def folder(*, root: str, size: int = 224) -> Data:
         odd = sorted(set(names[0]) ^ set(names[1]))
         raise ValueError(f"{root}: train/ and {judge}/ differ in the classes {', '.join(odd)}")
     return Data(f"folder {top.name}", parts[0], parts[1], names[0], MEAN, STD)
+
+
+def _in_color(picture: Image.Image) -> Image.Image:
+    """Converts a picture of any kind to red, green and blue, of eight bits each."""
+    from PIL import Image
+
+    if picture.mode.startswith("I"):  # gray of 16 bits, which PIL would clip
+        return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8)).convert("RGB")
+    if picture.mode == "P":  # a palette, perhaps with a transparent color
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")
 
 
 def _center(size: tuple[int, int]) -> tuple[float, float, float, float]:

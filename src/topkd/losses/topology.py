@@ -195,6 +195,11 @@ class _Clouds:
         order = torch.randperm(source.images, generator=torch.Generator().manual_seed(0))
         self.kept_back = torch.zeros(source.images, dtype=torch.bool)
         self.kept_back[order[: max(source.images // 10, 2 * size)]] = True
+        if source.images < 3 * size:
+            raise ValueError(
+                f"{source.images} training images are too few for a RipsNet: it needs clouds of "
+                f"{size} to learn from and two more to be judged by; use `via: exact`"
+            )
 
     def training(self, epoch: int) -> Tensor:
         """Clouds without the images that are kept back, (clouds, n, d)."""

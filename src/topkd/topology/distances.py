@@ -38,8 +38,10 @@ def wasserstein(first: Diagrams, second: Diagrams, *, order: float = 1.0) -> Ten
     if first.deaths.shape != second.deaths.shape:
         shapes = tuple(first.deaths.shape), tuple(second.deaths.shape)
         raise ValueError(f"diagrams differ in shape: {shapes[0]} and {shapes[1]}")
-    if order < 1:
+    if not order >= 1:
         raise ValueError(f"the order of a Wasserstein distance is at least 1, got {order}")
     # Deaths are sorted already, but re-read lengths may cross by one unit in the last place.
     gap = first.deaths.sort(-1).values - second.deaths.sort(-1).values
+    if gap.shape[-1] == 0:  # clouds of one point
+        return gap.sum(-1)
     return torch.linalg.vector_norm(gap, ord=order, dim=-1)

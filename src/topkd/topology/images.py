@@ -18,6 +18,8 @@ from torch import Tensor
 
 from topkd.topology.rips import Diagrams
 
+MARGIN = 3  # cells of a vector beyond the greatest death it was fitted on
+
 Form = Literal["image", "vector"]
 
 
@@ -47,6 +49,7 @@ class PersistenceImage:
         https://proceedings.mlr.press/v235/kim24aj.html
 
     Examples:
+        >>> from topkd.topology import rips
         >>> clouds = torch.randn(10, 64, 8, generator=torch.Generator().manual_seed(0))
         >>> image = PersistenceImage.fit(rips(clouds))
         >>> pixels = image(rips(clouds))  # rows are persistence, flattened row by row
@@ -82,6 +85,7 @@ class PersistenceImage:
             ValueError: If all of the first 200 bars are equal, so that there is no width.
         """
         points = _birth_and_persistence(diagrams.bars.detach().double()).flatten(0, -2)
+        points = points[points[:, 1] > 0]  # the authors' bars come from GUDHI, which drops the rest
         distances = torch.nn.functional.pdist(points[:200])
         distances = distances[distances > 1e-5]
         if len(distances) == 0:
@@ -133,6 +137,7 @@ class PersistenceVector:
         https://jmlr.org/papers/v18/16-337.html
 
     Examples:
+        >>> from topkd.topology import rips
         >>> clouds = torch.randn(10, 64, 8, generator=torch.Generator().manual_seed(0))
         >>> vector = PersistenceVector.fit(rips(clouds))
         >>> vector(rips(clouds)).shape
@@ -170,19 +175,27 @@ class PersistenceVector:
             resolution: Number of cells.
 
         Raises:
-            ValueError: If every bar has length zero.
+            ValueError: If there is no bar, or only bars of length zero, or too few cells.
         """
-        greatest = _relative(diagrams.deaths.detach().double()).max().item()
-        if greatest == 0:
-            raise ValueError("every bar has length zero: a persistence vector needs a range")
-        cell = greatest / (resolution - 3)
+        if resolution <= MARGIN:
+            raise ValueError(f"resolution must be more than {MARGIN}, got {resolution}")
+        relative = _relative(diagrams.deaths.detach().double())
+        if not (relative > 0).any():
+            raise ValueError("there is no bar of any length: a persistence vector needs a range")
+        greatest = relative.max().item()
+        cell = greatest / (resolution - MARGIN)
         vector = cls((0.0, resolution * cell), cell, 1.0, resolution)
         return cls(**asdict(vector) | {"scale": vector(diagrams).max().item()})
 
     def __call__(self, diagrams: Diagrams) -> Tensor:
         """Computes the vectors of diagrams, (clouds, resolution)."""
         persistence = _relative(diagrams.deaths)
-        edges = torch.linspace(*self.persistences, self.resolution + 1).to(persistence)
+        edges = torch.linspace(
+            *self.persistences,
+            self.resolution + 1,
+            dtype=persistence.dtype,
+            device=persistence.device,
+        )
         below = torch.special.ndtr((edges - persistence[..., None]) / self.sigma)
         return torch.einsum("...k,...ki->...i", persistence, below.diff(dim=-1)) / self.scale
 

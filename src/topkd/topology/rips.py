@@ -75,7 +75,9 @@ def rips(points: Tensor) -> Diagrams:
     if clouds.dtype in (torch.float16, torch.bfloat16):
         clouds = clouds.float()
     edges = critical_edges(clouds.detach())
-    deaths = edge_lengths(clouds, edges)
+    # Lengths are summed in float64 where the device has it, and rounded once.
+    wide = clouds if clouds.device.type == "mps" else clouds.double()
+    deaths = edge_lengths(wide, edges).to(clouds.dtype)
     bars = torch.stack([torch.zeros_like(deaths), deaths], dim=-1)
     return Diagrams(bars, edges) if points.ndim == 3 else Diagrams(bars[0], edges[0])
 

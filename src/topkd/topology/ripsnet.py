@@ -151,7 +151,8 @@ def train(
         training: Length, rate and pooling.
         seed: Of the weights at the start and of the order of the clouds.
         state: As ``after_epoch`` was given it, to go on from there to the same result.
-        after_epoch: Called with the epoch, the held-out error and the state.
+        after_epoch: Called with the epoch, the held-out error and the state, which changes with the
+            next step: copy or write it at once.
 
     Returns:
         The network, in eval mode and without gradients.
@@ -267,17 +268,11 @@ class Approximation:
             size = int.from_bytes(content[:8], "little")
             header = json.loads(content[8 : 8 + size])
             about = json.loads(header["__metadata__"]["ripsnet"])
-            weights = load(content)
-        except (KeyError, ValueError, SafetensorError) as error:
+            vectorisation = from_json(about["vectorisation"])
+            network = RipsNet(about["width"], vectorisation.size, pooling=about["pooling"])
+            network.load_state_dict(load(content))
+            judged = Fidelity(**about["fidelity"])
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"this is no RipsNet that topkd has written ({error!r})") from error
-        vectorisation = from_json(about["vectorisation"])
-        network = RipsNet(about["width"], vectorisation.size, pooling=about["pooling"])
-        network.load_state_dict(weights)
         network.eval().requires_grad_(False)
-        return cls(
-            network,
-            vectorisation,
-            about["cloud_size"],
-            about["teacher"],
-            Fidelity(**about["fidelity"]),
-        )
+        return cls(network, vectorisation, about["cloud_size"], about["teacher"], judged)
