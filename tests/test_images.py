@@ -25,7 +25,7 @@ def with_births(clouds=3, bars=25, seed=0):
     generator = torch.Generator().manual_seed(seed)
     birth, length = torch.rand(2, clouds, bars, dtype=torch.float64, generator=generator)
     bars = torch.stack([birth, birth + length], dim=-1)
-    return Diagrams(bars, torch.zeros_like(bars).long())
+    return Diagrams.from_bars(bars)
 
 
 def gudhi_images(diagrams, image):
@@ -77,7 +77,7 @@ def test_fit_is_the_recipe_of_the_authors():
 
 def test_fit_reads_the_width_off_the_first_200_bars_alone():
     near, far = rips(cloud_batch(clouds=10)), rips(100 * cloud_batch(clouds=4, seed=1))
-    both = Diagrams(torch.cat([near.bars, far.bars]), torch.cat([near.edges, far.edges]))
+    both = Diagrams.from_bars(torch.cat([near.bars, far.bars]), dimension=0)
     assert PersistenceImage.fit(both).sigma == PersistenceImage.fit(near).sigma
 
 
@@ -194,7 +194,7 @@ def test_gradient_through_births_matches_finite_differences():
     image = PersistenceImage((0.0, 1.0), (0.0, 1.0), sigma=0.2, resolution=4)
     diagrams = with_births(clouds=2, bars=3)
     bars = diagrams.bars.requires_grad_()
-    assert torch.autograd.gradcheck(lambda b: image(Diagrams(b, diagrams.edges)), bars)
+    assert torch.autograd.gradcheck(lambda b: image(Diagrams.from_bars(b)), bars)
 
 
 def test_coinciding_points_give_zeros_with_gradient_zero(form):

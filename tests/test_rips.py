@@ -110,14 +110,14 @@ def test_critical_edges_are_those_of_gudhi():
     tree = gudhi.RipsComplex(points=points.numpy()).create_simplex_tree(max_dimension=1)
     tree.compute_persistence(homology_coeff_field=2)
     expected = np.sort(tree.flag_persistence_generators()[0][:, 1:], axis=1)
-    assert {*map(tuple, rips(points).edges.tolist())} == {*map(tuple, expected.tolist())}
+    assert {*map(tuple, rips(points).death_edges.tolist())} == {*map(tuple, expected.tolist())}
 
 
 def test_edges_are_those_of_kruskal_in_the_order_of_length_and_ends(cloud):
     tree = reference.kruskal(cloud.tolist())
     by_square = cloud == cloud.round()  # whole numbers: no rounding, so that ties are ties
     if by_square.all():
-        assert rips(cloud).edges.tolist() == [[i, j] for _, i, j in tree]
+        assert rips(cloud).death_edges.tolist() == [[i, j] for _, i, j in tree]
     np.testing.assert_allclose(rips(cloud).deaths, [length for length, _, _ in tree], rtol=1e-12)
 
 
@@ -127,14 +127,14 @@ def test_edges_are_those_of_kruskal_in_the_order_of_length_and_ends(cloud):
 def test_ties_are_broken_as_kruskal_breaks_them(whole):
     points = torch.from_numpy(whole).double()
     expected = [[i, j] for _, i, j in reference.kruskal(points.tolist())]
-    assert rips(points).edges.tolist() == expected
+    assert rips(points).death_edges.tolist() == expected
 
 
 def test_edges_are_found_in_float64_whatever_the_points_are():
     # A float32 Gram matrix, as in torch.cdist, cannot tell these distances apart.
     points = (gaussian(40, 64) + 1000).float()
     expected = [[i, j] for _, i, j in reference.kruskal(points.tolist())]
-    assert rips(points).edges.tolist() == expected
+    assert rips(points).death_edges.tolist() == expected
 
 
 # --- Known diagrams ------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_two_points_die_at_their_distance_with_the_unit_vector_as_gradient():
 def test_square():
     diagram = rips(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]))
     assert diagram.bars.tolist() == [[0, 1]] * 3
-    assert diagram.edges.tolist() == [[0, 1], [0, 3], [1, 2]]  # the first of four equal edges
+    assert diagram.death_edges.tolist() == [[0, 1], [0, 3], [1, 2]]  # the first of four equal edges
 
 
 @pytest.mark.parametrize("n", [3, 4, 5, 6, 12, 64])
@@ -194,7 +194,9 @@ def test_a_batch_is_its_clouds_one_by_one():
     )
     together, alone = rips(clouds), [rips(cloud) for cloud in clouds]
     assert torch.equal(together.bars, torch.stack([diagram.bars for diagram in alone]))
-    assert torch.equal(together.edges, torch.stack([diagram.edges for diagram in alone]))
+    assert torch.equal(
+        together.death_edges, torch.stack([diagram.death_edges for diagram in alone])
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,7 @@ def test_a_batch_is_its_clouds_one_by_one():
 def test_small_shapes(shape, expected):
     points = torch.randn(shape, requires_grad=True)
     diagram = rips(points)
-    assert diagram.bars.shape == diagram.edges.shape == expected
+    assert diagram.bars.shape == diagram.death_edges.shape == expected
     assert diagram.births.shape == diagram.deaths.shape == expected[:-1]
     diagram.bars.sum().backward()
     assert points.grad.shape == shape
@@ -215,13 +217,13 @@ def test_rows_are_by_increasing_death_and_births_are_zero(cloud):
     assert (diagram.births == 0).all()
     # Lengths that are read again may cross by a unit in the last place.
     assert (diagram.deaths.diff() >= -1e-12 * diagram.deaths.max()).all()
-    assert diagram.edges.dtype == torch.int64
-    assert (diagram.edges[:, 0] < diagram.edges[:, 1]).all()
+    assert diagram.death_edges.dtype == torch.int64
+    assert (diagram.death_edges[:, 0] < diagram.death_edges[:, 1]).all()
 
 
 def test_deaths_are_the_lengths_of_the_edges(cloud):
     diagram = rips(cloud)
-    expected = [math.dist(cloud[i].tolist(), cloud[j].tolist()) for i, j in diagram.edges]
+    expected = [math.dist(cloud[i].tolist(), cloud[j].tolist()) for i, j in diagram.death_edges]
     assert diagram.deaths.tolist() == pytest.approx(expected, rel=1e-12)
 
 
@@ -299,8 +301,31 @@ def test_gradient_of_lengths_matches_finite_differences():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_critical_edges_is_a_sound_operator(shape, dtype):
     points = torch.randn(shape).to(dtype)
-    torch.library.opcheck(torch.ops.topkd.critical_edges.default, (points,))
-    assert critical_edges(points).shape == (shape[0], shape[1] - 1, 2)
+    inside = torch.ones(shape[:2], dtype=torch.bool)
+    for max_dim in (0, 1):
+        arguments = (points, inside, False, max_dim, 5 * max_dim, False)
+        torch.library.opcheck(torch.ops.topkd.critical_edges.default, arguments)
+        merging, higher, count = critical_edges(*arguments)
+        assert merging.shape == (shape[0], shape[1] - 1, 2)
+        assert higher.shape == (shape[0], max_dim, 5 * max_dim, 2, 2)
+        assert count.shape == (shape[0], max_dim)
+
+
+@pytest.mark.filterwarnings("default")  # of the check itself
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lengths_are_a_sound_operator(dtype):
+    points = torch.randn(2, 5, 3, dtype=dtype, requires_grad=True)
+    edges = torch.tensor([[[0, 1], [2, 2]], [[3, 4], [0, 4]]])
+    torch.library.opcheck(torch.ops.topkd.edge_lengths.default, (points, edges))
+    with torch.no_grad():
+        grad = torch.ones(2, 2, dtype=dtype)
+        arguments = (points, edges, edge_lengths(points, edges), grad)
+        torch.library.opcheck(torch.ops.topkd.pull_lengths.default, arguments)
+
+
+def test_gradient_of_the_gradient_matches_finite_differences():
+    points = torch.stack([gaussian(5, 3, seed) for seed in range(2)])
+    assert torch.autograd.gradgradcheck(lambda x: rips(x).deaths, points.requires_grad_())
 
 
 @pytest.mark.slow

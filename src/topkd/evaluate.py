@@ -125,5 +125,5 @@ def relative_diagrams(embedding: Tensor, cloud_size: int) -> Diagrams:
     """Computes the H0 diagrams of images taken in order, each in units of its mean death."""
     whole = len(embedding) - len(embedding) % cloud_size
     diagrams = rips(embedding[:whole].double().view(-1, cloud_size, embedding.shape[1]))
-    mean = diagrams.deaths.mean(-1)[:, None, None]
-    return Diagrams(diagrams.bars / torch.where(mean > 0, mean, 1.0), diagrams.edges)
+    mean = diagrams.deaths.mean(-1)
+    return diagrams.scaled(1 / torch.where(mean > 0, mean, 1.0))

@@ -1,89 +1,300 @@
-"""The compiled kernels behind :mod:`topkd.topology.rips`: which edges are critical.
+"""The compiled kernels behind :mod:`topkd.topology.rips`: distances, spanning trees, lengths.
 
-They work on detached float64 points, release the GIL and allocate nothing inside a cloud. Edges are
-totally ordered by (length, i, j) with i < j, so that the spanning tree is unique and results do not
-depend on the order in which anything is visited.
+They read points or distance matrices in their own type, choose in float64, release the GIL and
+allocate nothing inside a cloud. Edges are totally ordered by (length, i, j) with i < j, so that the
+spanning tree is unique and results do not depend on the order in which anything is visited.
+Lengths are compared as their squares where points are given.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 # Sums may be re-associated, so that they vectorise. Never fastmath=True: it also assumes that there
-# is neither NaN nor infinity.
+# is neither NaN nor infinity, and these kernels are what finds them.
 SUMS = {"reassoc", "contract"}
+FINITE = SUMS | {"nnan", "nsz"}  # for what has been checked, so that minima vectorise too
+TILE = 4  # distances that are summed side by side
+
+
+MATRIX = 256  # points up to which all distances are computed first: they fit into a core's cache
+
+
+class Work(NamedTuple):
+    """What a thread needs to work on clouds of up to n points, one after the other."""
+
+    label: Integers  # (n), which points of the padded cloud these are
+    points: Floats  # (n + TILE, d)
+    distances: Floats  # (n + TILE, n + TILE); squared where points are given
+    outside: Integers  # (n), points that are not in the tree yet
+    gap: Floats  # (n), their distances to the tree
+    near: Integers  # (n), the points of the tree that are nearest to them
+    joined: Floats  # (d), the point that joined the tree last
+    row: Floats  # (n + TILE), its distances to what is outside
+    edges: Integers  # (n, 2), of the tree, as it grew
+    length: Floats  # (n)
+
+
+def work(n: int, width: int, *, matrix: bool) -> Work:
+    """Room for clouds of up to n points in ``width`` dimensions, and for all their distances."""
+    side = n + TILE if matrix else 0
+    return Work(
+        label=np.empty(n, np.int64),
+        points=np.zeros((n + TILE, width)),
+        distances=np.zeros((side, side)),
+        outside=np.empty(n, np.int64),
+        gap=np.empty(n),
+        near=np.empty(n, np.int64),
+        joined=np.empty(width),
+        row=np.empty(n + TILE),
+        edges=np.empty((n, 2), np.int64),
+        length=np.empty(n),
+    )
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _rank(u, v, n):
+def rank(u, v, n):
     """Position of edge uv among edges of equal length."""
     return u * n + v if u < v else v * n + u
 
 
 @njit(nogil=True, cache=True, fastmath=SUMS)
-def _square_distances(points, v, outside, m, row):
-    """Squared distances from point v to the first m points outside the tree, in difference form."""
-    width = points.shape[1]
-    for t in range(m):
-        w = outside[t]
-        total = 0.0
-        for k in range(width):
-            difference = points[v, k] - points[w, k]
-            total += difference * difference
-        row[t] = total
+def _load_points(source, inside, work):
+    m, check = 0, 0.0
+    for i in range(source.shape[0]):
+        if inside[i]:
+            for k in range(source.shape[1]):
+                value = np.float64(source[i, k])
+                work.points[m, k] = value
+                check += value - value  # NaN of NaN and of infinity
+            work.label[m] = i
+            m += 1
+    return m if check == 0.0 else 0
 
 
 @njit(nogil=True, cache=True)
-def _prim(points, edges, length, gap, near, outside, row):
-    """Minimum spanning tree of one cloud (n, d) into ``edges`` (n - 1, 2), i < j, as it grows.
+def _load_distances(source, inside, work):
+    m = 0
+    for i in range(source.shape[0]):
+        if inside[i]:
+            work.label[m] = i
+            m += 1
+    for a in range(m):
+        for b in range(a + 1):
+            value = source[work.label[a], work.label[b]]
+            if not (0.0 <= value < np.inf) or value != source[work.label[b], work.label[a]]:
+                return 0
+            work.distances[a, b] = work.distances[b, a] = value
+        if work.distances[a, a] != 0.0:
+            return 0
+    return m
 
-    Matrix-free: the distances from a point are computed when it joins the tree, each pair once.
+
+@njit(nogil=True, cache=True)
+def load(source, inside, given, matrix, work):
+    """Copies what is inside of points (n, d), or of distances (n, n) if these are given.
+
+    Returns:
+        How many points; 0 if there is none, or a number that no point or distance can have.
     """
-    n = len(points)
-    for v in range(n):
-        gap[v], near[v] = np.inf, 0
-    for t in range(n - 1):
-        outside[t] = t + 1
-    v, m = 0, n - 1
-    for s in range(n - 1):
-        _square_distances(points, v, outside, m, row)
-        best = 0
+    if given:
+        return _load_distances(source, inside, work)
+    n = _load_points(source, inside, work)
+    if matrix:
+        _squares(n, work)
+    return n
+
+
+@njit(nogil=True, cache=True, fastmath=FINITE, inline="always")
+def _squares_from(joined, x, m, row):
+    """Squared distances from a point to the first m rows of x, and of some beyond."""
+    for t in range(0, m, TILE):
+        a = b = c = d = 0.0
+        for k in range(x.shape[1]):
+            value = joined[k]
+            difference = value - x[t, k]
+            a += difference * difference
+            difference = value - x[t + 1, k]
+            b += difference * difference
+            difference = value - x[t + 2, k]
+            c += difference * difference
+            difference = value - x[t + 3, k]
+            d += difference * difference
+        row[t], row[t + 1], row[t + 2], row[t + 3] = a, b, c, d
+
+
+@njit(nogil=True, cache=True, fastmath=SUMS)
+def _squares_from_two(i, x, n, distances):
+    """Squared distances from rows i and i + 1 of x to the rows behind i, and some beyond n."""
+    for j in range(i + 1, n, TILE):
+        a = b = c = d = e = f = g = h = 0.0
+        for k in range(x.shape[1]):
+            one, two = x[i, k], x[i + 1, k]
+            value = x[j, k]
+            a += (one - value) * (one - value)
+            e += (two - value) * (two - value)
+            value = x[j + 1, k]
+            b += (one - value) * (one - value)
+            f += (two - value) * (two - value)
+            value = x[j + 2, k]
+            c += (one - value) * (one - value)
+            g += (two - value) * (two - value)
+            value = x[j + 3, k]
+            d += (one - value) * (one - value)
+            h += (two - value) * (two - value)
+        row = distances[i]
+        row[j], row[j + 1], row[j + 2], row[j + 3] = a, b, c, d
+        row = distances[i + 1]
+        row[j], row[j + 1], row[j + 2], row[j + 3] = e, f, g, h
+
+
+@njit(nogil=True, cache=True)
+def _squares(n, work):
+    """Squared distances of n points, both triangles, with a diagonal of exact zeros."""
+    distances = work.distances
+    for i in range(0, n - 1, 2):
+        _squares_from_two(i, work.points, n, distances)
+    for i in range(n):
+        distances[i, i] = 0.0
+        for j in range(i + 1, n):
+            distances[j, i] = distances[i, j]
+
+
+@njit(nogil=True, cache=True, fastmath=FINITE, inline="always")
+def _approach(row, v, n, m, gap, near, outside):
+    """Lets point v, at distances ``row``, join the tree; the least gap that is left."""
+    least, ties = np.inf, 0
+    for t in range(m):
+        closer = row[t] < gap[t]
+        ties += row[t] == gap[t]
+        near[t] = v if closer else near[t]
+        gap[t] = row[t] if closer else gap[t]
+        least = gap[t] if gap[t] < least else least
+    if ties > 0:
         for t in range(m):
             w = outside[t]
-            if row[t] < gap[w] or (row[t] == gap[w] and _rank(v, w, n) < _rank(near[w], w, n)):
-                gap[w], near[w] = row[t], v
-            b = outside[best]
-            if gap[w] < gap[b] or (
-                gap[w] == gap[b] and _rank(near[w], w, n) < _rank(near[b], b, n)
-            ):
-                best = t
-        v = outside[best]
-        edges[s, 0], edges[s, 1] = min(near[v], v), max(near[v], v)
-        length[s] = gap[v]
+            if row[t] == gap[t] and rank(v, w, n) < rank(near[t], w, n):
+                near[t] = v
+    return least
+
+
+@njit(nogil=True, cache=True, fastmath=FINITE, inline="always")
+def _first_at(least, n, m, gap, near, outside):
+    """Where the gap is least; of several, the first in the order of edges."""
+    best = 0
+    while gap[best] != least:
+        best += 1
+    for t in range(best + 1, m):
+        if gap[t] == least and rank(near[t], outside[t], n) < rank(near[best], outside[best], n):
+            best = t
+    return best
+
+
+@njit(nogil=True, cache=True, fastmath=FINITE, inline="always")
+def _copy(x, t, row):
+    for k in range(x.shape[1]):
+        row[k] = x[t, k]
+
+
+@njit(nogil=True, cache=True, fastmath=FINITE)
+def _prim(n, matrix, work):
+    """Minimum spanning tree of n points, in the order in which it grows from point 0.
+
+    Without a matrix, the distances from a point are computed when it joins the tree, each pair
+    once; what is outside is kept together, so that ``work.points`` is used up on the way.
+    """
+    x, row, outside, gap, near = work.points, work.row, work.outside, work.gap, work.near
+    v, m = 0, n - 1
+    for t in range(m):
+        outside[t], gap[t], near[t] = t + 1, np.inf, 0
+    if not matrix:
+        _copy(x, 0, work.joined)
+        for t in range(m):
+            _copy(x, t + 1, x[t])
+    for s in range(n - 1):
+        if matrix:
+            for t in range(m):
+                row[t] = work.distances[v, outside[t]]
+        else:
+            _squares_from(work.joined, x, m, row)
+        least = _approach(row, v, n, m, gap, near, outside)
+        best = _first_at(least, n, m, gap, near, outside)
+        v, u = outside[best], near[best]
+        work.edges[s, 0], work.edges[s, 1] = min(u, v), max(u, v)
+        work.length[s] = least
         m -= 1
-        outside[best] = outside[m]
+        outside[best], gap[best], near[best] = outside[m], gap[m], near[m]
+        if not matrix:
+            _copy(x, best, work.joined)
+            _copy(x, m, x[best])
 
 
 @njit(nogil=True, cache=True)
-def _sort_edges(edges, length):
-    """Sorts edges by (length, i, j), in place: insertion, for the rows of a tree."""
-    for s in range(1, len(edges)):
-        size, i, j = length[s], edges[s, 0], edges[s, 1]
-        t = s - 1
-        while t >= 0 and (
-            length[t] > size
-            or (length[t] == size and (edges[t, 0] > i or (edges[t, 0] == i and edges[t, 1] > j)))
-        ):
-            length[t + 1], edges[t + 1, 0], edges[t + 1, 1] = length[t], edges[t, 0], edges[t, 1]
-            t -= 1
-        length[t + 1], edges[t + 1, 0], edges[t + 1, 1] = size, i, j
+def _write_sorted(count, n, work, result):
+    """Writes the edges by (length, i, j): each goes where its rank says."""
+    edges, length, index = work.edges, work.length, work.label
+    for s in range(count):
+        place, equal, size = 0, 0, length[s]
+        for t in range(count):
+            place += length[t] < size
+        for t in range(count):
+            equal += length[t] == size
+        if equal > 1:
+            code = edges[s, 0] * n + edges[s, 1]
+            for t in range(count):
+                place += length[t] == size and edges[t, 0] * n + edges[t, 1] < code
+        result[place, 0], result[place, 1] = index[edges[s, 0]], index[edges[s, 1]]
 
 
 @njit(nogil=True, cache=True)
-def merging_edges(points, edges):
-    """Edges (clouds, n - 1, 2) at which components of points (clouds, n, d) merge, by length."""
-    clouds, n, _ = points.shape
-    length, gap, row = np.empty(max(n - 1, 0)), np.empty(n), np.empty(n)
-    near, outside = np.empty(n, np.int64), np.empty(n, np.int64)
-    for cloud in range(clouds):
-        _prim(points[cloud], edges[cloud], length, gap, near, outside, row)
-        _sort_edges(edges[cloud], length)
+def merging_edges(source, inside, given, matrix, start, stop, work, edges):
+    """Edges (clouds, n - 1, 2) at which components merge, by length, for clouds start to stop.
+
+    Args:
+        source: Points (clouds, n, d), or distances (clouds, n, n) if ``given``.
+        inside: Which points are no padding, (clouds, n).
+        matrix: Whether ``work`` has room for all distances, which makes small clouds faster.
+
+    Returns:
+        The first cloud that :func:`load` refuses; -1 if there is none.
+    """
+    for cloud in range(start, stop):
+        n = load(source[cloud], inside[cloud], given, matrix, work)
+        if n == 0:
+            return cloud
+        _prim(n, matrix, work)
+        _write_sorted(n - 1, n, work, edges[cloud])
+    return -1
+
+
+@njit(nogil=True, cache=True, fastmath=SUMS)
+def lengths(points, edges, result):
+    """Lengths (clouds, k) of edges (clouds, k, 2) between points (clouds, n, d)."""
+    for cloud in range(edges.shape[0]):
+        for k in range(edges.shape[1]):
+            i, j = edges[cloud, k, 0], edges[cloud, k, 1]
+            total = 0.0
+            if i != j:  # what pads a cloud may be NaN
+                for c in range(points.shape[2]):
+                    difference = np.float64(points[cloud, i, c]) - np.float64(points[cloud, j, c])
+                    total += difference * difference
+            result[cloud, k] = np.sqrt(total)
+
+
+@njit(nogil=True, cache=True)
+def pull_lengths(points, edges, length, grad, result):
+    """Adds to ``result`` (clouds, n, d) what gradients at the lengths are at the points."""
+    for cloud in range(edges.shape[0]):
+        for k in range(edges.shape[1]):
+            if length[cloud, k] > 0:  # the root has no derivative at 0; 0 is a subgradient
+                i, j = edges[cloud, k, 0], edges[cloud, k, 1]
+                factor = grad[cloud, k] / length[cloud, k]
+                for c in range(points.shape[2]):
+                    step = factor * (points[cloud, i, c] - points[cloud, j, c])
+                    result[cloud, i, c] += step
+                    result[cloud, j, c] -= step
