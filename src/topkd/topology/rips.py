@@ -165,7 +165,7 @@ def rips(
         >>> rips(square, max_dim=1).of(1).bars
         tensor([[1.0000, 1.4142]])
     """
-    source, inside, alone = _checked(points, distances, mask, max_dim)
+    source, inside, alone = _checked(points, distances, mask, max_dim, max_bars)
     clouds, n, _ = source.shape
     rows = 0 if max_dim == 0 else 4 * n if max_bars is None else max_bars
     merging, higher, count = critical_edges(
@@ -191,13 +191,19 @@ def rips(
 
 
 def _checked(
-    points: Tensor | None, distances: Tensor | None, mask: Tensor | None, max_dim: int
+    points: Tensor | None,
+    distances: Tensor | None,
+    mask: Tensor | None,
+    max_dim: int,
+    max_bars: int | None,
 ) -> tuple[Tensor, Tensor, bool]:
     """Checks shapes and types; clouds, which of their points are there, and if it was one cloud."""
     if (points is None) == (distances is None):
         raise ValueError("give either points or distances")
     if max_dim not in (0, 1, 2):
         raise ValueError(f"max_dim is 0, 1 or 2, got {max_dim}")
+    if max_bars is not None and max_bars < 1:
+        raise ValueError(f"max_bars is at least 1, got {max_bars}")
     name, shape = ("points", "(n, d)") if distances is None else ("distances", "(n, n)")
     source = points if points is not None else distances
     assert source is not None
@@ -318,7 +324,7 @@ def _by_kernels(
     clouds, n, width = source.shape
     loops = higher.shape[1] == 1
     matrix = given or loops or n <= _kernels.MATRIX
-    bits = (0,) * -(-n // 64)
+    bits = (0,) * (1 << (max(1, -(-n // 64)) - 1).bit_length())  # compiled for each power of two
 
     def share(start: int, stop: int) -> int:
         work = _kernels.work(n, 0 if given else width, matrix=matrix)
