@@ -18,7 +18,7 @@ TINY = {
     "losses": [
         {"name": "ce"},
         {"name": "kd"},
-        {"name": "topkd", "via": "ripsnet", "ripsnet": {"passes": 1, "epochs": 1}},
+        {"name": "topkd", "via": "ripsnet", "training": {"passes": 1, "epochs": 1}},
     ],
     "controls": {"kd": [{"name": "ce"}, {"name": "kd"}]},
     "epochs": 1,
@@ -57,7 +57,7 @@ def test_stages_one_by_one(call, tmp_path):
     status, out, err = call("ripsnet", "tiny.yaml")
     assert status == 0, err
     assert "R² " in err
-    assert out.startswith("RipsNet: runs/tiny/ripsnet-")
+    assert out.startswith("approximator: runs/tiny/ripsnet-")
     status, out, _ = call("student", "tiny.yaml", "--arm", "kd", "--seeds", "0", "1")
     assert status == 0
     assert (tmp_path / "runs/tiny/kd/seed1/result.json").exists()

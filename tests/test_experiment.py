@@ -24,7 +24,7 @@ TINY = {
     "losses": [
         {"name": "ce"},
         {"name": "kd", "weight": 2.0},
-        {"name": "topkd", "weight": 5.0, "via": "ripsnet", "ripsnet": {"passes": 2, "epochs": 2}},
+        {"name": "topkd", "weight": 5.0, "via": "ripsnet", "training": {"passes": 2, "epochs": 2}},
     ],
     "controls": {
         "kd": [{"name": "ce"}, {"name": "kd", "weight": 2.0}],
@@ -35,7 +35,7 @@ TINY = {
                 "name": "topkd",
                 "weight": 0.0,
                 "via": "ripsnet",
-                "ripsnet": {"passes": 2, "epochs": 2},
+                "training": {"passes": 2, "epochs": 2},
             },
         ],
     },
@@ -152,7 +152,7 @@ def test_a_teacher_that_does_not_fit_its_checkpoint_is_refused(tmp_path):
         ),
         (
             {"losses": [{"name": "topkd", "via": "exakt"}]},
-            r"losses\[0\].via: expected 'exact' or 'ripsnet', got 'exakt'",
+            r"losses\[0\].via: expected 'exact', 'ripsnet' or 'distancenet', got 'exakt'",
         ),
         ({"teacher": None}, r"controls.kd\[1\]: kd cannot be computed without a teacher"),
         ({"losses": [{"name": "ce"}, {"name": "ce"}]}, "losses: ce appears twice"),
@@ -189,7 +189,7 @@ def test_every_recipe_is_read_written_read_again_and_trained(name, tmp_path, mon
     for place in ("losses", *(f"controls.{arm}" for arm in read.controls)):
         terms = read.losses if place == "losses" else read.controls[place.split(".")[1]]
         if any(term.options.get("via") == "ripsnet" for term in terms):
-            changes.append(f"{place}.topkd.ripsnet={{passes: 1, epochs: 1}}")
+            changes.append(f"{place}.topkd.training={{passes: 1, epochs: 1}}")
     experiment = Experiment(recipe.load(name, changes), tmp_path, QUIET)
     result = experiment.student("student", 0)
     assert 0 <= result["last"]["top1"] <= 100

@@ -1,7 +1,9 @@
 """Images and vectors of diagrams: against GUDHI, scipy and the definitions in plain loops."""
 
+import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +11,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import topology as reference
+from safetensors.torch import load, save
 from scipy.stats import norm
 
 from topkd.topology import Diagrams, PersistenceImage, PersistenceVector, rips
-from topkd.topology.images import FORMS, from_json, to_json
+from topkd.topology.images import (
+    FORMS,
+    VECTORISATIONS,
+    WEIGHTS,
+    VectorisationLayer,
+    from_json,
+    lost_mass,
+    to_json,
+)
+from topkd.topology.units import length_unit
 
 
 def cloud_batch(clouds=6, n=40, d=5, seed=0):
@@ -49,6 +61,39 @@ def test_image_agrees_with_gudhi():
     np.testing.assert_allclose(image(diagrams), expected, rtol=1e-6, atol=1e-6 * expected.max())
 
 
+def test_image_of_another_weight_agrees_with_gudhi():
+    representations = pytest.importorskip("gudhi.representations")
+    diagrams = with_births()
+    image = PersistenceImage((-0.2, 1.1), (0.1, 1.5), sigma=0.07, weight="persistence")
+    transform = representations.PersistenceImage(
+        bandwidth=0.07,
+        weight=lambda point: point[1],
+        resolution=[20, 20],
+        im_range=[-0.2, 1.1, 0.1, 1.5],
+    )
+    expected = transform.fit_transform([bars.numpy() for bars in diagrams.bars])
+    np.testing.assert_allclose(image(diagrams), expected, rtol=1e-6, atol=1e-6 * expected.max())
+
+
+def test_image_of_integrals_agrees_with_persim():
+    persim = pytest.importorskip("persim")
+    diagrams = with_births()
+    image = PersistenceImage(
+        (0.0, 1.0), (0.5, 1.5), 0.07, resolution=8, sampling="integral", weight="persistence"
+    )
+    other = persim.PersistenceImager(
+        birth_range=image.births,
+        pers_range=image.persistences,
+        pixel_size=1 / 8,
+        weight="persistence",
+        weight_params={"n": 1.0},
+        kernel_params={"sigma": [[0.07**2, 0.0], [0.0, 0.07**2]]},  # a covariance
+    )
+    # Its axes are birth, then persistence.
+    expected = [other.transform(bars.numpy(), skew=True).T.ravel() for bars in diagrams.bars]
+    np.testing.assert_allclose(image(diagrams), expected, rtol=1e-10, atol=1e-13)
+
+
 def test_fitted_image_of_dimension_zero_agrees_with_gudhi():
     diagrams = rips(cloud_batch())
     image = PersistenceImage.fit(diagrams)
@@ -56,12 +101,17 @@ def test_fitted_image_of_dimension_zero_agrees_with_gudhi():
     np.testing.assert_allclose(image(diagrams), gudhi_images(diagrams, image), rtol=1e-6, atol=1e-9)
 
 
-def test_image_is_the_definition():
-    diagrams = with_births(clouds=2, bars=4)
-    image = PersistenceImage((0.0, 1.0), (0.0, 2.0), sigma=0.3, scale=1.7, resolution=5)
+@pytest.mark.parametrize("sampling", ["density", "integral"])
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("unit", ["none", "mean", "median", "max"])
+def test_image_is_the_definition(sampling, weight, unit):
+    diagrams = with_births(clouds=2, bars=5)
+    image = PersistenceImage((0.0, 1.0), (0.0, 2.0), 0.3, 1.7, 5, sampling, weight, unit)
     for bars, pixels in zip(diagrams.bars.tolist(), image(diagrams).tolist(), strict=True):
-        expected = reference.image(bars, (0.0, 1.0), (0.0, 2.0), 0.3, 1.7, 5)
-        assert pixels == pytest.approx(expected, rel=1e-10)
+        expected = reference.image(
+            bars, (0.0, 1.0), (0.0, 2.0), 0.3, 1.7, 5, sampling, weight, unit
+        )
+        assert pixels == pytest.approx(expected, rel=1e-10, abs=1e-13)
 
 
 def test_fit_is_the_recipe_of_the_authors():
@@ -96,6 +146,50 @@ def test_columns_are_equal_as_all_births_are():
     pixels = PersistenceImage.fit(diagrams)(diagrams).unflatten(-1, (20, 20))
     assert torch.equal(pixels, pixels[..., :1].expand_as(pixels))
     assert (pixels[..., 0].std(1) > 0).all()  # the rows are not
+
+
+def test_pixels_of_integrals_sum_to_the_weights():
+    diagrams = with_births()
+    image = PersistenceImage((-5.0, 5.0), (-5.0, 5.0), 0.3, 0.5, 10, "integral", "persistence")
+    torch.testing.assert_close(image(diagrams).sum(1) * 0.5, diagrams.persistence.sum(1))
+    image = replace(image, weight="one")
+    assert (image(diagrams).sum(1) * 0.5).tolist() == pytest.approx(3 * [25])
+
+
+def test_density_times_area_is_nearly_the_integral_for_wide_gaussians():
+    diagrams, cell = with_births(), 0.1
+    integral = PersistenceImage((0.0, 2.0), (0.0, 2.0), 0.2, 1.0, 20, "integral")
+    nodes = (0.05, 1.95)  # the centres of the cells
+    density = replace(integral, births=nodes, persistences=nodes, sampling="density")
+    difference = density(diagrams) * cell**2 - integral(diagrams)
+    assert difference.abs().sum() < 0.01 * integral(diagrams).sum()
+
+
+@pytest.mark.parametrize("stretch", [0.1, 10.0])  # either side of a cell may be the longer
+def test_fit_of_cells_covers_all_bars_by_three_widths(stretch):
+    births, lengths = with_births().births, stretch * with_births().persistence
+    diagrams = Diagrams.from_bars(torch.stack([births, births + lengths], dim=-1))
+    image = PersistenceImage.fit_cells(diagrams, resolution=16)
+    assert image.births[0] == pytest.approx(births.min().item() - 3 * image.sigma)
+    assert image.births[1] == pytest.approx(births.max().item() + 3 * image.sigma)
+    assert image.persistences[0] == 0
+    assert image.persistences[1] == pytest.approx(lengths.max().item() + 3 * image.sigma)
+    cells = [(high - low) / 16 for low, high in (image.births, image.persistences)]
+    assert max(cells) == pytest.approx(image.sigma)
+    assert image(diagrams).max().item() == pytest.approx(1)
+    assert lost_mass(image, diagrams) == 0
+
+
+def test_cells_of_dimension_zero_are_refused():
+    with pytest.raises(ValueError, match="all births are 0.* use a PersistenceVector"):
+        PersistenceImage.fit_cells(rips(cloud_batch()))
+
+
+def test_cells_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="there is no bar of any length"):
+        PersistenceImage.fit_cells(Diagrams.from_bars(torch.zeros(2, 0, 2)))
+    with pytest.raises(ValueError, match="resolution must be more than 6, got 6"):
+        PersistenceImage.fit_cells(with_births(), resolution=6)
 
 
 # --- Vectors -------------------------------------------------------------------------------------
@@ -150,7 +244,7 @@ def test_image_sees_scale():
     assert not torch.allclose(image(rips(2 * clouds)), image(rips(clouds)), atol=0.1)
 
 
-# --- Both ----------------------------------------------------------------------------------------
+# --- Image and vector ----------------------------------------------------------------------------
 
 
 @pytest.fixture(params=FORMS)
@@ -233,7 +327,7 @@ def test_arguments_are_never_changed(form):
 
 def test_fit_leaves_no_gradient_behind(form):
     fitted = form.fit(rips(cloud_batch().requires_grad_()))
-    assert all(isinstance(value, float | int | tuple) for value in vars(fitted).values())
+    assert all(isinstance(value, float | int | tuple | str) for value in vars(fitted).values())
 
 
 def test_is_rebuilt_from_real_json(form):
@@ -275,3 +369,250 @@ def test_refuses_to_fit_what_has_no_extent(form, clouds, message):
 def test_refuses_a_vector_of_too_few_cells(resolution):
     with pytest.raises(ValueError, match="resolution"):  # three cells are margin
         PersistenceVector.fit(rips(cloud_batch()), resolution=resolution)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"births": (2.0, 1.0)}, "births must be a range, low then high"),
+        ({"births": (1.0, 1.0), "sampling": "integral"}, "births must be a range, low then high"),
+        ({"sampling": "nodes"}, "sampling must be one of density, integral, got 'nodes'"),
+        ({"weight": "p"}, "weight must be one of topkd, persistence, one, got 'p'"),
+        ({"unit": "mode"}, "unit must be one of none, mean, median, max, got 'mode'"),
+        ({"resolution": 0}, "resolution must be positive, got 0"),
+    ],
+)
+def test_refuses_impossible_images(change, message):
+    image = PersistenceImage((0.0, 1.0), (0.0, 1.0), sigma=0.1)
+    with pytest.raises(ValueError, match=message):
+        replace(image, **change)
+
+
+# --- All that can be stored ----------------------------------------------------------------------
+
+
+def fit(name, diagrams, **options):
+    if name == "cells":
+        return PersistenceImage.fit_cells(diagrams, **options)
+    return VECTORISATIONS[name].fit(diagrams, **options)
+
+
+@pytest.fixture(params=[*VECTORISATIONS, "cells"])
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def fitted(name):
+    return fit(name, with_births(), resolution=9)
+
+
+def test_greatest_number_is_one(fitted):
+    numbers = fitted(with_births())
+    assert numbers.shape == (3, fitted.size)
+    assert numbers.max().item() == pytest.approx(1)
+
+
+def test_diagrams_come_one_by_one_or_in_any_order(fitted):
+    bars = with_births().bars
+    alone = torch.stack([fitted(Diagrams.from_bars(some)) for some in bars])
+    together = fitted(Diagrams.from_bars(bars))
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fitted(Diagrams.from_bars(bars.flip(1))), together)
+
+
+def test_padding_is_not_seen(fitted):
+    diagrams = with_births()
+    births = torch.nn.functional.pad(diagrams.births, (0, 4), value=0.3)
+    deaths = torch.nn.functional.pad(diagrams.deaths, (0, 4), value=0.9).requires_grad_()
+    padded = Diagrams.from_bars(torch.stack([births, deaths], dim=-1))
+    padded = replace(padded, mask=padded.mask & (torch.arange(29) < 25))
+    torch.testing.assert_close(fitted(padded), fitted(diagrams), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lost_mass(fitted, padded), lost_mass(fitted, diagrams))
+    (gradient,) = torch.autograd.grad(fitted(padded).sum(), deaths)
+    assert (gradient[:, 25:] == 0).all()
+    assert (gradient[:, :25] != 0).any()
+
+
+def test_bars_of_length_zero_are_not_seen(name):
+    points = cloud_batch(clouds=3, n=10)
+    fitted = replace(fit(name if name != "cells" else "image", rips(points)), unit="none")
+    if name in ("image", "vector", "cells"):
+        fitted = replace(fitted, weight="one")
+    twice = torch.cat([points, points], dim=1)
+    torch.testing.assert_close(fitted(rips(twice)), fitted(rips(points)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+@pytest.mark.parametrize("shape", [(0, 2), (2, 0, 2), (2, 3, 2)])
+def test_no_bars_give_zeros(fitted, shape, dimension):
+    # Those there are have length zero, or end before they begin, as rounded lengths may.
+    bars = (1 - torch.tensor([0.0, 1e-7]) * torch.rand(shape).round()).requires_grad_()
+    numbers = fitted(Diagrams.from_bars(bars, dimension=dimension))
+    assert torch.equal(numbers, torch.zeros(*shape[:-2], fitted.size))
+    (gradient,) = torch.autograd.grad(numbers.sum(), bars)
+    assert (gradient == 0).all()
+    assert lost_mass(fitted, Diagrams.from_bars(bars)) == 0
+
+
+def test_single_precision_is_kept(fitted):
+    diagrams = with_births()
+    numbers = fitted(Diagrams.from_bars(diagrams.bars.float()))
+    assert numbers.dtype == torch.float32
+    torch.testing.assert_close(numbers.double(), fitted(diagrams), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("unit", ["mean", "median", "max"])
+def test_a_unit_hides_the_scale(fitted, unit):
+    diagrams = with_births()
+    fitted = replace(fitted, unit=unit)
+    torch.testing.assert_close(fitted(diagrams.scaled(37.0)), fitted(diagrams))
+    factors = torch.tensor([0.1, 1.0, 20.0]).double()  # each cloud has a unit of its own
+    torch.testing.assert_close(fitted(diagrams.scaled(factors)), fitted(diagrams))
+
+
+@pytest.mark.parametrize("unit", ["mean", "median", "max"])
+def test_gradient_passes_through_the_unit_or_not(fitted, unit):
+    bars = with_births().bars.requires_grad_()
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def gradients(fitted, diagrams):
+        return torch.autograd.grad(fitted(diagrams.scaled(factor)).square().sum(), [factor, bars])
+
+    diagrams = Diagrams.from_bars(bars)
+    through, _ = gradients(replace(fitted, unit=unit), diagrams)
+    assert through.abs() < 1e-12  # size has no effect
+    held, of_bars = gradients(replace(fitted, unit=unit, detach_unit=True), diagrams)
+    assert held.abs() > 1e-3
+    constant = diagrams.scaled(1 / length_unit(diagrams, unit).detach())
+    expected = gradients(replace(fitted, unit="none"), constant)
+    torch.testing.assert_close([held, of_bars], [*expected])
+
+
+@pytest.mark.parametrize("unit", ["none", "mean"])
+def test_all_gradients_match_finite_differences(name, unit):
+    bars = with_births(clouds=2, bars=7).bars.requires_grad_()
+    fitted = replace(fit(name, Diagrams.from_bars(bars), resolution=8), unit=unit)
+    assert torch.autograd.gradcheck(lambda b: fitted(Diagrams.from_bars(b)), bars)
+
+
+def test_bars_of_one_dimension_at_a_time(fitted):
+    both = rips(cloud_batch(), max_dim=1)
+    assert fitted(both.of(0)).shape == fitted(both.of(1)).shape == (6, fitted.size)
+    with pytest.raises(ValueError, match=r"bars of dimensions \[0, 1\]"):
+        fitted(both)
+
+
+# --- Storing -------------------------------------------------------------------------------------
+
+
+def test_all_are_rebuilt_from_json(name):
+    options = {} if name == "image" else {"unit": "max", "detach_unit": True}
+    fitted = fit(name, with_births(), resolution=9, **options)
+    again = from_json(json.loads(json.dumps(to_json(fitted))))
+    assert again == fitted
+    assert type(again) is type(fitted)
+    assert torch.equal(again(with_births()), fitted(with_births()))
+
+
+def test_descriptions_that_name_no_choices_are_those_of_topkd():
+    ranges = {"persistences": [0.1, 2.0], "sigma": 0.3, "scale": 4.0, "resolution": 3}
+    image = from_json({"form": "image", "births": [0.0, 0.0], **ranges})
+    assert (image.sampling, image.weight, image.unit) == ("density", "topkd", "none")
+    vector = from_json({"form": "vector", **ranges})
+    assert (vector.weight, vector.unit, vector.detach_unit) == ("persistence", "mean", False)
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({}, "form must be one of image, vector, betti, .*, got 'None'"),
+        ({"form": "picture"}, "form must be one of image, vector, .*, got 'picture'"),
+        ({"form": "betti"}, "not the parameters of the form 'betti': .*lengths"),
+        ({"form": "betti", "lengths": [0.0, 1.0], "weight": "one"}, "parameters .*weight"),
+    ],
+)
+def test_other_descriptions_are_refused(description, message):
+    with pytest.raises(ValueError, match=message):
+        from_json(description)
+
+
+def through_torch(state):
+    content = io.BytesIO()
+    torch.save(state, content)
+    content.seek(0)
+    return torch.load(content, weights_only=True)
+
+
+@pytest.mark.parametrize("through", [through_torch, lambda state: load(save(state))])
+def test_a_layer_keeps_its_parameters_in_its_state(fitted, through):
+    network = torch.nn.Sequential(VectorisationLayer(fitted), torch.nn.Linear(fitted.size, 2))
+    other = PersistenceVector((0.0, 1.0), sigma=0.5)
+    again = torch.nn.Sequential(VectorisationLayer(other), torch.nn.Linear(fitted.size, 2))
+    again.load_state_dict(through(network.state_dict()))
+    assert again[0].vectorisation == fitted
+    diagrams = Diagrams.from_bars(with_births().bars.float())
+    assert torch.equal(again(diagrams), network(diagrams))
+
+
+# --- Lost mass -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["none", "mean"])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_lost_mass_is_the_weight_of_the_bars_outside(unit, weight):
+    ends, diagrams = ((0.1, 0.5), (0.2, 0.7)), with_births(clouds=2)
+    image = PersistenceImage(*ends, sigma=0.1, weight=weight, unit=unit)
+    vector = PersistenceVector(ends[1], sigma=0.1, weight="one", unit=unit)
+    total = lost = outside = 0.0
+    for bars in diagrams.bars.tolist():
+        length = reference.unit_of(unit, [d for _, d in bars])
+        for b, p in ((b / length, (d - b) / length) for b, d in bars):
+            total += reference.weight_of(weight, b, p)
+            seen = ends[0][0] <= b <= ends[0][1] and ends[1][0] <= p <= ends[1][1]
+            lost += 0 if seen else reference.weight_of(weight, b, p)
+            outside += not ends[1][0] <= p <= ends[1][1]
+    assert lost_mass(image, diagrams).item() == pytest.approx(lost / total)
+    assert lost_mass(vector, diagrams).item() == pytest.approx(outside / 50)
+
+
+def test_lost_mass_of_curves_is_the_length_outside():
+    bars = torch.tensor([[[0.0, 4.0], [5.0, 9.0], [1.0, 3.0]], [[9.0, 11.0], [0.0, 0.0], [0, 0]]])
+    for name in ("betti", "landscape", "silhouette", "entropy"):
+        curve = VECTORISATIONS[name]((2.0, 6.0))
+        assert lost_mass(curve, Diagrams.from_bars(bars)).item() == pytest.approx(8 / 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_is_lost_of_what_was_fitted(name, dtype):
+    both = rips(cloud_batch(clouds=10, n=30).to(dtype), max_dim=1)
+    for dimension in (0, 1) if name != "cells" else (1,):
+        fitted = fit(name, both.of(dimension))
+        assert lost_mass(fitted, both.of(dimension)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_layer_warns_once(fitted):
+    layer, far = VectorisationLayer(replace(fitted, unit="none")), with_births().scaled(1000.0)
+    with pytest.warns(UserWarning, match="100% of the mass .* lies outside the range"):
+        layer(far)
+    for _ in range(9):  # a warning is an error here
+        layer(far)
+
+
+def test_a_layer_looks_at_calls_whose_number_is_a_power_of_two(monkeypatch, fitted):
+    seen = []
+    monkeypatch.setattr(
+        "topkd.topology.images.lost_mass",
+        lambda vectorisation, diagrams: seen.append(diagrams) or torch.zeros(()),
+    )
+    layer = VectorisationLayer(fitted)
+    calls = [with_births() for _ in range(20)]
+    for diagrams in calls:
+        layer(diagrams)
+    assert [id(diagrams) for diagrams in seen] == [id(calls[k - 1]) for k in (1, 2, 4, 8, 16)]
+
+
+def test_a_compiled_layer_does_not_look(fitted):
+    layer, far = VectorisationLayer(fitted), with_births().scaled(1000.0)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(far), fitted(far))

@@ -18,8 +18,8 @@ from topkd.losses import LOSSES, CrossEntropy, Distillation, Source, TopKD, dist
 from topkd.losses.topology import learn
 from topkd.progress import Progress
 from topkd.topology import PersistenceImage, PersistenceVector, RipsNet
+from topkd.topology.approximation import Approximation, Training
 from topkd.topology.images import to_json
-from topkd.topology.ripsnet import Approximation, Training
 
 CLOUD, IMAGES, CLASSES = 6, 48, 4
 SHORT = Training(passes=2, epochs=2)
@@ -85,8 +85,9 @@ CASES = {name: (name, {}) for name in LOSSES} | {
     "ce, smoothed": ("ce", {"label_smoothing": 0.2}),
     "kd, hot": ("kd", {"temperature": 20.0}),
     "topkd, exact image": ("topkd", {"form": "image"}),
-    "topkd, RipsNet": ("topkd", {"via": "ripsnet", "ripsnet": SHORT}),
-    "topkd, RipsNet of vectors": ("topkd", {"via": "ripsnet", "form": "vector", "ripsnet": SHORT}),
+    "topkd, RipsNet": ("topkd", {"via": "ripsnet", "training": SHORT}),
+    "topkd, RipsNet of vectors": ("topkd", {"via": "ripsnet", "form": "vector", "training": SHORT}),
+    "topkd, DistanceNet": ("topkd", {"via": "distancenet", "training": SHORT}),
 }
 WIDTHS = {"same width": 5, "narrower": 3}
 
@@ -331,7 +332,7 @@ def by_ripsnet(source, width=5, **options):
         features(5, seed=2),
         source,
         via="ripsnet",
-        **{"ripsnet": SHORT} | options,
+        **{"training": SHORT} | options,
     )
 
 
@@ -381,7 +382,7 @@ def test_images_that_judge_a_ripsnet_are_in_no_cloud_that_trains_it(source, monk
         return RipsNet(5).eval()
 
     monkeypatch.setattr("topkd.losses.topology.train", instead)
-    learn(replace(source, answers=marked), CLOUD, "image", SHORT)
+    learn(replace(source, answers=marked), CLOUD, "image", "ripsnet", SHORT)
 
     def images(clouds):
         return set(clouds[..., 0].flatten().tolist())
@@ -415,9 +416,9 @@ def test_ripsnet_is_trained_once(source):
 @pytest.mark.parametrize(
     "change",
     [
-        {"ripsnet": replace(SHORT, epochs=3)},
-        {"ripsnet": replace(SHORT, pooling="sum")},
-        {"ripsnet": replace(SHORT, passes=1)},
+        {"training": replace(SHORT, epochs=3)},
+        {"training": replace(SHORT, pooling="sum")},
+        {"training": replace(SHORT, passes=1)},
         {"form": "vector"},
     ],
 )
@@ -437,7 +438,7 @@ def test_facts_tell_how_good_the_ripsnet_is(source):
     facts = by_ripsnet(source).facts()
     saved = Approximation.from_bytes(the_file(source).read_bytes())
     assert facts["via"] == "ripsnet"
-    assert facts["vectorisation"] == to_json(saved.vectorisation)
+    assert facts["vectorisation"] == to_json(saved.exact.vectorisation)
     assert facts["fidelity"] == vars(saved.fidelity)
     assert saved.fidelity.clouds >= 256
     assert saved.cloud_size == CLOUD
@@ -452,9 +453,25 @@ def test_a_poor_ripsnet_is_said_to_be_poor(source):
 
 def test_form_chooses_what_ripsnet_learns(source):
     for form, kind in (("image", PersistenceImage), ("vector", PersistenceVector)):
-        learnt = learn(source, CLOUD, form, SHORT)
-        assert isinstance(learnt.vectorisation, kind)
-        assert learnt.network.outputs == learnt.vectorisation.size
+        learnt = learn(source, CLOUD, form, "ripsnet", SHORT)
+        assert isinstance(learnt.exact.vectorisation, kind)
+        assert learnt.network.outputs == learnt.exact.vectorisation.size
+
+
+def test_distancenet_needs_no_projection(source):
+    loss = TopKD.between(
+        features(3, seed=1),
+        features(5, seed=2),
+        source,
+        via="distancenet",
+        training=SHORT,
+    ).double()
+    assert loss.project is None
+    assert loss(features(3, seed=1), features(5, seed=2), batch()).isfinite()
+    (path,) = source.folder.glob("distancenet-*.safetensors")
+    assert isinstance(
+        Approximation.from_bytes(path.read_bytes()).exact.vectorisation, PersistenceVector
+    )
 
 
 def test_a_ripsnet_file_is_used_as_it_is(source, tmp_path):
@@ -487,7 +504,7 @@ def test_a_ripsnet_of_other_clouds_is_refused(source):
 def test_another_file_is_refused_by_name(source, tmp_path):
     path = tmp_path / "garbage.safetensors"
     path.write_bytes(b"garbage")
-    with pytest.raises(ValueError, match="no RipsNet that topkd has written"):
+    with pytest.raises(ValueError, match="no approximator that topkd has written"):
         by_ripsnet(source, file=str(path))
     with pytest.raises(FileNotFoundError, match="absent"):
         by_ripsnet(source, file=str(tmp_path / "absent"))
@@ -498,13 +515,13 @@ def test_another_file_is_refused_by_name(source, tmp_path):
 )
 def test_ripsnet_is_the_same_after_an_interruption(source, tmp_path, bar, stop_at):
     training = replace(SHORT, epochs=24, patience=50)
-    whole = learn(replace(source, folder=tmp_path / "whole"), CLOUD, "image", training)
+    whole = learn(replace(source, folder=tmp_path / "whole"), CLOUD, "image", "ripsnet", training)
     stopped = replace(source, folder=tmp_path / "stopped", progress=Recorder(stop_at, bar))
     if stop_at < 25:
         with pytest.raises(KeyboardInterrupt):
-            learn(stopped, CLOUD, "image", training)
+            learn(stopped, CLOUD, "image", "ripsnet", training)
         assert not list(tmp_path.glob("stopped/*.safetensors"))
-    again = learn(replace(stopped, progress=Recorder()), CLOUD, "image", training)
+    again = learn(replace(stopped, progress=Recorder()), CLOUD, "image", "ripsnet", training)
     assert again.to_bytes() == whole.to_bytes()
     assert not list(tmp_path.glob("*/*.state"))
 
@@ -519,4 +536,4 @@ def test_too_few_images_for_a_ripsnet_is_said(source, form):
                 return
 
     with pytest.raises(ValueError, match="images"):
-        learn(replace(source, answers=few, images=CLOUD + 1), CLOUD, form, SHORT)
+        learn(replace(source, answers=few, images=CLOUD + 1), CLOUD, form, "ripsnet", SHORT)

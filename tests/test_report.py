@@ -15,7 +15,7 @@ from topkd import chapters, plots, report
 from topkd.progress import Progress
 from topkd.recipe import Term
 from topkd.topology import PersistenceImage, RipsNet, rips
-from topkd.topology.ripsnet import Approximation, Fidelity
+from topkd.topology.approximation import Approximation, Exact, Fidelity
 
 CE, KD = {"name": "ce", "weight": 1.0, "warmup": 0}, {"name": "kd", "weight": 2.0, "warmup": 0}
 TOPKD = {"name": "topkd", "weight": 5.0, "warmup": 0, "via": "ripsnet", "ripsnet": {"passes": 8}}
@@ -92,7 +92,7 @@ def put_files(folder: Path) -> Path:
     (folder / "digits/recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     image = PersistenceImage.fit(rips(teacher[:32].view(2, 16, 8)))
     fidelity = Fidelity(r2=0.02, gradient_cosine=0.0, gradient_cosine_low=0.0, clouds=256, silent=0)
-    approximation = Approximation(RipsNet(8), image, 16, "fdee", fidelity)
+    approximation = Approximation(RipsNet(8), Exact(image), 16, 8, "fdee", fidelity)
     (folder / "digits/ripsnet-1.safetensors").write_bytes(approximation.to_bytes())
     return folder
 
@@ -432,7 +432,7 @@ def test_a_ripsnet_of_another_teacher_is_not_shown(six, quick):
         content = json.loads(path.read_text())
         content["teacher"]["hash"] = "another"
         path.write_text(json.dumps(content))
-    assert "no RipsNet file of this teacher" in Page(report.html(six)).text
+    assert "no approximator of this teacher" in Page(report.html(six)).text
 
 
 def test_a_broken_ripsnet_is_said(six, quick):

@@ -13,8 +13,7 @@ from topkd import checkpoint, evaluate, plots
 from topkd.recipe import STUDENT
 from topkd.results import Judged, Result, Run, Study
 from topkd.statistics import Sample
-from topkd.topology import rips
-from topkd.topology.ripsnet import Approximation, cut_clouds
+from topkd.topology.approximation import Approximation, cut_clouds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -237,7 +236,7 @@ def fidelities(study: Study) -> dict[str, Judged]:
 def poor_approximators(study: Study) -> list[str]:
     """Warns of approximators that explain less than half of what differs between clouds."""
     return [
-        f"The RipsNet of {name} has R² {fixed(fidelity.r2, '.2f')}, below {POOR}: "
+        f"The approximator of {name} has R² {fixed(fidelity.r2, '.2f')}, below {POOR}: "
         "it misses more than half of what differs between clouds, so that this run says little "
         "about topology. The option via: exact computes the real thing, and faster."
         for name, fidelity in fidelities(study).items()
@@ -251,15 +250,15 @@ def images(study: Study) -> Chapter | None:
     if not known:
         return None
     sentences = [
-        f"RipsNet of {name}: R² {fixed(f.r2, '.2f')} on {f.clouds} held-out clouds, where 1 is "
-        "exact and 0 is no better than always answering with the mean image; the cosine between "
+        f"Approximator of {name}: R² {fixed(f.r2, '.2f')} on {f.clouds} held-out clouds, where 1 "
+        "is exact and 0 is no better than always answering with the mean image; the cosine between "
         f"its gradient and the exact one is {fixed(f.gradient_cosine, '.2f')} (median), where 1 "
         "is the same direction."
         for name, f in known.items()
     ]
     warnings = poor_approximators(study)
     pictures, missing = [], []
-    for path in sorted(study.folder.glob("ripsnet-*.safetensors")):
+    for path in sorted(study.folder.glob("*net-*.safetensors")):
         try:
             approximation = Approximation.from_bytes(path.read_bytes())
         except ValueError as error:
@@ -268,7 +267,7 @@ def images(study: Study) -> Chapter | None:
         pictures += _guesses(study, approximation)
     if not pictures:
         missing.append(
-            "No images: there is no RipsNet file of this teacher, or no examples.safetensors."
+            "No images: there is no approximator of this teacher, or no examples.safetensors."
         )
     return Chapter("images", sentences, warnings, pictures, missing)
 
@@ -280,15 +279,15 @@ def _guesses(study: Study, approximation: Approximation) -> list[Picture]:
         return []
     embedding = run.examples["teacher"]
     size = min(approximation.cloud_size, len(embedding))
-    if size < 2 or embedding.shape[1] != approximation.network.width:
+    if size < 2 or embedding.shape[1] != approximation.width:
         return []
     clouds = _clouds(embedding, size)[:CLOUDS]
     with torch.no_grad():
-        exact = approximation.vectorisation(rips(clouds))
+        exact = approximation.exact(clouds)
         guess = approximation.network(clouds)
-    resolution = approximation.vectorisation.resolution
+    resolution = approximation.exact.vectorisation.resolution
     figure = plots.persistence_images(exact.numpy(), guess.numpy(), resolution=resolution)
-    alt = f"exact persistence images of {len(clouds)} clouds above those that RipsNet guesses"
+    alt = f"exact persistence images of {len(clouds)} clouds above those that are guessed"
     return [Picture(figure, alt, raster=True)]
 
 

@@ -94,14 +94,19 @@ def teacher(
 def ripsnet(
     recipe: RecipeName, changes: Changes = None, out: Out = Path("runs"), quiet: Quiet = False
 ) -> None:
-    """Make clouds and persistence images and train RipsNet, and before it the teacher."""
+    """Make clouds and persistence images and train RipsNet, and before it the teacher.
+
+    The same for a DistanceNet, where a loss is computed `via: distancenet`.
+    """
     experiment = _experiment(recipe, changes, out, quiet)
     experiment.prepare()
-    made = sorted(experiment.folder.glob("ripsnet-*.safetensors"))
+    made = sorted(experiment.folder.glob("*net-*.safetensors"))
     if not made:
-        raise ValueError(f"no loss of {experiment.recipe.name} is computed `via: ripsnet`")
+        raise ValueError(
+            f"no loss of {experiment.recipe.name} is computed `via: ripsnet` or `via: distancenet`"
+        )
     for path in made:
-        typer.echo(f"RipsNet: {path}")
+        typer.echo(f"approximator: {path}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Persistence of dimension 0, its images and its vectors, written out."""
+"""Persistence of dimension 0, and what is made of diagrams of any, written out."""
 
 import math
 
@@ -38,18 +38,52 @@ def nodes(low: float, high: float, count: int) -> list[float]:
     return [low + (high - low) * i / (count - 1) for i in range(count)]
 
 
-def image(bars: Bars, births, persistences, sigma: float, scale: float, resolution: int):
-    """TopKD's image in GUDHI's convention: rows are persistence, flattened row by row."""
-    pixels = []
-    for y in nodes(*persistences, resolution):
-        for x in nodes(*births, resolution):
-            total = 0.0
-            for birth, death in bars:
-                p = death - birth
-                weight = 10 * math.tanh(p) + 10 * math.log(100 * birth + 1)
-                square = (x - birth) ** 2 + (y - p) ** 2
-                total += weight * math.exp(-square / (2 * sigma**2)) / (2 * math.pi * sigma**2)
-            pixels.append(total / scale)
+def weight_of(name: str, b: float, p: float) -> float:
+    if name == "topkd":
+        return 10 * math.tanh(p) + 10 * math.log(100 * b + 1)
+    return {"persistence": p, "one": 1.0}[name]
+
+
+def unit_of(name: str, deaths: list[float]) -> float:
+    """The length that a cloud is measured by, the unit of its births and deaths."""
+    if name == "none":
+        return 1.0
+    ordered, n = sorted(deaths), len(deaths)
+    middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    return {"mean": sum(deaths) / n, "median": middle, "max": ordered[-1]}[name]
+
+
+def image(
+    bars: Bars,
+    births,
+    persistences,
+    sigma: float,
+    scale: float,
+    resolution: int,
+    sampling: str = "density",
+    weight: str = "topkd",
+    unit: str = "none",
+    detach_unit: bool = False,
+):
+    """Rows are persistence, flattened row by row. By default TopKD's image, as GUDHI has it."""
+    length = unit_of(unit, [death for _, death in bars])
+    points = [(birth / length, (death - birth) / length) for birth, death in bars]
+
+    def density(z):
+        return math.exp(-(z**2) / (2 * sigma**2)) / math.sqrt(2 * math.pi * sigma**2)
+
+    def along(ends, value):
+        if sampling == "density":
+            return [density(node - value) for node in nodes(*ends, resolution)]
+        below = [normal((edge - value) / sigma) for edge in nodes(*ends, resolution + 1)]
+        return [high - low for low, high in zip(below, below[1:], strict=False)]
+
+    pixels = [0.0] * resolution**2
+    for b, p in points:
+        rows, columns = along(persistences, p), along(births, b)
+        for r in range(resolution):
+            for c in range(resolution):
+                pixels[r * resolution + c] += weight_of(weight, b, p) * rows[r] * columns[c] / scale
     return pixels
 
 
@@ -72,13 +106,26 @@ def normal(z: float) -> float:
     return 0.5 * (1 + math.erf(z / math.sqrt(2)))
 
 
-def vector(lengths: list[float], persistences, sigma: float, scale: float, resolution: int):
+def vector(
+    lengths: list[float],
+    persistences,
+    sigma: float,
+    scale: float,
+    resolution: int,
+    weight: str = "persistence",
+    unit: str = "mean",
+    detach_unit: bool = False,
+):
     """The smoothed histogram of lengths in units of their mean, each weighted by itself."""
-    mean = sum(lengths) / len(lengths)
-    relative = [length / mean for length in lengths]
+    length = unit_of(unit, lengths)
+    relative = [p / length for p in lengths]
     edges = nodes(*persistences, resolution + 1)
     return [
-        sum(p * (normal((high - p) / sigma) - normal((low - p) / sigma)) for p in relative) / scale
+        sum(
+            weight_of(weight, 0.0, p) * (normal((high - p) / sigma) - normal((low - p) / sigma))
+            for p in relative
+        )
+        / scale
         for low, high in zip(edges, edges[1:], strict=False)
     ]
 
@@ -90,3 +137,34 @@ def fit_vector(diagrams: list[list[float]], resolution: int = 20) -> dict:
     ends = (0.0, resolution * cell)
     top = max(max(vector(d, ends, cell, 1.0, resolution)) for d in diagrams)
     return {"persistences": ends, "sigma": cell, "scale": top}
+
+
+def betti(bars: Bars, t: float, sigma: float = 0.0) -> float:
+    if sigma == 0:
+        return sum(b <= t < d for b, d in bars)
+    return sum(normal((t - b) / sigma) - normal((t - d) / sigma) for b, d in bars)
+
+
+def tents(bars: Bars, t: float) -> list[float]:
+    return [max(0.0, min(t - b, d - t)) for b, d in bars]
+
+
+def landscape(bars: Bars, t: float, layer: int) -> float:
+    """The first layer is layer 0."""
+    ordered = sorted(tents(bars, t), reverse=True)
+    return ordered[layer] if layer < len(ordered) else 0.0
+
+
+def silhouette(bars: Bars, t: float, power: float) -> float:
+    weights = [(d - b) ** power for b, d in bars]
+    return sum(w * tent for w, tent in zip(weights, tents(bars, t), strict=True)) / sum(weights)
+
+
+def entropy_terms(bars: Bars) -> list[float]:
+    total = sum(d - b for b, d in bars)
+    return [-(d - b) / total * math.log((d - b) / total) for b, d in bars]
+
+
+def entropy_curve(bars: Bars, t: float) -> float:
+    terms = zip(entropy_terms(bars), bars, strict=True)
+    return sum(term for term, (b, d) in terms if b <= t < d)

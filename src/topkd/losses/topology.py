@@ -18,10 +18,18 @@ from topkd import files
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
 from topkd.topology import rips
-from topkd.topology.images import FORMS, Form, Vectorisation, to_json
-from topkd.topology.ripsnet import Approximation, Training, cut_clouds, fidelity, train
+from topkd.topology.approximation import (
+    Approximation,
+    Exact,
+    Name,
+    Training,
+    cut_clouds,
+    fidelity,
+    train,
+)
+from topkd.topology.images import FORMS, Form, to_json
 
-Via = Literal["exact", "ripsnet"]
+Via = Literal["exact", "ripsnet", "distancenet"]
 
 FITTED_ON = 64  # clouds that range and scale of an exact vectorisation are read off
 HELD_OUT = 256  # clouds, at least, by which an approximator is judged
@@ -78,7 +86,7 @@ class TopKD(Loss):
         *,
         via: Via = "exact",
         form: Form | None = None,
-        ripsnet: Training = Training(),  # noqa: B008  (it is frozen)
+        training: Training = Training(),  # noqa: B008  (it is frozen)
         file: str | None = None,
     ) -> TopKD:
         """Builds the loss, learning from the teacher what it needs.
@@ -87,31 +95,34 @@ class TopKD(Loss):
             student: What the student makes of some batch.
             teacher: What the teacher makes of it.
             source: The teacher's answers to the training images.
-            via: Whether persistence is computed exactly or guessed by a RipsNet, as in the paper.
+            via: Whether persistence is computed exactly, guessed by a RipsNet, as in the paper, or
+                guessed from distances by a DistanceNet, which guesses better.
             form: How a diagram is described, "vector" (20 numbers without scale) or "image" (the
-                paper's 400 pixels). Exact uses the vector if not told, RipsNet the image.
-            ripsnet: How the RipsNet is trained, if it is used.
-            file: A RipsNet that was trained before, to be used instead of training one.
+                paper's 400 pixels). RipsNet guesses the image if not told, all else the vector.
+            training: How the approximator is trained, if there is one.
+            file: An approximator that was trained before, to be used instead of training one.
 
         Raises:
-            ValueError: If the RipsNet in the file was made for another teacher or other clouds.
+            ValueError: If the approximator in the file was made for another teacher or other
+                clouds.
         """
         if via == "exact":
             clouds = [features.embedding for _, features in islice(source.answers(0), FITTED_ON)]
-            vectorisation = FORMS[form or "vector"].fit(rips(torch.stack(clouds)))
-            facts = {"via": via, "vectorisation": to_json(vectorisation)}
-            return cls(lambda points: vectorisation(rips(points)), facts=facts)
+            exact = Exact(FORMS[form or "vector"].fit(rips(torch.stack(clouds))))
+            return cls(exact, facts={"via": via, "vectorisation": to_json(exact.vectorisation)})
         size, width = teacher.embedding.shape
         if file is None:
-            approximation = learn(source, size, form or "image", ripsnet)
+            usual: Form = "image" if via == "ripsnet" else "vector"
+            approximation = learn(source, size, form or usual, via, training)
         else:
             approximation = Approximation.from_bytes(Path(file).read_bytes())
             _check_fit(approximation, file, source.teacher, size)
-        own_width = student.embedding.shape[1]
-        project = None if own_width == width else nn.Linear(own_width, width)
+        own_width, project = student.embedding.shape[1], None
+        if own_width != width and approximation.network.width is not None:
+            project = nn.Linear(own_width, width)
         facts = {
             "via": via,
-            "vectorisation": to_json(approximation.vectorisation),
+            "vectorisation": to_json(approximation.exact.vectorisation),
             "fidelity": asdict(approximation.fidelity),
         }
         return cls(approximation.network, project, facts)
@@ -127,8 +138,10 @@ class TopKD(Loss):
         return self._facts
 
 
-def learn(source: Source, size: int, form: Form, training: Training) -> Approximation:
-    """Trains a RipsNet on clouds of a teacher's embeddings, or loads it where that is done.
+def learn(
+    source: Source, size: int, form: Form, network: Name, training: Training
+) -> Approximation:
+    """Trains an approximator on clouds of a teacher's embeddings, or loads it where that is done.
 
     The embeddings of ``training.passes`` augmented passes are kept, 4 d bytes an image and pass;
     each epoch cuts them into new clouds. One image in ten is in no training cloud: the clouds of
@@ -138,18 +151,20 @@ def learn(source: Source, size: int, form: Form, training: Training) -> Approxim
         source: The teacher's answers to the training images, and where to keep the result.
         size: Points in a cloud.
         form: What the network learns to guess.
+        network: Which it is.
         training: How it is trained.
     """
     about = json.dumps([source.teacher, size, form, asdict(training)])
-    path = source.folder / f"ripsnet-{files.sha256(about.encode())[:8]}.safetensors"
+    path = source.folder / f"{network}-{files.sha256(about.encode())[:8]}.safetensors"
     if path.exists():
         return Approximation.from_bytes(path.read_bytes())
     stream = _Clouds(source, size, training.passes)
     first, held_out = stream.training(0), stream.held_out()
-    vectorisation: Vectorisation = FORMS[form].fit(rips(first))
+    exact = Exact(FORMS[form].fit(rips(first)))
     saved = path.with_suffix(".state")
     state = torch.load(saved, weights_only=True) if saved.exists() else None
-    with source.progress.bar("RipsNet", training.epochs, "epochs") as advance:
+    title = {"ripsnet": "RipsNet", "distancenet": "DistanceNet"}[network]
+    with source.progress.bar(title, training.length(network), "epochs") as advance:
         if state is not None:
             advance(state["epoch"], "")
 
@@ -161,17 +176,24 @@ def learn(source: Source, size: int, form: Form, training: Training) -> Approxim
                 torch.save(state, content)
                 files.write(saved, content.getvalue())
 
-        network = train(
-            stream.training, held_out, vectorisation, training, state=state, after_epoch=after_epoch
+        trained = train(
+            stream.training,
+            held_out,
+            exact,
+            training,
+            network=network,
+            state=state,
+            after_epoch=after_epoch,
         )
-    judged = fidelity(network, vectorisation, first, held_out)
-    source.progress.say(f"RipsNet: {judged}")
+    judged = fidelity(trained, exact, first, held_out)
+    source.progress.say(f"{title}: {judged}")
     if judged.r2 < WARN_BELOW:
         source.progress.say(
-            f"warning: this RipsNet explains {max(judged.r2, 0):.0%} of what differs between "
+            f"warning: this {title} explains {max(judged.r2, 0):.0%} of what differs between "
             "clouds; `via: exact` explains all of it and is faster"
         )
-    approximation = Approximation(network, vectorisation, size, source.teacher, judged)
+    width = first.shape[-1]
+    approximation = Approximation(trained, exact, size, width, source.teacher, judged)
     files.write(path, approximation.to_bytes())
     saved.unlink(missing_ok=True)
     return approximation
@@ -197,8 +219,8 @@ class _Clouds:
         self.kept_back[order[: max(source.images // 10, 2 * size)]] = True
         if source.images < 3 * size:
             raise ValueError(
-                f"{source.images} training images are too few for a RipsNet: it needs clouds of "
-                f"{size} to learn from and two more to be judged by; use `via: exact`"
+                f"{source.images} training images are too few for an approximator: it needs "
+                f"clouds of {size} to learn from and two more to be judged by; use `via: exact`"
             )
 
     def training(self, epoch: int) -> Tensor:
