@@ -64,7 +64,7 @@ def oineus_py(points: np.ndarray, max_dim: int) -> Bars:
     import oineus
 
     found = oineus.compute_diagrams_vr(
-        squareform(pdist(points)), from_pwdists=True, max_dim=max_dim
+        squareform(pdist(points)), from_pwdists=True, max_dim=max_dim + 1
     )
     return [found.in_dimension(d) for d in range(max_dim + 1)]
 

@@ -7,6 +7,7 @@ the points again, so that gradients reach exactly the points that carry each bar
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -171,23 +172,44 @@ def rips(
     merging, higher, count = critical_edges(
         source.detach(), inside, points is None, max_dim, rows, max_bars is None
     )
-    if max_dim > 0 and not torch.compiler.is_compiling():  # drop the rows that no cloud needs
-        rows = min(rows, int(count.max())) if clouds else 0
-        higher = higher[:, :, :rows]
-    birth_edges, death_edges = higher.flatten(1, 2).unbind(2)
-    edges = torch.cat([merging, death_edges, birth_edges], dim=1) if max_dim > 0 else merging
-    lengths = _entries(source, edges) if points is None else edge_lengths(source, edges)
-    bars = n - 1 + max_dim * rows
-    found = Diagrams(
-        births=torch.cat([lengths.new_zeros(clouds, n - 1), lengths[:, bars:]], dim=1),
-        deaths=lengths[:, :bars],
-        birth_edges=torch.cat([torch.zeros_like(merging), birth_edges], dim=1),
-        death_edges=edges[:, :bars],
-        mask=_rows_in_use(inside, count, n - 1, rows),
-        count=torch.cat([inside.sum(1, keepdim=True) - 1, count], dim=1),
-        sizes=(n - 1, *[rows] * max_dim),
-    )
+    read = _entries if points is None else edge_lengths
+    deaths = read(source, merging)
+    births, birth_edges = torch.zeros_like(deaths), torch.zeros_like(merging)
+    there = torch.ones_like(deaths, dtype=torch.bool)
+    merged = count.new_full((clouds, 1), n - 1)
+    if mask is not None:
+        merged = inside.sum(1, keepdim=True) - 1
+        there = torch.arange(n - 1, device=merged.device) < merged
+    found = Diagrams(births, deaths, birth_edges, merging, there, merged, (n - 1,))
+    if max_dim > 0:
+        found = _with_higher(found, source, read, higher, count)
     return found._only() if alone else found
+
+
+def _with_higher(
+    found: Diagrams,
+    source: Tensor,
+    read: Callable[[Tensor, Tensor], Tensor],
+    higher: Tensor,
+    count: Tensor,
+) -> Diagrams:
+    """Appends the bars of higher dimensions, whose critical edges are (clouds, dim, rows, 2, 2)."""
+    clouds, dimensions, rows = higher.shape[:3]
+    if not torch.compiler.is_compiling():  # drop the rows that no cloud needs
+        rows = min(rows, int(count.max())) if clouds else 0
+    edges = higher[:, :, :rows].permute(0, 3, 1, 2, 4).flatten(2, 3)  # (clouds, 2, bars, 2)
+    lengths = read(source, edges.flatten(1, 2))
+    births, deaths = lengths.view(clouds, 2, dimensions * rows).unbind(1)
+    there = torch.arange(rows, device=count.device) < count[..., None]
+    return Diagrams(
+        births=torch.cat([found.births, births], dim=1),
+        deaths=torch.cat([found.deaths, deaths], dim=1),
+        birth_edges=torch.cat([found.birth_edges, edges[:, 0]], dim=1),
+        death_edges=torch.cat([found.death_edges, edges[:, 1]], dim=1),
+        mask=torch.cat([found.mask, there.flatten(1)], dim=1),
+        count=torch.cat([found.count, count], dim=1),
+        sizes=(*found.sizes, *[rows] * dimensions),
+    )
 
 
 def _checked(
@@ -231,13 +253,6 @@ def _checked(
     return source, mask, alone
 
 
-def _rows_in_use(inside: Tensor, count: Tensor, merging: int, rows: int) -> Tensor:
-    """(clouds, bars), which rows hold bars."""
-    first = torch.arange(merging, device=inside.device) < inside.sum(1, keepdim=True) - 1
-    higher = torch.arange(rows, device=inside.device) < count[..., None]
-    return torch.cat([first, higher.flatten(1)], dim=1)
-
-
 @torch.library.custom_op("topkd::critical_edges", mutates_args=())
 def critical_edges(
     source: Tensor, inside: Tensor, given: bool, max_dim: int, rows: int, strict: bool
@@ -274,8 +289,7 @@ def critical_edges(
         _by_redzed(cpu, there, given, merging, higher, count)
     else:
         _by_kernels(cpu, there, given, merging, higher, count)
-    most = count.max(initial=0)
-    if strict and most > rows:
+    if strict and max_dim > 0 and (most := count.max(initial=0)) > rows:
         raise ValueError(
             f"cloud {count.max(1).argmax()} has {most} bars of one dimension, more than the "
             f"{rows} there is room for; give max_bars={most}, or fewer to keep the most persistent"
@@ -420,7 +434,8 @@ def edge_lengths(points: Tensor, edges: Tensor) -> Tensor:
         tensor([[3., 0.]])
     """
     if points.device.type == "cpu" and points.dtype in (torch.float32, torch.float64):
-        return _edge_lengths(points, edges)
+        lengths: Tensor = _Lengths.apply(points, edges)
+        return lengths
     return _plain_lengths(points, edges)
 
 
@@ -464,20 +479,23 @@ def _numpy(tensor: Tensor) -> NDArray[Any]:
     return tensor.detach().contiguous().numpy()
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs, output)
+class _Lengths(torch.autograd.Function):
+    """Lengths by the kernels; the gradient of the gradient by plain torch."""
 
+    @staticmethod
+    def forward(ctx: Any, points: Tensor, edges: Tensor) -> Tensor:
+        lengths = _edge_lengths(points, edges)
+        ctx.save_for_backward(points, edges, lengths)
+        return lengths
 
-def _pull_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    points, edges, lengths = ctx.saved_tensors
-    if not torch.is_grad_enabled():
-        return _pull_lengths(points, edges, lengths, grad), None
-    again = _plain_lengths(points, edges)  # somebody wants the gradient of the gradient
-    (pulled,) = torch.autograd.grad(again, points, grad, create_graph=True)
-    return pulled, None
-
-
-_edge_lengths.register_autograd(_pull_back, setup_context=_keep)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        points, edges, lengths = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return _pull_lengths(points, edges, lengths, grad), None
+        again = _plain_lengths(points, edges)
+        (pulled,) = torch.autograd.grad(again, points, grad, create_graph=True)
+        return pulled, None
 
 
 def _entries(distances: Tensor, edges: Tensor) -> Tensor:
