@@ -52,4 +52,4 @@ memory = InMemory(
 data = Data("random", memory, memory, [str(c) for c in range(100)], *STATISTICS)
 batch = Batch(images.to(memory_format=torch.channels_last), target, torch.arange(SIZE))
 ways = {"ce + kd + exact topkd": trainer("ce", "kd", "topkd"), "ce + kd": trainer("ce", "kd")}
-in_turn(ways, rounds=15, unit="ten steps")
+in_turn(ways, rounds=40, unit="ten steps")

@@ -150,8 +150,11 @@ def batch(kind: str, clouds: torch.Tensor, rows: list[list[object]]) -> None:
         calls: dict[str, tuple[Callable[[], object], int]] = {
             "ours": (lambda m=max_dim: rips(clouds, max_dim=m), len(clouds)),
             "ours, and backward": (lambda m=max_dim: forward_and_backward(clouds, m), len(clouds)),
-            "ours, one cloud": (lambda m=max_dim: rips(one, max_dim=m), 1),
-            "ours, one cloud, and backward": (lambda m=max_dim: forward_and_backward(one, m), 1),
+            "ours, one cloud": (lambda m=max_dim: [rips(one, max_dim=m) for _ in range(100)], 100),
+            "ours, one cloud, and backward": (
+                lambda m=max_dim: [forward_and_backward(one, m) for _ in range(100)],
+                100,
+            ),
             "vector of ours": (lambda f=describe, d=diagrams: f(d), len(clouds)),
             "image of ours": (lambda f=image, d=diagrams: f(d), len(clouds)),
         }
@@ -174,17 +177,26 @@ def growth(rows: list[list[object]]) -> None:
     sizes = {0: (64, 128, 256, 512, 1024, 2048, 4096), 1: (64, 128, 256, 384, 512)}
     for max_dim, each in sizes.items():
         for n in each:
-            clouds = torch.randn(1, n, 64, generator=torch.Generator().manual_seed(n))
+            several = max(1, 1024 // n)
+            clouds = torch.randn(several, n, 64, generator=torch.Generator().manual_seed(n))
             peers = ["redzed-tda", "gudhi.sklearn", "ripser.py"]
             if n * (1 + max_dim) > 1024:
                 peers = peers[:2]
             compare(clouds[:1], max_dim, peers[:1])
-            points = clouds[0].double().numpy()
+            doubles = clouds.double().numpy()
             calls: dict[str, tuple[Callable[[], object], int]] = {
-                "ours": (lambda c=clouds, m=max_dim: rips(c, max_dim=m, max_bars=10**4), 1)
+                "ours": (
+                    lambda c=clouds, m=max_dim: [
+                        rips(x[None], max_dim=m, max_bars=10**4) for x in c
+                    ],
+                    several,
+                )
             }
             for name in peers:
-                calls[name] = (lambda p=PEERS[name], x=points, m=max_dim: p(x, m), 1)
+                calls[name] = (
+                    lambda p=PEERS[name], x=doubles, m=max_dim: [p(points, m) for points in x],
+                    several,
+                )
             found = times(calls, rounds=5)
             show(f"Gaussian: H0{'' if max_dim == 0 else ' and H1'}, {n} points in 64-d", found)
             rows += [

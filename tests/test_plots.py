@@ -201,3 +201,18 @@ def test_colours_differ_in_lightness_or_hue_for_all_eyes():
     ]
     for i, first in enumerate(seen):
         assert all(np.abs(first - second).max() > 15 for second in seen[:i])
+
+
+def test_filtration_draws_the_edges_and_triangles_there_are():
+    square = [[0, 0], [1, 0], [1, 1], [0, 1]]
+    apart, joined, filled = plots.filtration(square, [0.5, 1.0, 1.5]).axes
+    assert [len(axes.lines) for axes in (apart, joined, filled)] == [1, 1 + 4, 1 + 6]
+    assert [len(axes.patches) for axes in (apart, joined, filled)] == [0, 0, 4]
+
+
+def test_diagram_has_a_point_for_every_bar():
+    figure = plots.diagram({"H0": [[0, 1], [0, 2]], "H1": [], "H2": [[1.0, 3.0]]}, title="three")
+    diagonal, *dimensions = figure.axes[0].lines
+    assert [len(line.get_xdata()) for line in dimensions] == [2, 0, 1]
+    assert dimensions[2].get_xydata().tolist() == [[1, 3]]
+    assert diagonal.get_xydata()[-1].tolist() == pytest.approx([3.15, 3.15])

@@ -70,6 +70,32 @@ def test_a_step_is_the_step_of_a_plain_loop():
     torch.testing.assert_close(ours.student.network.state_dict(), network.state_dict())
 
 
+class Square(Loss):
+    """The mean square of the first feature map, where there are any."""
+
+    def forward(self, student, teacher, batch):
+        assert len(student.maps) == len(teacher.maps) == (4 if self.reads_maps else 0)
+        return student.maps[0].square().mean() if self.reads_maps else student.logits.sum() * 0
+
+
+@pytest.mark.parametrize("reads_maps", [True, False])
+def test_maps_are_there_for_losses_that_read_them(reads_maps):
+    loss = Square()
+    loss.reads_maps = reads_maps
+    ours = trainer((CrossEntropy(), loss))
+    plain, batch = trainer().student.network.train(), a_batch()
+    ours.student.train()
+    ours.step(batch, 1, Sums(), measure=True)
+
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    value = F.cross_entropy(plain(batch.images), batch.target)
+    first = F.relu(plain.bn1(plain.conv1(batch.images)))  # weight 2, as the recipe has it
+    (value + 2 * reads_maps * first.square().mean()).backward()
+    optimizer.step()
+    weights = dict(ours.student.network.named_parameters())
+    torch.testing.assert_close(weights, dict(plain.named_parameters()))
+
+
 def test_the_gradient_is_clipped_to_its_greatest_norm():
     clipped = trainer(gradient_clip=0.01)
     before = [weight.detach().clone() for weight in clipped.weights]

@@ -199,14 +199,15 @@ class Experiment:
     @cached_property
     def _source(self) -> Source:
         return Source(
-            self._answers,
+            self.answers,
             len(self.data.train.target),
             "" if self.teacher is None else self._teacher_hash,
             self.folder,
             self.progress,
         )
 
-    def _answers(self, epoch: int) -> Iterator[tuple[Batch, Features]]:
+    def answers(self, epoch: int) -> Iterator[tuple[Batch, Features]]:
+        """Computes what the teacher makes of the augmented training images, batch by batch."""
         assert self.teacher is not None
         for batch in training_batches(self.data.train, self.recipe.batch_size, 0, epoch):
             with self.device.autocast():

@@ -200,6 +200,56 @@ def barcode(
     return figure
 
 
+def filtration(points: ArrayLike, lengths: Sequence[float]) -> Figure:
+    """Draws a cloud in the plane at several lengths, with the edges and triangles of each.
+
+    Args:
+        points: (n, 2).
+        lengths: One for each panel.
+    """
+    cloud = np.asarray(points, dtype=float)
+    apart = np.linalg.norm(cloud[:, None] - cloud, axis=-1)
+    with _style():
+        figure = _figure(2.3 * len(lengths), 2.5)
+        for axes, length in zip(
+            np.atleast_1d(figure.subplots(1, len(lengths))), lengths, strict=True
+        ):
+            near = apart <= length
+            for i, j, k in itertools.combinations(range(len(cloud)), 3):
+                if near[i, j] and near[j, k] and near[i, k]:
+                    axes.fill(*cloud[[i, j, k]].T, color=COLOURS[4], alpha=0.25, linewidth=0)
+            for i, j in itertools.combinations(range(len(cloud)), 2):
+                if near[i, j]:
+                    axes.plot(*cloud[[i, j]].T, color=COLOURS[0], linewidth=0.9)
+            axes.plot(*cloud.T, "o", color=TEACHER, markersize=4)
+            axes.set_title(f"length {length:g}")
+            axes.set_aspect("equal")
+            axes.set_xticks([])
+            axes.set_yticks([])
+    return figure
+
+
+def diagram(bars: Mapping[str, ArrayLike], *, title: str) -> Figure:
+    """Draws persistence diagrams: a point for every bar, its birth across and its death up.
+
+    Args:
+        bars: Name, as of a dimension -> births and deaths, (bars, 2).
+        title: Above the figure.
+    """
+    colours = palette(list(bars))
+    named = {name: np.asarray(each, dtype=float).reshape(-1, 2) for name, each in bars.items()}
+    with _style():
+        figure = _figure(3.4, 3.2)
+        axes = figure.add_subplot(title=title, xlabel="birth", ylabel="death")
+        end = 1.05 * max(np.max(each, initial=1e-12) for each in named.values())
+        axes.plot([0, end], [0, end], color=OTHERS, linewidth=1)
+        for (name, each), marker in zip(named.items(), itertools.cycle("osD^"), strict=False):
+            axes.plot(*each.T, marker, color=colours[name], label=name, alpha=0.8)
+        axes.set_aspect("equal")
+        axes.legend(fontsize=9, loc="lower right")
+    return figure
+
+
 def sorted_deaths(
     diagrams: Mapping[str, ArrayLike],
     *,

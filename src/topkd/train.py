@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,7 @@ class Trainer:
         self.teacher = None if teacher is None else teacher.to(device.device)
         self.losses = [Weighted(w.term, w.loss.to(device.device)) for w in losses]
         self.adapters = nn.ModuleList(w.loss for w in self.losses)
+        self.reads_maps = any(w.loss.reads_maps for w in self.losses)
         self.data, self.recipe, self.seed = data, recipe, seed
         self.device, self.progress = device, progress
         self.weights = [
@@ -251,6 +252,8 @@ class Trainer:
             made = self.learner(batch.images)
             # Without a teacher a student stands in for it: its losses do not look.
             answer = made if self.answerer is None else self.answerer(batch.images)
+        if not self.reads_maps:  # they are large, and each would be copied
+            made, answer = replace(made, maps=[]), replace(answer, maps=[])
         # The losses see copies, so that the gradient of each can be measured at the features.
         features = made.apply(lambda t: t.detach().float().requires_grad_())
         answer = answer.apply(lambda t: t.detach().float())

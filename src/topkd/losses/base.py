@@ -29,6 +29,7 @@ class Loss(nn.Module):
     """A distance from what a student makes of a batch to what its teacher makes of it."""
 
     needs_teacher = True
+    reads_maps = False  # feature maps, which otherwise are not kept for it
     learns = False  # from the teacher: then its options are those of `between`
 
     @classmethod

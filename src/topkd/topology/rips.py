@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 
 from topkd.topology import _cocycles, _kernels, _prim, _redzed
@@ -383,7 +384,7 @@ def _by_redzed(
         index = there.nonzero()[0]
         _refuse(source[cloud : cloud + 1], inside[cloud : cloud + 1], given, cloud)
         few = values[index].astype(np.float64)
-        distances = few[:, index] if given else np.sqrt(((few[:, None] - few) ** 2).sum(-1))
+        distances = few[:, index] if given else squareform(pdist(few))
         tree = merging[cloud, : len(index) - 1]
         count[cloud] = _redzed.critical_edges(distances, max_dim, tree, higher[cloud])
         tree[:] = index[tree]
