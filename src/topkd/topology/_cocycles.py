@@ -25,7 +25,7 @@ from topkd.topology._kernels import FINITE, Floats, Integers, load
 
 ONE, ZERO = np.uint64(1), np.uint64(0)  # both sides: numba makes float64 of int64 with uint64
 STORE = 32  # cocycles for which there is room at first; Gaussian clouds of 64 points keep 26
-DIGIT = 8  # bits that a pass of the sort looks at
+DIGIT = np.uint64(255)  # the bits that a pass of the sort looks at
 PATIENCE = 8  # moves for each key that the last pass of the sort may take
 
 Words = NDArray[np.uint64]
@@ -38,14 +38,14 @@ class Sorting(NamedTuple):
     ends: Integers  # i << 32 | j of each
     order: Integers
     spare: Integers
-    starts: Integers  # (2, 2 ** DIGIT)
+    starts: Integers  # (256)
 
 
 def sorting(n: int) -> Sorting:
     """Room for clouds of up to n points."""
     edges = n * (n - 1) // 2 + 1
     ends, order, spare = (np.empty(edges, np.int64) for _ in range(3))
-    return Sorting(np.empty(edges), ends, order, spare, np.empty((2, 1 << DIGIT), np.int64))
+    return Sorting(np.empty(edges), ends, order, spare, np.empty(256, np.int64))
 
 
 @njit(nogil=True, cache=True, fastmath=FINITE)
@@ -72,35 +72,36 @@ def _collect_edges(distances, n, length, ends):
 
 
 @njit(nogil=True, cache=True)
+def _pass(bits, low, shift, m, before, after, starts):
+    """Stable order by the eight bits from ``shift`` on: one pass of a radix sort."""
+    starts[:] = 0
+    for s in range(m):
+        starts[np.int64((bits[before[s]] - low) >> shift & DIGIT)] += 1
+    first = 0
+    for k in range(len(starts)):
+        starts[k], first = first, first + starts[k]
+    for s in range(m):
+        k = np.int64((bits[before[s]] - low) >> shift & DIGIT)
+        after[starts[k]] = before[s]
+        starts[k] += 1
+
+
+@njit(nogil=True, cache=True)
 def _sort(length, m, order, spare, starts):
     """Stable order of m non-negative numbers, whose bits are ordered as they are.
 
     Two passes over the leading 16 bits in which they differ, then insertion; where that takes too
-    many moves, because nearly all share these bits, a merge sort.
+    many moves, because nearly all share these bits, eight passes over all 64.
     """
     bits = length.view(np.uint64)
-    low, high, shift = bits[:m].min(), bits[:m].max(), ZERO
-    while (high - low) >> shift >= ONE << np.uint64(2 * DIGIT):
+    low, high, shift = bits[0], bits[0], ZERO
+    for e in range(m):
+        order[e] = e
+        low, high = min(low, bits[e]), max(high, bits[e])
+    while (high - low) >> shift >= ONE << np.uint64(16):
         shift += ONE
-    digit, rest = np.uint64((1 << DIGIT) - 1), np.uint64(DIGIT)
-    starts[:] = 0
-    for e in range(m):
-        key = (bits[e] - low) >> shift
-        starts[0, np.int64(key & digit)] += 1
-        starts[1, np.int64(key >> rest)] += 1
-    first = second = 0
-    for k in range(1 << DIGIT):
-        starts[0, k], first = first, first + starts[0, k]
-        starts[1, k], second = second, second + starts[1, k]
-    for e in range(m):
-        k = np.int64((bits[e] - low) >> shift & digit)
-        spare[starts[0, k]] = e
-        starts[0, k] += 1
-    for s in range(m):
-        e = spare[s]
-        k = np.int64((bits[e] - low) >> shift >> rest)
-        order[starts[1, k]] = e
-        starts[1, k] += 1
+    _pass(bits, low, shift, m, order, spare, starts)
+    _pass(bits, low, shift + np.uint64(8), m, spare, order, starts)
     moves = 0
     for s in range(1, m):
         e, t = order[s], s
@@ -110,8 +111,13 @@ def _sort(length, m, order, spare, starts):
         order[t] = e
         moves += s - t
         if moves > PATIENCE * m:
-            order[:m] = np.argsort(length[:m], kind="mergesort")
-            return
+            break
+    if moves > PATIENCE * m:
+        for e in range(m):
+            order[e] = e
+        for digits in range(0, 8, 2):
+            _pass(bits, low, np.uint64(8 * digits), m, order, spare, starts)
+            _pass(bits, low, np.uint64(8 * digits + 8), m, spare, order, starts)
 
 
 @njit(nogil=True, cache=True)
@@ -120,12 +126,6 @@ def _find(parent, v):
         parent[v] = parent[parent[v]]
         v = parent[v]
     return v
-
-
-@njit(nogil=True, cache=True)
-def _longer(store, by):
-    """The same with room for more."""
-    return np.concatenate((store, np.zeros((by, *store.shape[1:]), store.dtype)))
 
 
 @njit(nogil=True, cache=True)
@@ -160,9 +160,11 @@ def _bars_of_cloud(n, sorting, m, parent, merging, bits):
                 merged += 1
                 continue
             if alive == len(slot):  # an H1 class is born
-                slot = np.concatenate((slot, np.arange(alive, 2 * alive)))
-                cocycle, bad = _longer(cocycle, alive), _longer(bad, alive)
-                birth = _longer(birth, alive)
+                more_slot, more_birth = np.arange(2 * alive), np.zeros(2 * alive, np.int64)
+                more_cocycle = np.zeros((2 * alive, n, words), np.uint64)
+                more_slot[:alive], more_birth[:alive], more_cocycle[:alive] = slot, birth, cocycle
+                slot, birth, cocycle = more_slot, more_birth, more_cocycle
+                bad = np.zeros((2 * alive, words), np.uint64)
             c = slot[alive]
             cocycle[c] = ZERO
             cocycle[c, u, v_word], cocycle[c, v, u_word] = v_bit, u_bit
@@ -191,7 +193,9 @@ def _bars_of_cloud(n, sorting, m, parent, merging, bits):
                 continue
             if length[birth[y]] < length[e]:  # an H1 class dies; none of length zero is told
                 if ended == len(bars):
-                    bars = _longer(bars, ended)
+                    more_bars = np.empty((2 * ended, 2), np.int64)
+                    more_bars[:ended] = bars
+                    bars = more_bars
                 bars[ended, 0], bars[ended, 1] = birth[y], e
                 ended += 1
             pivot = bad[y, first] & (~bad[y, first] + ONE)
