@@ -68,8 +68,8 @@ class Training:
     passes: int = 8  # augmented passes over the training images that make one epoch of clouds
     epochs: int | None = None  # 300 for RipsNet, 40 for DistanceNet
     patience: int = 50  # epochs without improvement on the held-out clouds
-    lr: float | None = None  # 5e-4 for RipsNet; 5e-3 for DistanceNet, falling to 0
-    clouds_per_step: int = 64
+    lr: float | None = None  # 5e-4 for RipsNet; 1e-2 for DistanceNet, falling to 0
+    clouds_per_step: int | None = None  # 64 for RipsNet, 16 for DistanceNet
     pooling: Pooling | None = None  # of RipsNet alone; the mean, if not told
 
     def length(self, network: Name) -> int:
@@ -77,11 +77,16 @@ class Training:
         usual = {"ripsnet": 300, "distancenet": 40}[network]
         return usual if self.epochs is None else self.epochs
 
+    def step(self, network: Name) -> int:
+        """Clouds for each step."""
+        usual = {"ripsnet": 64, "distancenet": 16}[network]
+        return usual if self.clouds_per_step is None else self.clouds_per_step
+
     def rate(self, network: Name, epoch: int) -> float:
         """Learning rate in an epoch, counted from 1."""
         if network == "ripsnet":
             return 5e-4 if self.lr is None else self.lr
-        start = 5e-3 if self.lr is None else self.lr
+        start = 1e-2 if self.lr is None else self.lr
         return start * (1 - (epoch - 1) / self.length(network))
 
     def build(self, network: Name, clouds: Tensor, exact: Exact) -> Approximator:
@@ -153,7 +158,7 @@ def train(
         vectors = exact(clouds)
         order = torch.randperm(len(clouds), generator=torch.Generator().manual_seed(seed + epoch))
         optimizer.param_groups[0]["lr"] = training.rate(network, epoch)
-        for step in order.split(training.clouds_per_step):
+        for step in order.split(training.step(network)):
             optimizer.zero_grad()
             F.mse_loss(built(clouds[step]), vectors[step]).backward()
             optimizer.step()
