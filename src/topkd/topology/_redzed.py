@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import combinations
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,22 +58,35 @@ def critical_edges(
             f"{MOST_SIMPLICES / 1e6:.0f}: take fewer points"
         )
     _, pairs = rips(distances, max_dim, simplex_pairs=True)
-    deaths = sorted(_longest_edge(distances, death) for _, death in pairs[0] if death)
-    merging[: len(deaths)] = np.array([edge for _, *edge in deaths]).reshape(-1, 2)
+    merged = _longest_edges(distances, [death for _, death in pairs[0] if death])
+    merging[: len(merged.length)] = merged.ends[np.lexsort([*merged.ends.T[::-1], merged.length])]
     counts = []
-    for dimension in range(1, max_dim + 1):
-        bars = [
-            (_longest_edge(distances, birth), _longest_edge(distances, death))
-            for birth, death in pairs[dimension]
-        ]
-        bars = [(birth, death) for birth, death in bars if birth[0] < death[0]]
-        bars.sort(key=lambda bar: (bar[0][0] - bar[1][0], bar[1]))
-        for row, bar in zip(higher[dimension - 1], bars, strict=False):
-            row[:] = [edge[1:] for edge in bar]
-        counts.append(len(bars))
+    for dimension, bars in enumerate(pairs[1:], 1):
+        births = _longest_edges(distances, [birth for birth, _ in bars])
+        deaths = _longest_edges(distances, [death for _, death in bars])
+        persistence = deaths.length - births.length
+        order = np.lexsort([*deaths.ends.T[::-1], deaths.length, -persistence])
+        order = order[persistence[order] > 0]
+        counts.append(len(order))
+        order = order[: higher.shape[1]]
+        higher[dimension - 1, : len(order), 0] = births.ends[order]
+        higher[dimension - 1, : len(order), 1] = deaths.ends[order]
     return counts
 
 
-def _longest_edge(distances: Floats, simplex: Sequence[Any]) -> tuple[float, int, int]:
-    """The last of its edges in the order of (length, i, j)."""
-    return max((distances[i, j], i, j) for i, j in combinations(sorted(simplex), 2))
+class _Edges(NamedTuple):
+    length: Floats  # (simplices)
+    ends: Integers  # (simplices, 2), i < j
+
+
+def _longest_edges(distances: Floats, simplices: Sequence[Sequence[int]]) -> _Edges:
+    """The last edge of each simplex in the order of (length, i, j); all have as many vertices."""
+    if not simplices:
+        return _Edges(np.empty(0), np.empty((0, 2), np.int64))
+    vertices = np.sort(np.array(simplices), axis=1)
+    sides = list(combinations(range(vertices.shape[1]), 2))[::-1]  # of equal ones, the last
+    i, j = (vertices[:, list(column)] for column in zip(*sides, strict=True))
+    lengths, each = distances[i, j], np.arange(len(vertices))
+    longest = lengths.argmax(1)
+    ends = np.stack([i[each, longest], j[each, longest]], axis=1)
+    return _Edges(lengths[each, longest], ends)
