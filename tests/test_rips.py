@@ -305,10 +305,9 @@ def test_critical_edges_is_a_sound_operator(shape, dtype):
     for max_dim in (0, 1):
         arguments = (points, inside, False, max_dim, 5 * max_dim, False)
         torch.library.opcheck(torch.ops.topkd.critical_edges.default, arguments)
-        merging, higher, count = critical_edges(*arguments)
-        assert merging.shape == (shape[0], shape[1] - 1, 2)
-        assert higher.shape == (shape[0], max_dim, 5 * max_dim, 2, 2)
-        assert count.shape == (shape[0], max_dim)
+        edges, count = critical_edges(*arguments)
+        assert edges.shape == (shape[0], 2, shape[1] - 1 + 5 * max_dim, 2)
+        assert count.shape == (shape[0], max_dim + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

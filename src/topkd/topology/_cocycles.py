@@ -233,21 +233,21 @@ def _sort_by_persistence(bars, length, given):
 
 
 @njit(nogil=True, cache=True)
-def critical_edges(source, inside, given, start, stop, work, sorting, bits, merging, loops, count):
+def critical_edges(source, inside, given, start, stop, work, sorting, bits, edges, count):
     """Critical edges of clouds start to stop, H0 by length and H1 by persistence.
 
     Args:
         source: Points (clouds, n, d), or distances (clouds, n, n) if ``given``.
         inside: Which points are no padding, (clouds, n).
         bits: Zeros, one for each word of a row of the widest cloud.
-        merging: (clouds, n - 1, 2), written: the edges at which H0 classes die.
-        loops: (clouds, rows, 2, 2), written: the edges at which H1 classes are born and die.
-        count: (clouds), written: H1 bars, also those for which there is no row.
+        edges: (clouds, 2, n - 1 + rows, 2), written: where classes are born and where they die; H0
+            first, which is born without an edge.
+        count: (clouds, 2), written: H1 bars at 1, also those for which there is no row.
 
     Returns:
         The first cloud that :func:`load` refuses; -1 if there is none.
     """
-    rows, index, length, ends = loops.shape[1], work.label, sorting.length, sorting.ends
+    label, length, ends, first = work.label, sorting.length, sorting.ends, source.shape[1] - 1
     for cloud in range(start, stop):
         n = load(source[cloud], inside[cloud], given, True, work)
         if n == 0:
@@ -257,13 +257,13 @@ def critical_edges(source, inside, given, start, stop, work, sorting, bits, merg
             _sort(length, m, sorting.order, sorting.spare, sorting.starts)
         bars = _bars_of_cloud(n, sorting, m, work.outside, work.edges, bits)
         for s in range(n - 1):
-            merging[cloud, s, 0] = index[work.edges[s, 0]]
-            merging[cloud, s, 1] = index[work.edges[s, 1]]
+            edges[cloud, 1, s, 0] = label[work.edges[s, 0]]
+            edges[cloud, 1, s, 1] = label[work.edges[s, 1]]
         _sort_by_persistence(bars, length, given)
-        count[cloud] = len(bars)
-        for k in range(min(rows, len(bars))):
+        count[cloud, 1] = len(bars)
+        for k in range(min(edges.shape[2] - first, len(bars))):
             for side in range(2):
                 edge = ends[bars[k, side]]
-                loops[cloud, k, side, 0] = index[edge >> 32]
-                loops[cloud, k, side, 1] = index[edge & 0xFFFFFFFF]
+                edges[cloud, side, first + k, 0] = label[edge >> 32]
+                edges[cloud, side, first + k, 1] = label[edge & 0xFFFFFFFF]
     return -1

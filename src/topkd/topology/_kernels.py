@@ -236,7 +236,7 @@ def _prim(n, matrix, work):
 
 @njit(nogil=True, cache=True)
 def _write_sorted(count, n, work, result):
-    """Writes the edges by (length, i, j): each goes where its rank says."""
+    """Writes the edges of the tree by (length, i, j): each goes where its rank says."""
     edges, length, index = work.edges, work.length, work.label
     for s in range(count):
         place, equal, size = 0, 0, length[s]
@@ -253,12 +253,13 @@ def _write_sorted(count, n, work, result):
 
 @njit(nogil=True, cache=True)
 def merging_edges(source, inside, given, matrix, start, stop, work, edges):
-    """Edges (clouds, n - 1, 2) at which components merge, by length, for clouds start to stop.
+    """Edges at which components merge, by length, of clouds start to stop.
 
     Args:
         source: Points (clouds, n, d), or distances (clouds, n, n) if ``given``.
         inside: Which points are no padding, (clouds, n).
         matrix: Whether ``work`` has room for all distances, which makes small clouds faster.
+        edges: (clouds, 2, n - 1, 2), written: where H0 classes die, at 1 of the second axis.
 
     Returns:
         The first cloud that :func:`load` refuses; -1 if there is none.
@@ -268,7 +269,7 @@ def merging_edges(source, inside, given, matrix, start, stop, work, edges):
         if n == 0:
             return cloud
         _prim(n, matrix, work)
-        _write_sorted(n - 1, n, work, edges[cloud])
+        _write_sorted(n - 1, n, work, edges[cloud, 1])
     return -1
 
 

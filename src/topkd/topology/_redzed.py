@@ -25,19 +25,16 @@ def is_installed() -> bool:
     return find_spec("redzed_tda") is not None
 
 
-def critical_edges(
-    distances: Floats, max_dim: int, merging: Integers, higher: Integers
-) -> Sequence[int]:
+def critical_edges(distances: Floats, merging: Integers, higher: Sequence[Integers]) -> list[int]:
     """Finds the critical edges of one cloud.
 
     It compares lengths in float32; the edges are what is taken from it, no length.
 
     Args:
         distances: (n, n).
-        max_dim: 1 or 2.
         merging: (n - 1, 2), written: the edges at which H0 classes die, by length.
-        higher: (max_dim, rows, 2, 2), written: those at which classes of H1, H2 are born and die,
-            by decreasing persistence.
+        higher: For H1, or for H1 and H2, (2, rows, 2), written: those at which their classes are
+            born and die, by decreasing persistence.
 
     Returns:
         How many bars there are in each dimension from 1, also those for which there is no row.
@@ -50,7 +47,7 @@ def critical_edges(
         from redzed_tda import rips
     except ImportError as error:
         raise ImportError("H2 needs redzed-tda: pip install 'topkd[topology]'") from error
-    n = len(distances)
+    n, max_dim = len(distances), len(higher)
     tetrahedra = n * (n - 1) * (n - 2) * (n - 3) // 24
     if max_dim == 2 and tetrahedra > MOST_SIMPLICES:
         raise ValueError(
@@ -61,16 +58,15 @@ def critical_edges(
     merged = _longest_edges(distances, [death for _, death in pairs[0] if death])
     merging[: len(merged.length)] = merged.ends[np.lexsort([*merged.ends.T[::-1], merged.length])]
     counts = []
-    for dimension, bars in enumerate(pairs[1:], 1):
+    for written, bars in zip(higher, pairs[1:], strict=True):
         births = _longest_edges(distances, [birth for birth, _ in bars])
         deaths = _longest_edges(distances, [death for _, death in bars])
         persistence = deaths.length - births.length
         order = np.lexsort([*deaths.ends.T[::-1], deaths.length, -persistence])
         order = order[persistence[order] > 0]
         counts.append(len(order))
-        order = order[: higher.shape[1]]
-        higher[dimension - 1, : len(order), 0] = births.ends[order]
-        higher[dimension - 1, : len(order), 1] = deaths.ends[order]
+        order = order[: written.shape[1]]
+        written[0, : len(order)], written[1, : len(order)] = births.ends[order], deaths.ends[order]
     return counts
 
 

@@ -7,7 +7,6 @@ the points again, so that gradients reach exactly the points that carry each bar
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -170,47 +169,41 @@ def rips(
     source, inside, alone = _checked(points, distances, mask, max_dim, max_bars)
     clouds, n, _ = source.shape
     rows = 0 if max_dim == 0 else 4 * n if max_bars is None else max_bars
-    merging, higher, count = critical_edges(
+    edges, count = critical_edges(
         source.detach(), inside, points is None, max_dim, rows, max_bars is None
     )
+    if max_dim > 0 and not torch.compiler.is_compiling():  # drop the rows that no cloud needs
+        edges, rows = _trimmed(edges, n - 1, rows, int(count[:, 1:].max()) if clouds else 0)
     read = _entries if points is None else edge_lengths
-    deaths = read(source, merging)
-    births, birth_edges = torch.zeros_like(deaths), torch.zeros_like(merging)
-    there = torch.ones_like(deaths, dtype=torch.bool)
-    merged = count.new_full((clouds, 1), n - 1)
-    if mask is not None:
-        merged = inside.sum(1, keepdim=True) - 1
-        there = torch.arange(n - 1, device=merged.device) < merged
-    found = Diagrams(births, deaths, birth_edges, merging, there, merged, (n - 1,))
-    if max_dim > 0:
-        found = _with_higher(found, source, read, higher, count)
+    lengths = read(source, edges.flatten(1, 2)).view(clouds, 2, edges.shape[2])
+    sizes = (n - 1, *[rows] * max_dim)
+    found = Diagrams(
+        births=lengths[:, 0],
+        deaths=lengths[:, 1],
+        birth_edges=edges[:, 0],
+        death_edges=edges[:, 1],
+        mask=_rows_in_use(count, sizes),
+        count=count,
+        sizes=sizes,
+    )
     return found._only() if alone else found
 
 
-def _with_higher(
-    found: Diagrams,
-    source: Tensor,
-    read: Callable[[Tensor, Tensor], Tensor],
-    higher: Tensor,
-    count: Tensor,
-) -> Diagrams:
-    """Appends the bars of higher dimensions, whose critical edges are (clouds, dim, rows, 2, 2)."""
-    clouds, dimensions, rows = higher.shape[:3]
-    if not torch.compiler.is_compiling():  # drop the rows that no cloud needs
-        rows = min(rows, int(count.max())) if clouds else 0
-    edges = higher[:, :, :rows].permute(0, 3, 1, 2, 4).flatten(2, 3)  # (clouds, 2, bars, 2)
-    lengths = read(source, edges.flatten(1, 2))
-    births, deaths = lengths.view(clouds, 2, dimensions * rows).unbind(1)
-    there = torch.arange(rows, device=count.device) < count[..., None]
-    return Diagrams(
-        births=torch.cat([found.births, births], dim=1),
-        deaths=torch.cat([found.deaths, deaths], dim=1),
-        birth_edges=torch.cat([found.birth_edges, edges[:, 0]], dim=1),
-        death_edges=torch.cat([found.death_edges, edges[:, 1]], dim=1),
-        mask=torch.cat([found.mask, there.flatten(1)], dim=1),
-        count=torch.cat([found.count, count], dim=1),
-        sizes=(*found.sizes, *[rows] * dimensions),
-    )
+def _trimmed(edges: Tensor, first: int, rows: int, most: int) -> tuple[Tensor, int]:
+    """Edges (clouds, 2, first + dimensions * rows, 2) with at most so many rows a dimension."""
+    most = min(rows, most)
+    if edges.shape[2] == first + rows:
+        return edges[:, :, : first + most], most
+    blocks = edges[:, :, first:].unflatten(2, (-1, rows))[:, :, :, :most]
+    return torch.cat([edges[:, :, :first], blocks.flatten(2, 3)], dim=2), most
+
+
+def _rows_in_use(count: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """(clouds, bars), of counts (clouds, dimensions): which rows hold bars."""
+    of_each = [
+        torch.arange(size, device=count.device) < count[:, d, None] for d, size in enumerate(sizes)
+    ]
+    return of_each[0] if len(of_each) == 1 else torch.cat(of_each, dim=1)
 
 
 def _checked(
@@ -257,7 +250,7 @@ def _checked(
 @torch.library.custom_op("topkd::critical_edges", mutates_args=())
 def critical_edges(
     source: Tensor, inside: Tensor, given: bool, max_dim: int, rows: int, strict: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Finds the edges at which classes are born and die.
 
     Args:
@@ -269,9 +262,9 @@ def critical_edges(
         strict: Whether more are an error.
 
     Returns:
-        Those at which H0 classes die (clouds, n - 1, 2), by length; those at which higher classes
-        are born and die (clouds, max_dim, rows, 2, 2), by persistence; how many of these there are,
-        (clouds, max_dim). What is not used is 0.
+        Edges (clouds, 2, n - 1 + max_dim * rows, 2): where classes are born, at 0 of the second
+        axis, and where they die. H0 by length, born without an edge, then the higher dimensions by
+        persistence; what is not used is 0. And how many there are, (clouds, max_dim + 1).
 
     Raises:
         ValueError: If a cloud has no point, or holds what is no coordinate or no distance; the
@@ -283,33 +276,32 @@ def critical_edges(
         return _on_device(source, inside, given)
     cpu = source.cpu().contiguous().numpy()
     there = inside.cpu().contiguous().numpy()
-    merging = np.zeros((clouds, n - 1, 2), np.int64)
-    higher = np.zeros((clouds, max_dim, rows, 2, 2), np.int64)
-    count = np.zeros((clouds, max_dim), np.int64)
+    edges = np.zeros((clouds, 2, n - 1 + max_dim * rows, 2), np.int64)
+    count = np.zeros((clouds, max_dim + 1), np.int64)
+    count[:, 0] = there.sum(1) - 1
     if max_dim == 2 or (max_dim == 1 and n > OWN_UP_TO and _redzed.is_installed()):
-        _by_redzed(cpu, there, given, merging, higher, count)
+        _by_redzed(cpu, there, given, edges, count)
     else:
-        _by_kernels(cpu, there, given, merging, higher, count)
-    if strict and max_dim > 0 and (most := count.max(initial=0)) > rows:
+        _by_kernels(cpu, there, given, edges, count)
+    if strict and max_dim > 0 and (most := count[:, 1:].max(initial=0)) > rows:
         raise ValueError(
-            f"cloud {count.max(1).argmax()} has {most} bars of one dimension, more than the "
-            f"{rows} there is room for; give max_bars={most}, or fewer to keep the most persistent"
+            f"cloud {count[:, 1:].max(1).argmax()} has {most} bars of one dimension, more than "
+            f"the {rows} there is room for; give max_bars={most}, or fewer to keep the most "
+            "persistent"
         )
-    done = (torch.from_numpy(array).to(source.device) for array in (merging, higher, count))
-    return tuple(done)  # type: ignore[return-value]
+    return torch.from_numpy(edges).to(source.device), torch.from_numpy(count).to(source.device)
 
 
 @critical_edges.register_fake
 def _(
     source: Tensor, inside: Tensor, given: bool, max_dim: int, rows: int, strict: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     clouds, n, _ = source.shape
-    shapes = (clouds, n - 1, 2), (clouds, max_dim, rows, 2, 2), (clouds, max_dim)
-    empty = (source.new_empty(shape, dtype=torch.int64) for shape in shapes)
-    return tuple(empty)  # type: ignore[return-value]
+    edges = source.new_empty((clouds, 2, n - 1 + max_dim * rows, 2), dtype=torch.int64)
+    return edges, source.new_empty((clouds, max_dim + 1), dtype=torch.int64)
 
 
-def _on_device(source: Tensor, inside: Tensor, given: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _on_device(source: Tensor, inside: Tensor, given: bool) -> tuple[Tensor, Tensor]:
     """H0 where the points are."""
     finite = (source.isfinite() | ~inside[..., None]).all() & inside.any(1).all()
     if given:
@@ -323,21 +315,19 @@ def _on_device(source: Tensor, inside: Tensor, given: bool) -> tuple[Tensor, Ten
         wide = source if source.device.type == "mps" else source.double()
         wide = wide.where(inside[..., None], 0)
         squares = torch.cdist(wide, wide, compute_mode="donot_use_mm_for_euclid_dist")
-    clouds = len(source)
-    none = inside.new_empty((clouds, 0, 0, 2, 2), dtype=torch.int64)
-    return _prim.merging_edges(squares, inside), none, none.new_empty((clouds, 0))
+    deaths = _prim.merging_edges(squares, inside)
+    return torch.stack([torch.zeros_like(deaths), deaths], dim=1), inside.sum(1, keepdim=True) - 1
 
 
 def _by_kernels(
     source: NDArray[Any],
     inside: NDArray[np.bool_],
     given: bool,
-    merging: NDArray[np.int64],
-    higher: NDArray[np.int64],
+    edges: NDArray[np.int64],
     count: NDArray[np.int64],
 ) -> None:
     clouds, n, width = source.shape
-    loops = higher.shape[1] == 1
+    loops = count.shape[1] == 2
     matrix = given or loops or n <= _kernels.MATRIX
     bits = (0,) * (1 << (max(1, -(-n // 64)) - 1).bit_length())  # compiled for each power of two
 
@@ -345,15 +335,14 @@ def _by_kernels(
         work = _kernels.work(n, 0 if given else width, matrix=matrix)
         if not loops:
             return int(
-                _kernels.merging_edges(source, inside, given, matrix, start, stop, work, merging)
+                _kernels.merging_edges(source, inside, given, matrix, start, stop, work, edges)
             )
         sorting = _cocycles.sorting(n)
         return int(
             _cocycles.critical_edges(
-                source, inside, given, start, stop, work, sorting, bits,
-                merging, higher[:, 0], count[:, 0],
+                source, inside, given, start, stop, work, sorting, bits, edges, count
             )
-        )  # fmt: skip
+        )
 
     threads = min(torch.get_num_threads(), clouds // WORTH_A_THREAD)
     if threads < 2:
@@ -370,27 +359,29 @@ def _by_redzed(
     source: NDArray[Any],
     inside: NDArray[np.bool_],
     given: bool,
-    merging: NDArray[np.int64],
-    higher: NDArray[np.int64],
+    edges: NDArray[np.int64],
     count: NDArray[np.int64],
 ) -> None:
-    max_dim = higher.shape[1]
+    n, max_dim = source.shape[1], count.shape[1] - 1
+    rows = (edges.shape[2] - n + 1) // max_dim
     warnings.warn(
-        f"H{max_dim} of {source.shape[1]} points is found by redzed-tda, which compares lengths in "
-        "float32",
+        f"H{max_dim} of {n} points is found by redzed-tda, which compares lengths in float32",
         stacklevel=2,
     )
     for cloud, (values, there) in enumerate(zip(source, inside, strict=True)):
-        index = there.nonzero()[0]
         _refuse(source[cloud : cloud + 1], inside[cloud : cloud + 1], given, cloud)
+        index = there.nonzero()[0]
         few = values[index].astype(np.float64)
         distances = few[:, index] if given else squareform(pdist(few))
-        tree = merging[cloud, : len(index) - 1]
-        count[cloud] = _redzed.critical_edges(distances, max_dim, tree, higher[cloud])
-        tree[:] = index[tree]
-        for dimension, bars in enumerate(count[cloud]):
-            used = higher[cloud, dimension, :bars]
-            used[:] = index[used]
+        merging = edges[cloud, 1, : len(index) - 1]
+        starts = range(n - 1, edges.shape[2], rows)
+        higher = [edges[cloud, :, start : start + rows] for start in starts]
+        count[cloud, 1:] = _redzed.critical_edges(distances, merging, higher)
+        used = [
+            bars[:, :bars_there] for bars, bars_there in zip(higher, count[cloud, 1:], strict=True)
+        ]
+        for view in (merging, *used):
+            view[:] = index[view]
 
 
 def _refuse(source: NDArray[Any], inside: NDArray[np.bool_], given: bool, number: int = 0) -> None:
