@@ -305,8 +305,8 @@ def test_critical_edges_is_a_sound_operator(shape, dtype):
     for max_dim in (0, 1):
         arguments = (points, inside, False, max_dim, 5 * max_dim, False)
         torch.library.opcheck(torch.ops.topkd.critical_edges.default, arguments)
-        edges, count = critical_edges(*arguments)
-        assert edges.shape == (shape[0], 2, shape[1] - 1 + 5 * max_dim, 2)
+        births, deaths, count = critical_edges(*arguments)
+        assert births.shape == deaths.shape == (shape[0], shape[1] - 1 + 5 * max_dim, 2)
         assert count.shape == (shape[0], max_dim + 1)
 
 

@@ -233,15 +233,15 @@ def _sort_by_persistence(bars, length, given):
 
 
 @njit(nogil=True, cache=True)
-def critical_edges(source, inside, given, start, stop, work, sorting, bits, edges, count):
+def critical_edges(source, inside, given, start, stop, work, sorting, bits, births, deaths, count):
     """Critical edges of clouds start to stop, H0 by length and H1 by persistence.
 
     Args:
         source: Points (clouds, n, d), or distances (clouds, n, n) if ``given``.
         inside: Which points are no padding, (clouds, n).
         bits: Zeros, one for each word of a row of the widest cloud.
-        edges: (clouds, 2, n - 1 + rows, 2), written: where classes are born and where they die; H0
-            first, which is born without an edge.
+        births: (clouds, n - 1 + rows, 2), written: where classes are born; H0 first, without edges.
+        deaths: The same where they die.
         count: (clouds, 2), written: H1 bars at 1, also those for which there is no row.
 
     Returns:
@@ -257,13 +257,14 @@ def critical_edges(source, inside, given, start, stop, work, sorting, bits, edge
             _sort(length, m, sorting.order, sorting.spare, sorting.starts)
         bars = _bars_of_cloud(n, sorting, m, work.outside, work.edges, bits)
         for s in range(n - 1):
-            edges[cloud, 1, s, 0] = label[work.edges[s, 0]]
-            edges[cloud, 1, s, 1] = label[work.edges[s, 1]]
+            deaths[cloud, s, 0] = label[work.edges[s, 0]]
+            deaths[cloud, s, 1] = label[work.edges[s, 1]]
         _sort_by_persistence(bars, length, given)
         count[cloud, 1] = len(bars)
-        for k in range(min(edges.shape[2] - first, len(bars))):
-            for side in range(2):
-                edge = ends[bars[k, side]]
-                edges[cloud, side, first + k, 0] = label[edge >> 32]
-                edges[cloud, side, first + k, 1] = label[edge & 0xFFFFFFFF]
+        for k in range(min(births.shape[1] - first, len(bars))):
+            birth, death = ends[bars[k, 0]], ends[bars[k, 1]]
+            births[cloud, first + k, 0] = label[birth >> 32]
+            births[cloud, first + k, 1] = label[birth & 0xFFFFFFFF]
+            deaths[cloud, first + k, 0] = label[death >> 32]
+            deaths[cloud, first + k, 1] = label[death & 0xFFFFFFFF]
     return -1

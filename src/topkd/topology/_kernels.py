@@ -259,7 +259,7 @@ def merging_edges(source, inside, given, matrix, start, stop, work, edges):
         source: Points (clouds, n, d), or distances (clouds, n, n) if ``given``.
         inside: Which points are no padding, (clouds, n).
         matrix: Whether ``work`` has room for all distances, which makes small clouds faster.
-        edges: (clouds, 2, n - 1, 2), written: where H0 classes die, at 1 of the second axis.
+        edges: (clouds, n - 1, 2), written: where H0 classes die.
 
     Returns:
         The first cloud that :func:`load` refuses; -1 if there is none.
@@ -269,7 +269,7 @@ def merging_edges(source, inside, given, matrix, start, stop, work, edges):
         if n == 0:
             return cloud
         _prim(n, matrix, work)
-        _write_sorted(n - 1, n, work, edges[cloud, 1])
+        _write_sorted(n - 1, n, work, edges[cloud])
     return -1
 
 

@@ -25,7 +25,9 @@ def is_installed() -> bool:
     return find_spec("redzed_tda") is not None
 
 
-def critical_edges(distances: Floats, merging: Integers, higher: Sequence[Integers]) -> list[int]:
+def critical_edges(
+    distances: Floats, merging: Integers, higher: Sequence[tuple[Integers, Integers]]
+) -> list[int]:
     """Finds the critical edges of one cloud.
 
     It compares lengths in float32; the edges are what is taken from it, no length.
@@ -33,8 +35,8 @@ def critical_edges(distances: Floats, merging: Integers, higher: Sequence[Intege
     Args:
         distances: (n, n).
         merging: (n - 1, 2), written: the edges at which H0 classes die, by length.
-        higher: For H1, or for H1 and H2, (2, rows, 2), written: those at which their classes are
-            born and die, by decreasing persistence.
+        higher: For H1, or for H1 and H2, twice (rows, 2), written: the edges at which their
+            classes are born, and at which they die, by decreasing persistence.
 
     Returns:
         How many bars there are in each dimension from 1, also those for which there is no row.
@@ -58,15 +60,15 @@ def critical_edges(distances: Floats, merging: Integers, higher: Sequence[Intege
     merged = _longest_edges(distances, [death for _, death in pairs[0] if death])
     merging[: len(merged.length)] = merged.ends[np.lexsort([*merged.ends.T[::-1], merged.length])]
     counts = []
-    for written, bars in zip(higher, pairs[1:], strict=True):
+    for (born, dead), bars in zip(higher, pairs[1:], strict=True):
         births = _longest_edges(distances, [birth for birth, _ in bars])
         deaths = _longest_edges(distances, [death for _, death in bars])
         persistence = deaths.length - births.length
         order = np.lexsort([*deaths.ends.T[::-1], deaths.length, -persistence])
         order = order[persistence[order] > 0]
         counts.append(len(order))
-        order = order[: written.shape[1]]
-        written[0, : len(order)], written[1, : len(order)] = births.ends[order], deaths.ends[order]
+        order = order[: len(born)]
+        born[: len(order)], dead[: len(order)] = births.ends[order], deaths.ends[order]
     return counts
 
 

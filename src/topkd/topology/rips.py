@@ -169,19 +169,22 @@ def rips(
     source, inside, alone = _checked(points, distances, mask, max_dim, max_bars)
     clouds, n, _ = source.shape
     rows = 0 if max_dim == 0 else 4 * n if max_bars is None else max_bars
-    edges, count = critical_edges(
+    birth_edges, death_edges, count = critical_edges(
         source.detach(), inside, points is None, max_dim, rows, max_bars is None
     )
     if max_dim > 0 and not torch.compiler.is_compiling():  # drop the rows that no cloud needs
-        edges, rows = _trimmed(edges, n - 1, rows, int(count[:, 1:].max()) if clouds else 0)
+        most = min(rows, int(count[:, 1:].max())) if clouds else 0
+        birth_edges, death_edges = (
+            _trimmed(edges, n - 1, rows, most) for edges in (birth_edges, death_edges)
+        )
+        rows = most
     read = _entries if points is None else edge_lengths
-    lengths = read(source, edges.flatten(1, 2)).view(clouds, 2, edges.shape[2])
-    sizes = (n - 1, *[rows] * max_dim)
+    deaths, sizes = read(source, death_edges), (n - 1, *[rows] * max_dim)
     found = Diagrams(
-        births=lengths[:, 0],
-        deaths=lengths[:, 1],
-        birth_edges=edges[:, 0],
-        death_edges=edges[:, 1],
+        births=read(source, birth_edges) if max_dim > 0 else torch.zeros_like(deaths),
+        deaths=deaths,
+        birth_edges=birth_edges,
+        death_edges=death_edges,
         mask=_rows_in_use(count, sizes),
         count=count,
         sizes=sizes,
@@ -189,13 +192,12 @@ def rips(
     return found._only() if alone else found
 
 
-def _trimmed(edges: Tensor, first: int, rows: int, most: int) -> tuple[Tensor, int]:
-    """Edges (clouds, 2, first + dimensions * rows, 2) with at most so many rows a dimension."""
-    most = min(rows, most)
-    if edges.shape[2] == first + rows:
-        return edges[:, :, : first + most], most
-    blocks = edges[:, :, first:].unflatten(2, (-1, rows))[:, :, :, :most]
-    return torch.cat([edges[:, :, :first], blocks.flatten(2, 3)], dim=2), most
+def _trimmed(edges: Tensor, first: int, rows: int, most: int) -> Tensor:
+    """Edges (clouds, first + dimensions * rows, 2) with fewer rows a dimension."""
+    if edges.shape[1] == first + rows:
+        return edges[:, : first + most]
+    blocks = edges[:, first:].unflatten(1, (-1, rows))[:, :, :most]
+    return torch.cat([edges[:, :first], blocks.flatten(1, 2)], dim=1)
 
 
 def _rows_in_use(count: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -250,7 +252,7 @@ def _checked(
 @torch.library.custom_op("topkd::critical_edges", mutates_args=())
 def critical_edges(
     source: Tensor, inside: Tensor, given: bool, max_dim: int, rows: int, strict: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Finds the edges at which classes are born and die.
 
     Args:
@@ -262,9 +264,9 @@ def critical_edges(
         strict: Whether more are an error.
 
     Returns:
-        Edges (clouds, 2, n - 1 + max_dim * rows, 2): where classes are born, at 0 of the second
-        axis, and where they die. H0 by length, born without an edge, then the higher dimensions by
-        persistence; what is not used is 0. And how many there are, (clouds, max_dim + 1).
+        Edges (clouds, n - 1 + max_dim * rows, 2) at which classes are born, the same at which they
+        die, and how many there are, (clouds, max_dim + 1). H0 comes by length, born without an
+        edge, then the higher dimensions by persistence; what is not used is 0.
 
     Raises:
         ValueError: If a cloud has no point, or holds what is no coordinate or no distance; the
@@ -276,32 +278,35 @@ def critical_edges(
         return _on_device(source, inside, given)
     cpu = source.cpu().contiguous().numpy()
     there = inside.cpu().contiguous().numpy()
-    edges = np.zeros((clouds, 2, n - 1 + max_dim * rows, 2), np.int64)
+    births, deaths = np.zeros((2, clouds, n - 1 + max_dim * rows, 2), np.int64)
     count = np.zeros((clouds, max_dim + 1), np.int64)
     count[:, 0] = there.sum(1) - 1
     if max_dim == 2 or (max_dim == 1 and n > OWN_UP_TO and _redzed.is_installed()):
-        _by_redzed(cpu, there, given, edges, count)
+        _by_redzed(cpu, there, given, births, deaths, count)
     else:
-        _by_kernels(cpu, there, given, edges, count)
+        _by_kernels(cpu, there, given, births, deaths, count)
     if strict and max_dim > 0 and (most := count[:, 1:].max(initial=0)) > rows:
         raise ValueError(
             f"cloud {count[:, 1:].max(1).argmax()} has {most} bars of one dimension, more than "
             f"the {rows} there is room for; give max_bars={most}, or fewer to keep the most "
             "persistent"
         )
-    return torch.from_numpy(edges).to(source.device), torch.from_numpy(count).to(source.device)
+    done = (torch.from_numpy(array).to(source.device) for array in (births, deaths, count))
+    return tuple(done)  # type: ignore[return-value]
 
 
 @critical_edges.register_fake
 def _(
     source: Tensor, inside: Tensor, given: bool, max_dim: int, rows: int, strict: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     clouds, n, _ = source.shape
-    edges = source.new_empty((clouds, 2, n - 1 + max_dim * rows, 2), dtype=torch.int64)
-    return edges, source.new_empty((clouds, max_dim + 1), dtype=torch.int64)
+    births, deaths = (
+        source.new_empty((clouds, n - 1 + max_dim * rows, 2), dtype=torch.int64) for _ in range(2)
+    )
+    return births, deaths, source.new_empty((clouds, max_dim + 1), dtype=torch.int64)
 
 
-def _on_device(source: Tensor, inside: Tensor, given: bool) -> tuple[Tensor, Tensor]:
+def _on_device(source: Tensor, inside: Tensor, given: bool) -> tuple[Tensor, Tensor, Tensor]:
     """H0 where the points are."""
     finite = (source.isfinite() | ~inside[..., None]).all() & inside.any(1).all()
     if given:
@@ -316,14 +321,15 @@ def _on_device(source: Tensor, inside: Tensor, given: bool) -> tuple[Tensor, Ten
         wide = wide.where(inside[..., None], 0)
         squares = torch.cdist(wide, wide, compute_mode="donot_use_mm_for_euclid_dist")
     deaths = _prim.merging_edges(squares, inside)
-    return torch.stack([torch.zeros_like(deaths), deaths], dim=1), inside.sum(1, keepdim=True) - 1
+    return torch.zeros_like(deaths), deaths, inside.sum(1, keepdim=True) - 1
 
 
 def _by_kernels(
     source: NDArray[Any],
     inside: NDArray[np.bool_],
     given: bool,
-    edges: NDArray[np.int64],
+    births: NDArray[np.int64],
+    deaths: NDArray[np.int64],
     count: NDArray[np.int64],
 ) -> None:
     clouds, n, width = source.shape
@@ -335,12 +341,12 @@ def _by_kernels(
         work = _kernels.work(n, 0 if given else width, matrix=matrix)
         if not loops:
             return int(
-                _kernels.merging_edges(source, inside, given, matrix, start, stop, work, edges)
+                _kernels.merging_edges(source, inside, given, matrix, start, stop, work, deaths)
             )
         sorting = _cocycles.sorting(n)
         return int(
             _cocycles.critical_edges(
-                source, inside, given, start, stop, work, sorting, bits, edges, count
+                source, inside, given, start, stop, work, sorting, bits, births, deaths, count
             )
         )
 
@@ -359,11 +365,12 @@ def _by_redzed(
     source: NDArray[Any],
     inside: NDArray[np.bool_],
     given: bool,
-    edges: NDArray[np.int64],
+    births: NDArray[np.int64],
+    deaths: NDArray[np.int64],
     count: NDArray[np.int64],
 ) -> None:
     n, max_dim = source.shape[1], count.shape[1] - 1
-    rows = (edges.shape[2] - n + 1) // max_dim
+    rows = (births.shape[1] - n + 1) // max_dim
     warnings.warn(
         f"H{max_dim} of {n} points is found by redzed-tda, which compares lengths in float32",
         stacklevel=2,
@@ -373,15 +380,14 @@ def _by_redzed(
         index = there.nonzero()[0]
         few = values[index].astype(np.float64)
         distances = few[:, index] if given else squareform(pdist(few))
-        merging = edges[cloud, 1, : len(index) - 1]
-        starts = range(n - 1, edges.shape[2], rows)
-        higher = [edges[cloud, :, start : start + rows] for start in starts]
+        merging = deaths[cloud, : len(index) - 1]
+        blocks = [slice(start, start + rows) for start in range(n - 1, births.shape[1], rows)]
+        higher = [(births[cloud, block], deaths[cloud, block]) for block in blocks]
         count[cloud, 1:] = _redzed.critical_edges(distances, merging, higher)
-        used = [
-            bars[:, :bars_there] for bars, bars_there in zip(higher, count[cloud, 1:], strict=True)
-        ]
-        for view in (merging, *used):
-            view[:] = index[view]
+        merging[:] = index[merging]
+        for sides, bars in zip(higher, count[cloud, 1:], strict=True):
+            for edges in sides:
+                edges[:bars] = index[edges[:bars]]
 
 
 def _refuse(source: NDArray[Any], inside: NDArray[np.bool_], given: bool, number: int = 0) -> None:

@@ -42,6 +42,7 @@ class RipsNet(nn.Module):
         https://proceedings.mlr.press/v196/surrel22a.html
 
     Examples:
+        >>> import torch
         >>> network = RipsNet(64)
         >>> network(torch.zeros(8, 64, 64)).shape, sum(w.numel() for w in network.parameters())
         (torch.Size([8, 400]), 113896)
