@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
+from torch.library import opcheck
 
 from topkd.topology import Diagrams, rips
 from topkd.topology.distances import (
@@ -477,7 +478,7 @@ def test_gradient_is_finite_everywhere(name, three):
 @pytest.mark.parametrize("shape", [(2, 4), (2, 0), (0, 3)])
 def test_cheapest_matching_is_a_sound_operator(shape, order):
     arguments = random_bars(*shape), random_bars(shape[0], 3, seed=1), order, math.inf
-    torch.library.opcheck(torch.ops.topkd.cheapest_matching.default, arguments)
+    opcheck(torch.ops.topkd.cheapest_matching.default, arguments)
     assert cheapest_matching(*arguments).shape == shape
 
 

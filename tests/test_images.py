@@ -15,10 +15,10 @@ from safetensors.torch import load, save
 from scipy.stats import norm
 
 from topkd.topology import Diagrams, PersistenceImage, PersistenceVector, rips
-from topkd.topology.images import (
+from topkd.topology.images import WEIGHTS
+from topkd.topology.stored import (
     FORMS,
     VECTORISATIONS,
-    WEIGHTS,
     VectorisationLayer,
     from_json,
     lost_mass,
@@ -602,7 +602,7 @@ def test_a_layer_warns_once(fitted):
 def test_a_layer_looks_at_calls_whose_number_is_a_power_of_two(monkeypatch, fitted):
     seen = []
     monkeypatch.setattr(
-        "topkd.topology.images.lost_mass",
+        "topkd.topology.stored.lost_mass",
         lambda vectorisation, diagrams: seen.append(diagrams) or torch.zeros(()),
     )
     layer = VectorisationLayer(fitted)

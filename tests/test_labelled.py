@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 from reference import topology as reference
 from scipy.cluster.hierarchy import cophenet, linkage
 from scipy.spatial.distance import pdist, squareform
+from torch.library import opcheck
 
 from topkd.topology.labelled import (
     attaining_edges,
@@ -468,7 +469,7 @@ def test_single_linkage_has_the_gradient_of_finite_differences():
 
 def test_attaining_edges_is_a_sound_operator():
     edges = rips(gaussian(3, 7, 2)).death_edges
-    torch.library.opcheck(torch.ops.topkd.attaining_edges.default, (edges,))
+    opcheck(torch.ops.topkd.attaining_edges.default, (edges,))
 
 
 @pytest.mark.slow

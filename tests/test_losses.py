@@ -19,7 +19,7 @@ from topkd.losses.topology import learn
 from topkd.progress import Progress
 from topkd.topology import PersistenceImage, PersistenceVector, RipsNet
 from topkd.topology.approximation import Approximation, Training
-from topkd.topology.images import to_json
+from topkd.topology.stored import to_json
 
 CLOUD, IMAGES, CLASSES = 6, 48, 4
 SHORT = Training(passes=2, epochs=2)

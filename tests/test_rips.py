@@ -10,30 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from reference import topology as reference
+from reference.clouds import gaussian, octahedron, polygon
 from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial.distance import pdist, squareform
+from torch.library import opcheck
 
-from topkd.topology import rips
-from topkd.topology.rips import critical_edges, edge_lengths
-
-
-def gaussian(n, d, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, dtype=torch.float64, generator=generator)
-
-
-def polygon(n):
-    angle = torch.arange(n, dtype=torch.float64) * (2 * math.pi / n)
-    return torch.stack([angle.cos(), angle.sin()], dim=1)
+from topkd.topology import edge_lengths, rips
+from topkd.topology.critical import critical_edges
 
 
 def grid(side):
     axis = torch.arange(side, dtype=torch.float64)
     return torch.cartesian_prod(axis, axis)
-
-
-def octahedron():
-    return torch.cat([torch.eye(3), -torch.eye(3)]).double()
 
 
 def collinear():
@@ -304,7 +292,7 @@ def test_critical_edges_is_a_sound_operator(shape, dtype):
     inside = torch.ones(shape[:2], dtype=torch.bool)
     for max_dim in (0, 1):
         arguments = (points, inside, False, max_dim, 5 * max_dim, False)
-        torch.library.opcheck(torch.ops.topkd.critical_edges.default, arguments)
+        opcheck(torch.ops.topkd.critical_edges.default, arguments)
         births, deaths, count = critical_edges(*arguments)
         assert births.shape == deaths.shape == (shape[0], shape[1] - 1 + 5 * max_dim, 2)
         assert count.shape == (shape[0], max_dim + 1)
@@ -314,9 +302,9 @@ def test_critical_edges_is_a_sound_operator(shape, dtype):
 def test_lengths_are_sound_operators(dtype):
     points = torch.randn(2, 5, 3, dtype=dtype)
     edges = torch.tensor([[[0, 1], [2, 2]], [[3, 4], [0, 4]]])
-    torch.library.opcheck(torch.ops.topkd.edge_lengths.default, (points, edges))
+    opcheck(torch.ops.topkd.edge_lengths.default, (points, edges))
     arguments = (points, edges, edge_lengths(points, edges), torch.ones(2, 2, dtype=dtype))
-    torch.library.opcheck(torch.ops.topkd.pull_lengths.default, arguments)
+    opcheck(torch.ops.topkd.pull_lengths.default, arguments)
 
 
 def test_gradient_of_the_gradient_matches_finite_differences():

@@ -10,25 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from reference import homology
+from reference.clouds import gaussian, octahedron, polygon
 from scipy.spatial.distance import pdist, squareform
 
 from topkd.topology import rips
 from topkd.topology._prim import merging_edges
 from topkd.topology.rips import Diagrams
-
-
-def gaussian(n, d, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, dtype=torch.float64, generator=generator)
-
-
-def polygon(n):
-    angle = torch.arange(n, dtype=torch.float64) * (2 * math.pi / n)
-    return torch.stack([angle.cos(), angle.sin()], dim=1)
-
-
-def octahedron():
-    return torch.cat([torch.eye(3), -torch.eye(3)]).double()
 
 
 def bars(diagrams, dimension):

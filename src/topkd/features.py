@@ -69,7 +69,7 @@ class Tapped(nn.Module):
     The network is read through hooks and is not changed.
 
     Args:
-        network: Any classifier, from any library.
+        network: Any classifier, wherever it comes from.
         maps: Names of the modules whose outputs are the feature maps, shallow to deep.
         head: Name of the classifier module; its input is the embedding.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class Source:
     progress: Progress
 
 
-class Loss(nn.Module):
+class Loss(nn.Module, ABC):
     """A distance from what a student makes of a batch to what its teacher makes of it."""
 
     needs_teacher = True
@@ -46,9 +47,9 @@ class Loss(nn.Module):
         """
         return cls(**options)
 
+    @abstractmethod
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         """Computes the loss, a scalar: the mean over the batch."""
-        raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
         """Tells what a reader of the results should know of how this loss was made."""

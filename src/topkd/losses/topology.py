@@ -27,7 +27,7 @@ from topkd.topology.approximation import (
     fidelity,
     train,
 )
-from topkd.topology.images import FORMS, Form, to_json
+from topkd.topology.stored import FORMS, Form, to_json
 
 Via = Literal["exact", "ripsnet", "distancenet"]
 

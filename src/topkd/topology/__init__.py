@@ -37,8 +37,6 @@ from topkd.topology.distances import bottleneck, sliced_wasserstein, wasserstein
 from topkd.topology.images import (
     PersistenceImage,
     PersistenceVector,
-    VectorisationLayer,
-    lost_mass,
 )
 from topkd.topology.labelled import (
     edge_matching,
@@ -47,8 +45,10 @@ from topkd.topology.labelled import (
     single_linkage,
     ultrametric,
 )
-from topkd.topology.rips import Diagrams, edge_lengths, rips
+from topkd.topology.lengths import edge_lengths
+from topkd.topology.rips import Diagrams, rips
 from topkd.topology.ripsnet import RipsNet
+from topkd.topology.stored import VectorisationLayer, lost_mass
 from topkd.topology.units import length_unit
 
 __all__ = [

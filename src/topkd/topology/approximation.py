@@ -16,9 +16,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from topkd.topology.distancenet import DistanceNet
-from topkd.topology.images import Vectorisation, from_json, to_json
 from topkd.topology.rips import rips
 from topkd.topology.ripsnet import Pooling, RipsNet
+from topkd.topology.stored import Vectorisation, from_json, to_json
 
 Approximator = RipsNet | DistanceNet
 Name = Literal["ripsnet", "distancenet"]

@@ -47,7 +47,7 @@ class Curve(ABC):
 
     Args:
         lengths: The lowest and the highest node. What bars do outside is not seen, and has no
-            gradient; see :func:`topkd.topology.images.lost_mass`.
+            gradient; see :func:`topkd.topology.stored.lost_mass`.
         resolution: Number of nodes, both ends included.
         scale: What values are divided by; ``fit`` takes the greatest of the clouds it sees.
         unit: Of births, deaths and nodes: "none", or the "mean", "median" or "max" of the deaths

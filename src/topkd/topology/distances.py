@@ -16,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import Tensor
+from torch.library import custom_op
 
 from topkd.topology.rips import Diagrams
 
@@ -266,7 +267,7 @@ def _norm(costs: Tensor, order: float) -> Tensor:
     return greatest[..., 0] * torch.linalg.vector_norm(costs / greatest, ord=order, dim=-1)
 
 
-@torch.library.custom_op("topkd::cheapest_matching", mutates_args=())
+@custom_op("topkd::cheapest_matching", mutates_args=())
 def cheapest_matching(first: Tensor, second: Tensor, order: float, ground_norm: float) -> Tensor:
     """Finds which bars belong together.
 

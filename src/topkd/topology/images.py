@@ -6,23 +6,19 @@ an image are equal: TopKD's 20 x 20 pixels hold 20 numbers. :class:`PersistenceV
 in 20 numbers, and reads lengths in units of their mean, so that networks of different widths
 compare. :mod:`topkd.topology.curves` has functions of length.
 
-All are described by :func:`to_json` without remainder, and :class:`VectorisationLayer` puts any of
-them into a ``state_dict``.
+How they are stored is told in :mod:`topkd.topology.stored`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from topkd.topology.curves import BettiCurve, Curve, EntropyCurve, Landscape, Silhouette
 from topkd.topology.rips import Diagrams
 from topkd.topology.units import (
     MARGIN,
@@ -34,9 +30,6 @@ from topkd.topology.units import (
     measured,
 )
 
-WARN_ABOVE = 0.1  # share of the mass that lies outside
-
-Form = Literal["image", "vector"]
 Sampling = Literal["density", "integral"]
 Weight = Literal["topkd", "persistence", "one"]
 
@@ -328,139 +321,6 @@ class PersistenceVector:
         births, deaths = measured(diagrams, self.unit, detach_unit=self.detach_unit)
         weight = WEIGHTS[self.weight](births, deaths - births)
         return weight, weight * _inside(deaths - births, self.persistences)
-
-
-Vectorisation = PersistenceImage | PersistenceVector | Curve
-"""Anything that makes numbers of diagrams and can be stored."""
-
-FORMS: Mapping[Form, type[PersistenceImage] | type[PersistenceVector]] = {
-    "image": PersistenceImage,
-    "vector": PersistenceVector,
-}
-"""What a recipe may ask for."""
-
-VECTORISATIONS: Mapping[str, type[Vectorisation]] = {
-    "image": PersistenceImage,
-    "vector": PersistenceVector,
-    "betti": BettiCurve,
-    "landscape": Landscape,
-    "silhouette": Silhouette,
-    "entropy": EntropyCurve,
-}
-"""All that can be stored, by the name it is stored under."""
-
-
-def to_json(vectorisation: Vectorisation) -> dict[str, Any]:
-    """Describes a fitted vectorisation, so that :func:`from_json` makes the same again."""
-    kinds = {kind: form for form, kind in VECTORISATIONS.items()}
-    return {"form": kinds[type(vectorisation)]} | asdict(vectorisation)
-
-
-def from_json(description: Mapping[str, Any]) -> Vectorisation:
-    """Makes the vectorisation that :func:`to_json` described.
-
-    Raises:
-        ValueError: If the form is unknown, or its parameters are not these.
-    """
-    form = str(description.get("form"))
-    if form not in VECTORISATIONS:
-        raise ValueError(f"form must be one of {', '.join(VECTORISATIONS)}, got {form!r}")
-    parameters: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in description.items()
-        if key != "form"
-    }
-    try:
-        return VECTORISATIONS[form](**parameters)
-    except TypeError as error:
-        raise ValueError(f"these are not the parameters of the form {form!r}: {error}") from error
-
-
-def lost_mass(vectorisation: Vectorisation, diagrams: Diagrams) -> Tensor:
-    """Computes the share of the mass of diagrams that lies outside the range of a vectorisation.
-
-    There a vectorisation does not see bars, and gives them no gradient, but for those that are
-    nearer to the range than some sigma. Of an image or vector, the mass is the weight of the bars,
-    each within or without as a whole. Of a curve, it is their length, of which a part may lie
-    within.
-
-    Args:
-        vectorisation: Whose range it is.
-        diagrams: Of one or several clouds.
-
-    Returns:
-        One number from 0 to 1, of all diagrams together; 0 if they have no mass.
-
-    Examples:
-        >>> from topkd.topology import rips
-        >>> clouds = torch.randn(10, 64, 8, generator=torch.Generator().manual_seed(0))
-        >>> image = PersistenceImage.fit(rips(clouds))
-        >>> [round(lost_mass(image, rips(k * clouds)).item(), 2) for k in (1, 1.5, 3)]
-        [0.0, 0.12, 0.97]
-    """
-    all_of_it, inside = (mass.sum() for mass in vectorisation.masses(diagrams))
-    return (1 - inside / all_of_it.where(all_of_it > 0, 1)).where(all_of_it > 0, 0).clamp(min=0)
-
-
-class VectorisationLayer(nn.Module):
-    """A vectorisation as a module, so that its parameters are part of a ``state_dict``.
-
-    They are stored as the JSON of :func:`to_json` in a tensor of bytes, which
-    ``torch.load(weights_only=True)`` and safetensors read, too. Loading replaces the vectorisation
-    by the stored one, of whatever form. Nothing is learnt.
-
-    It warns, once, when more than a tenth of the mass of the diagrams that it sees lies outside the
-    range (:func:`lost_mass`): at calls 1, 2, 4, 8 and so on, so that watching costs nothing in
-    a loop, and never while compiling.
-
-    Args:
-        vectorisation: What it computes.
-
-    Examples:
-        >>> from topkd.topology import rips
-        >>> clouds = torch.randn(10, 64, 8, generator=torch.Generator().manual_seed(0))
-        >>> layer = VectorisationLayer(PersistenceVector.fit(rips(clouds)))
-        >>> again = VectorisationLayer(PersistenceVector((0.0, 1.0), sigma=1.0))
-        >>> again.load_state_dict(layer.state_dict())
-        <All keys matched successfully>
-        >>> again.vectorisation == layer.vectorisation
-        True
-    """
-
-    def __init__(self, vectorisation: Vectorisation) -> None:
-        super().__init__()
-        self.vectorisation = vectorisation
-        self._calls, self._has_warned = 0, False
-
-    def forward(self, diagrams: Diagrams) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self._watch(diagrams)
-        return self.vectorisation(diagrams)
-
-    @torch.no_grad()
-    def _watch(self, diagrams: Diagrams) -> None:
-        self._calls += 1
-        if self._has_warned or self._calls & (self._calls - 1) != 0:
-            return
-        lost = lost_mass(self.vectorisation, diagrams).item()
-        if lost > WARN_ABOVE:
-            self._has_warned = True
-            warnings.warn(
-                f"{lost:.0%} of the mass of these diagrams lies outside the range of "
-                f"{type(self.vectorisation).__name__}, where nothing is seen and no gradient is "
-                "left; fit it on clouds of this scale, or in a unit",
-                stacklevel=2,
-            )
-
-    def get_extra_state(self) -> Tensor:
-        content = json.dumps(to_json(self.vectorisation)).encode()
-        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.vectorisation = from_json(json.loads(bytes(state.tolist())))
-
-    def extra_repr(self) -> str:
-        return repr(self.vectorisation)
 
 
 def _points(diagrams: Diagrams, unit: Unit) -> Tensor:

@@ -5,49 +5,25 @@ the student and point i of the teacher are the same image, so that an edge (i, j
 both clouds, whatever their widths. Which edges matter is found on detached points; their lengths
 are then read off both clouds, so that gradients need memory for these edges alone.
 
-Widths and scales of two networks differ, so lengths are divided by a unit of each cloud's own:
-
-===================  ==============================================================================
-unit                 is
-===================  ==============================================================================
-``none``             1, lengths as they are
-``mean``             the mean distance; its gradient is spread over all points
-``median``           the median distance
-``quantile``         the 0.9-quantile of the distances
-``matrix_quantile``  the 0.9-quantile of the distance matrix, diagonal and both triangles included
-``max``              the greatest distance
-===================  ==============================================================================
-
-Always over all pairs of different points, never over the tree alone, whose edges are the shortest
-of all and shorter the more points there are. A unit of 0, where points coincide, counts as 1.
-
-The gradient passes through the unit, and so it never changes the scale, on which the loss does not
-depend. That of a median, quantile or maximum falls on the one or two pairs that attain it, which
-then move much more than all others; that of a mean falls on all points. ``detach_unit=True`` takes
-units for constants instead. Then the gradient also pulls at the scale of the features, mostly
-towards 0, and does so without end, since the loss stays the same.
-
-All units but ``none`` take O(n² d) time and room for n² distances, for a moment; the graph keeps
-none of them. Nothing else is detached but what is said to be: gradients reach the teacher where it
-requires them, so it is usually given detached, or computed without gradients.
+Widths and scales of two networks differ, so lengths are divided by a unit of each cloud's own, see
+:mod:`topkd.topology.paired`. Nothing else is detached but what is said to be: gradients reach the
+teacher where it requires them, so it is usually given detached, or computed without gradients.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.library import custom_op
 
 from topkd.topology import _ultrametric
-from topkd.topology.rips import edge_lengths, rips
+from topkd.topology.paired import Unit, distances_of, paired
+from topkd.topology.rips import rips
 
-Unit = Literal["none", "mean", "median", "quantile", "matrix_quantile", "max"]
 Edges = Literal["tree", "random"]
-
-LEVELS: dict[Unit, float] = {"median": 0.5, "quantile": 0.9, "matrix_quantile": 0.9, "max": 1.0}
 
 
 def edge_matching(
@@ -76,7 +52,7 @@ def edge_matching(
     Args:
         student: Points :math:`S`, (n, d) or (clouds, n, d).
         teacher: Points :math:`T`, as many; their width may differ.
-        unit: What lengths are divided by, see :mod:`topkd.topology.labelled`.
+        unit: What lengths are divided by, see :mod:`topkd.topology.paired`.
         teacher_unit: The teacher's, if it is another.
         detach_unit: Whether units count as constants.
         symmetric: Whether the second sum is there, over the edges of the student's tree.
@@ -104,7 +80,7 @@ def edge_matching(
     """
     if edges not in get_args(Edges):
         raise ValueError(f"edges are one of {', '.join(get_args(Edges))}; got {edges!r}")
-    pair = _paired(student, teacher, unit, teacher_unit or unit, detach_unit)
+    pair = paired(student, teacher, unit, teacher_unit or unit, detach_unit)
     clouds, n, _ = pair.student.shape
     total = pair.student.new_zeros(clouds)
     for chosen_by in (pair.teacher, pair.student) if symmetric else (pair.teacher,):
@@ -138,7 +114,7 @@ def rtd_lite(
     Args:
         student: Points, (n, d) or (clouds, n, d).
         teacher: Points, as many; their width may differ.
-        unit: What lengths are divided by, see :mod:`topkd.topology.labelled`.
+        unit: What lengths are divided by, see :mod:`topkd.topology.paired`.
         detach_unit: Whether units count as constants.
 
     Returns:
@@ -160,10 +136,10 @@ def rtd_lite(
         >>> rtd_lite(segment, segment[[0, 2, 1]], unit="none")  # 1 + 2 twice, and 1 + 1 of both
         tensor(1.)
     """
-    pair = _paired(student, teacher, unit, unit, detach_unit)
+    pair = paired(student, teacher, unit, unit, detach_unit)
     least = torch.minimum(
-        _distances(pair.student) / pair.student_unit.detach()[..., None],
-        _distances(pair.teacher) / pair.teacher_unit.detach()[..., None],
+        distances_of(pair.student) / pair.student_unit.detach()[..., None],
+        distances_of(pair.teacher) / pair.teacher_unit.detach()[..., None],
     )
     shared = rips(distances=least).death_edges
     ours, theirs = pair.lengths(shared)
@@ -226,7 +202,7 @@ def ultrametric(
         student: Points, (n, d) or (clouds, n, d).
         teacher: Points, as many; their width may differ.
         order: The exponent p, at least 1.
-        unit: What lengths are divided by, see :mod:`topkd.topology.labelled`.
+        unit: What lengths are divided by, see :mod:`topkd.topology.paired`.
         detach_unit: Whether units count as constants.
 
     Returns:
@@ -249,7 +225,7 @@ def ultrametric(
     """
     if not 1 <= order < math.inf:
         raise ValueError(f"the order is a finite number of at least 1, got {order}")
-    pair = _paired(student, teacher, unit, unit, detach_unit)
+    pair = paired(student, teacher, unit, unit, detach_unit)
     ours = single_linkage(pair.student) / pair.student_unit
     theirs = single_linkage(pair.teacher) / pair.teacher_unit
     gap = (ours - theirs).abs().pow(order)
@@ -283,7 +259,7 @@ def persistence_weighted(
         max_dim: The highest dimension of the diagrams, see :func:`~topkd.topology.rips`.
         symmetric: Whether the same is added for the student's critical edges, weighted by the
             detached persistence of the student's bars.
-        unit: What lengths are divided by, see :mod:`topkd.topology.labelled`.
+        unit: What lengths are divided by, see :mod:`topkd.topology.paired`.
         detach_unit: Whether units count as constants.
 
     Returns:
@@ -307,7 +283,7 @@ def persistence_weighted(
     """
     if not 0 <= power < math.inf:
         raise ValueError(f"the power is a finite number of at least 0, got {power}")
-    pair = _paired(student, teacher, unit, unit, detach_unit)
+    pair = paired(student, teacher, unit, unit, detach_unit)
     total = pair.student.new_zeros(len(pair.student))
     for chosen_by in (pair.teacher, pair.student) if symmetric else (pair.teacher,):
         chosen, weights = _weighted_edges(chosen_by.detach(), power, max_dim)
@@ -315,130 +291,6 @@ def persistence_weighted(
         gaps = (weights * pair.gap(chosen).square()).sum(1)
         total = total + gaps / torch.where(sums > 0, sums, 1.0)
     return pair.result(total)
-
-
-class _Pair(NamedTuple):
-    """Student and teacher as batches, and their units."""
-
-    student: Tensor  # (clouds, n, d)
-    teacher: Tensor
-    student_unit: Tensor  # (clouds, 1)
-    teacher_unit: Tensor
-    alone: bool  # whether there was no batch axis
-
-    def lengths(self, edges: Tensor) -> tuple[Tensor, Tensor]:
-        """Lengths of edges (clouds, k, 2) in both clouds, in their units."""
-        ours = edge_lengths(self.student, edges) / self.student_unit
-        return ours, edge_lengths(self.teacher, edges) / self.teacher_unit
-
-    def gap(self, edges: Tensor) -> Tensor:
-        ours, theirs = self.lengths(edges)
-        return ours - theirs
-
-    def result(self, values: Tensor) -> Tensor:
-        return values[0] if self.alone else values
-
-
-def _paired(
-    student: Tensor, teacher: Tensor, unit: Unit, teacher_unit: Unit, detach_unit: bool
-) -> _Pair:
-    for name in (unit, teacher_unit):
-        if name not in get_args(Unit):
-            raise ValueError(f"a unit is one of {', '.join(get_args(Unit))}; got {name!r}")
-    _check_points("student", student)
-    _check_points("teacher", teacher)
-    if student.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(
-            f"clouds differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}; "
-            "both need the same points, and may differ in width alone"
-        )
-    alone = student.ndim == 2
-    ours, theirs = (_batch(points, alone) for points in (student, teacher))
-    return _Pair(
-        student=ours,
-        teacher=theirs,
-        student_unit=_unit(ours, unit, detach_unit),
-        teacher_unit=_unit(theirs, teacher_unit, detach_unit),
-        alone=alone,
-    )
-
-
-def _check_points(name: str, points: Tensor) -> None:
-    if points.ndim not in (2, 3) or not points.is_floating_point():
-        raise ValueError(
-            f"{name} must be floats (n, d) or (clouds, n, d), "
-            f"got {points.dtype} {tuple(points.shape)}"
-        )
-    if points.shape[-2] == 0:
-        raise ValueError(f"{name}: a cloud needs at least one point, got {tuple(points.shape)}")
-    if torch.compiler.is_compiling():  # rips will see it, but not whose it is
-        return
-    bad = ~points.detach().isfinite().all(-1)
-    if bad.any():
-        *cloud, point = bad.nonzero()[0].tolist()
-        where = f"cloud {cloud[0]}, point {point}" if cloud else f"point {point}"
-        raise ValueError(f"{name}, {where}: a coordinate is NaN or infinite")
-
-
-def _batch(points: Tensor, alone: bool) -> Tensor:
-    points = points[None] if alone else points
-    return points.float() if points.dtype in (torch.float16, torch.bfloat16) else points
-
-
-def _unit(points: Tensor, unit: Unit, detach: bool) -> Tensor:
-    """What the lengths of clouds (clouds, n, d) are divided by, (clouds, 1)."""
-    clouds, n, _ = points.shape
-    if unit == "none" or n == 1:
-        return points.new_ones(clouds, 1)
-    points = points.detach() if detach else points
-    size = _mean(points) if unit == "mean" else _quantile(points, unit)
-    return torch.where(size > 0, size, 1.0)[:, None]
-
-
-def _mean(points: Tensor) -> Tensor:
-    n = points.shape[1]
-    # The graph keeps the points alone; the matrix is computed again where a gradient is needed.
-    total = checkpoint(
-        _total_distance, _wide(points), use_reentrant=False, preserve_rng_state=False
-    )
-    return (total / (n * (n - 1))).to(points.dtype)
-
-
-def _total_distance(points: Tensor) -> Tensor:
-    return _difference_form(points).sum((1, 2))
-
-
-def _quantile(points: Tensor, unit: Unit) -> Tensor:
-    """Interpolates between the two nearest of the sorted distances, read off the points."""
-    n = points.shape[1]
-    pairs = n * (n - 1) // 2
-    whole = unit == "matrix_quantile"
-    last = n * n - 1 if whole else pairs - 1
-    place = LEVELS[unit] * last
-    low = math.floor(place)
-    ranks = [low, min(low + 1, last)]
-    if whole:  # the diagonal comes first, and each pair twice
-        ranks = [(rank - n) // 2 for rank in ranks]
-    i, j = torch.triu_indices(n, n, 1, device=points.device)
-    distances = _distances(points)[:, i, j]
-    values = [distances.kthvalue(rank + 1, dim=1, keepdim=True).values for rank in ranks]
-    first = torch.stack([(distances == value).byte().argmax(1) for value in values], dim=1)
-    lengths = edge_lengths(points, torch.stack([i[first], j[first]], dim=-1))
-    return torch.lerp(lengths[:, 0], lengths[:, 1], place - low)
-
-
-def _distances(points: Tensor) -> Tensor:
-    """Detached distances (clouds, n, n), exactly symmetric, with a diagonal of exact zeros."""
-    upper = _difference_form(_wide(points.detach())).triu(1)
-    return upper + upper.mT
-
-
-def _difference_form(points: Tensor) -> Tensor:
-    return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _wide(points: Tensor) -> Tensor:
-    return points if points.device.type == "mps" else points.double()
 
 
 def _random_edges(
@@ -461,7 +313,7 @@ def _weighted_edges(points: Tensor, power: float, max_dim: int) -> tuple[Tensor,
     return edges, torch.cat([weights, weights[:, higher]], dim=1)
 
 
-@torch.library.custom_op("topkd::attaining_edges", mutates_args=())
+@custom_op("topkd::attaining_edges", mutates_args=())
 def attaining_edges(edges: Tensor) -> Tensor:
     """Finds the greatest edge on the path between any two points of spanning trees.
 

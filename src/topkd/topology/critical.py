@@ -1,0 +1,184 @@
+"""Which edges are critical: found on detached points, by the kernels, by redzed-tda or on a GPU."""
+
+from __future__ import annotations
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.spatial.distance import pdist, squareform
+from torch import Tensor
+from torch.library import custom_op
+
+from topkd.topology import _cocycles, _kernels, _prim, _redzed
+
+OWN_UP_TO = 256  # points up to which H1 is found by our own kernel, which then leaves the cache
+WORTH_A_THREAD = 4  # clouds
+
+
+class _Task(NamedTuple):
+    """What is asked of a backend, and where it writes the answer."""
+
+    source: NDArray[Any]  # points (clouds, n, d), or distances (clouds, n, n) if given
+    inside: NDArray[np.bool_]  # (clouds, n)
+    given: bool
+    births: NDArray[np.int64]  # (clouds, n - 1 + max_dim * rows, 2), zeros
+    deaths: NDArray[np.int64]  # the same
+    bars: NDArray[np.int64]  # (clouds, max_dim + 1), how many; that of H0 is there
+
+
+@custom_op("topkd::critical_edges", mutates_args=())
+def critical_edges(
+    source: Tensor, inside: Tensor, given: bool, max_dim: int, rows: int, strict: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds the edges at which classes are born and die.
+
+    Args:
+        source: Detached points (clouds, n, d), or distances (clouds, n, n) if ``given``.
+        inside: Which points are no padding, (clouds, n).
+        given: Whether these are distances.
+        max_dim: The highest dimension.
+        rows: Most bars of each dimension above 0.
+        strict: Whether more are an error.
+
+    Returns:
+        Edges (clouds, n - 1 + max_dim * rows, 2) at which classes are born, the same at which they
+        die, and how many there are, (clouds, max_dim + 1). H0 comes by length, born without an
+        edge, then the higher dimensions by persistence; what is not used is 0.
+
+    Raises:
+        ValueError: If a cloud has no point, or holds what is no coordinate or no distance; the
+            message names it. If there are more bars than rows, and this is strict.
+        ImportError: If redzed-tda is needed and not installed.
+    """
+    clouds, n, _ = source.shape
+    if max_dim == 0 and source.device.type != "cpu":
+        return _on_device(source, inside, given)
+    cpu = source.cpu().contiguous().numpy()
+    there = inside.cpu().contiguous().numpy()
+    births, deaths = np.zeros((2, clouds, n - 1 + max_dim * rows, 2), np.int64)
+    count = np.zeros((clouds, max_dim + 1), np.int64)
+    count[:, 0] = there.sum(1) - 1
+    if max_dim == 2 or (max_dim == 1 and n > OWN_UP_TO and _redzed.is_installed()):
+        _by_redzed(_Task(cpu, there, given, births, deaths, count))
+    else:
+        _by_kernels(_Task(cpu, there, given, births, deaths, count))
+    if strict and max_dim > 0 and (most := count[:, 1:].max(initial=0)) > rows:
+        raise ValueError(
+            f"cloud {count[:, 1:].max(1).argmax()} has {most} bars of one dimension, more than "
+            f"the {rows} there is room for; give max_bars={most}, or fewer to keep the most "
+            "persistent"
+        )
+    done = (torch.from_numpy(array).to(source.device) for array in (births, deaths, count))
+    return tuple(done)  # type: ignore[return-value]
+
+
+@critical_edges.register_fake
+def _(
+    source: Tensor, inside: Tensor, given: bool, max_dim: int, rows: int, strict: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    clouds, n, _ = source.shape
+    births, deaths = (
+        source.new_empty((clouds, n - 1 + max_dim * rows, 2), dtype=torch.int64) for _ in range(2)
+    )
+    return births, deaths, source.new_empty((clouds, max_dim + 1), dtype=torch.int64)
+
+
+def _on_device(source: Tensor, inside: Tensor, given: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """H0 where the points are."""
+    finite = (source.isfinite() | ~inside[..., None]).all() & inside.any(1).all()
+    if given:
+        pairs = inside[:, :, None] & inside[:, None]
+        finite = ((source >= 0) & source.isfinite() & (source == source.mT) | ~pairs).all()
+        finite &= (source.diagonal(dim1=1, dim2=2)[inside] == 0).all() & inside.any(1).all()
+    if not finite:
+        _refuse(source.cpu().numpy(), inside.cpu().numpy(), given)
+    squares = source
+    if not given:
+        wide = source if source.device.type == "mps" else source.double()
+        wide = wide.where(inside[..., None], 0)
+        squares = torch.cdist(wide, wide, compute_mode="donot_use_mm_for_euclid_dist")
+    deaths = _prim.merging_edges(squares, inside)
+    return torch.zeros_like(deaths), deaths, inside.sum(1, keepdim=True) - 1
+
+
+def _by_kernels(task: _Task) -> None:
+    source, inside, given, births, deaths, count = task
+    clouds, n, width = source.shape
+    loops = count.shape[1] == 2
+    matrix = given or loops or n <= _kernels.MATRIX
+    bits = (0,) * (1 << (max(1, -(-n // 64)) - 1).bit_length())  # compiled for each power of two
+
+    def share(start: int, stop: int) -> int:
+        work = _kernels.work(n, 0 if given else width, matrix=matrix)
+        if not loops:
+            return int(
+                _kernels.merging_edges(source, inside, given, matrix, start, stop, work, deaths)
+            )
+        sorting = _cocycles.sorting(n)
+        return int(
+            _cocycles.critical_edges(
+                source, inside, given, start, stop, work, sorting, bits, births, deaths, count
+            )
+        )
+
+    threads = min(torch.get_num_threads(), clouds // WORTH_A_THREAD)
+    if threads < 2:
+        refused = [share(0, clouds)]
+    else:
+        ends = [clouds * t // threads for t in range(threads + 1)]
+        with ThreadPoolExecutor(threads) as pool:
+            refused = list(pool.map(share, ends[:-1], ends[1:]))
+    if max(refused) >= 0:
+        _refuse(source, inside, given)
+
+
+def _by_redzed(task: _Task) -> None:
+    source, inside, given, births, deaths, count = task
+    n, max_dim = source.shape[1], count.shape[1] - 1
+    rows = (births.shape[1] - n + 1) // max_dim
+    warnings.warn(
+        f"H{max_dim} of {n} points is found by redzed-tda, which compares lengths in float32",
+        stacklevel=2,
+    )
+    for cloud, (values, there) in enumerate(zip(source, inside, strict=True)):
+        _refuse(source[cloud : cloud + 1], inside[cloud : cloud + 1], given, cloud)
+        index = there.nonzero()[0]
+        few = values[index].astype(np.float64)
+        distances = few[:, index] if given else squareform(pdist(few))
+        merging = deaths[cloud, : len(index) - 1]
+        blocks = [slice(start, start + rows) for start in range(n - 1, births.shape[1], rows)]
+        higher = [(births[cloud, block], deaths[cloud, block]) for block in blocks]
+        count[cloud, 1:] = _redzed.critical_edges(distances, merging, higher)
+        merging[:] = index[merging]
+        for sides, bars in zip(higher, count[cloud, 1:], strict=True):
+            for edges in sides:
+                edges[:bars] = index[edges[:bars]]
+
+
+def _refuse(source: NDArray[Any], inside: NDArray[np.bool_], given: bool, number: int = 0) -> None:
+    """Raises an error that names what is no point, or no distance, if there is such a thing."""
+    for cloud, (values, there) in enumerate(zip(source, inside, strict=True), number):
+        index = there.nonzero()[0]
+        if len(index) == 0:
+            raise ValueError(f"cloud {cloud}: a cloud needs at least one point, all are masked")
+        if not given:
+            bad = ~np.isfinite(values[index]).all(1)
+            if bad.any():
+                raise ValueError(
+                    f"cloud {cloud}, point {index[bad.argmax()]}: a coordinate is NaN or infinite; "
+                    "a diagram needs finite points"
+                )
+            continue
+        few = values[np.ix_(index, index)]
+        wrong = ~(np.isfinite(few) & (few >= 0) & (few == few.T))
+        np.fill_diagonal(wrong, few.diagonal() != 0)
+        if wrong.any():
+            i, j = (index[k] for k in np.argwhere(wrong)[0])
+            raise ValueError(
+                f"cloud {cloud}: {values[i, j]} from point {i} to {j}, and {values[j, i]} back, is "
+                "no distance; these are finite, symmetric, not negative, and 0 on the diagonal"
+            )
