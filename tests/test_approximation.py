@@ -89,6 +89,21 @@ def test_training_is_deterministic_in_its_seed(network):
     assert not same_weights(first, trained(training, network, seed=1))
 
 
+@pytest.mark.parametrize(
+    ("network", "expected"), [("ripsnet", [0.4] * 4), ("distancenet", [0.4, 0.3, 0.2, 0.1])]
+)
+def test_the_rate_stays_for_ripsnet_and_falls_to_zero_for_distancenet(network, expected):
+    rates = []
+    trained(
+        Training(epochs=4, lr=0.4),
+        network,
+        after_epoch=lambda epoch, error, state: rates.append(
+            state["optimizer"]["param_groups"][0]["lr"]
+        ),
+    )
+    assert rates == pytest.approx(expected)
+
+
 def of_many_sizes(count, seed):
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(count, 24, 3, generator=generator)
