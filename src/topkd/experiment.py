@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -57,7 +58,7 @@ def _check_term(term: Term, where: str, *, has_teacher: bool) -> None:
     if loss.needs_teacher and not has_teacher:
         raise RecipeError(f"{where}: {term.name} cannot be computed without a teacher")
     options = _parsed(term, where)
-    if not loss.learns:
+    if not _is_built_from_features(loss):
         try:
             loss(**options)
         except ValueError as error:
@@ -67,9 +68,15 @@ def _check_term(term: Term, where: str, *, has_teacher: bool) -> None:
 def _parsed(term: Term, where: str) -> dict[str, Any]:
     """Parses the options of a term by the signature of what takes them."""
     loss = LOSSES[term.name].loss
-    function = loss.between if loss.learns else loss.__init__
+    names_them = "options" not in inspect.signature(loss.between).parameters
+    function = loss.between if names_them else loss.__init__
     options: dict[str, Any] = recipes.parse_options(function, term.options, where)
     return options
+
+
+def _is_built_from_features(loss: type[Loss]) -> bool:
+    """Tells whether a loss needs features to be built, so that it cannot be tried before."""
+    return loss.between.__func__ is not Loss.between.__func__  # type: ignore[attr-defined]
 
 
 def _named(catalogue: Mapping[str, Any], name: str, where: str) -> None:
@@ -182,25 +189,27 @@ class Experiment:
         """
         images = self.data.train.read(torch.arange(self.recipe.batch_size), None)
         images = images.to(self.device.device)
-        teacher = self.teacher
+        teacher, source = self.teacher, self._source(student)
         with torch.no_grad():
             made = student.to(self.device.device).eval()(images)
             answer = made if teacher is None else teacher(images)
         with torch.random.fork_rng():
             torch.manual_seed(seed + 1)
             return [
-                Weighted(term, self._loss(term, made, answer)) for term in self.recipe.arms[arm]
+                Weighted(term, self._loss(term, made, answer, source))
+                for term in self.recipe.arms[arm]
             ]
 
-    def _loss(self, term: Term, made: Features, answer: Features) -> Loss:
+    def _loss(self, term: Term, made: Features, answer: Features, source: Source) -> Loss:
         loss, options = LOSSES[term.name].loss, _parsed(term, term.name)
-        return loss.between(made, answer, self._source, **options)
+        return loss.between(made, answer, source, **options)
 
-    @cached_property
-    def _source(self) -> Source:
+    def _source(self, student: Tapped) -> Source:
         return Source(
             self.answers,
-            len(self.data.train.target),
+            self.data.train.target,
+            student,
+            self.teacher,
             "" if self.teacher is None else self._teacher_hash,
             self.folder,
             self.progress,

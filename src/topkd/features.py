@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,14 @@ class Batch:
     """What a network is shown."""
 
     images: Tensor  # (n, 3, h, w), normalised
-    target: Tensor  # (n,)
+    target: Tensor  # (n,); of mixed images, the label that counts most
     index: Tensor  # (n,), which samples of the data set these are
+    soft: Tensor | None = None  # (n, classes), the labels of mixed images; None if none is mixed
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Applies ``function`` to every tensor."""
+        soft = None if self.soft is None else function(self.soft)
+        return Batch(function(self.images), function(self.target), function(self.index), soft)
 
 
 @dataclass(frozen=True)
@@ -26,52 +33,50 @@ class Features:
     logits: Tensor  # (n, classes)
     embedding: Tensor  # (n, d), what the classifier reads
     maps: list[Tensor] = field(default_factory=list)  # (n, c, h, w) each, shallow to deep
+    preactivations: list[Tensor] = field(default_factory=list)  # the maps before their ReLU
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Features:
         """Applies ``function`` to every tensor."""
         return Features(
-            function(self.logits), function(self.embedding), [function(m) for m in self.maps]
+            function(self.logits),
+            function(self.embedding),
+            [function(m) for m in self.maps],
+            [function(m) for m in self.preactivations],
         )
 
     def tensors(self) -> list[Tensor]:
         """Lists every tensor, in a fixed order."""
-        return [self.logits, self.embedding, *self.maps]
+        return [self.logits, self.embedding, *self.maps, *self.preactivations]
 
 
-EMBEDDING = "<embedding>"  # what taps call it; no module can have this name
-
-
-@dataclass
-class _Output:
-    """A hook that keeps what a module returns; unlike a closure, it is copied with its network."""
-
-    seen: dict[str, Tensor]
-    name: str
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self.seen[self.name] = output
+INPUT = ":in"  # ends the name of a tap that reads what a module is given
 
 
 @dataclass
-class _Input:
-    """A hook that keeps what a module is given."""
+class _Tap:
+    """A hook that keeps one tensor; unlike a closure, it is copied with its network."""
 
-    seen: dict[str, Tensor]
+    seen: dict[str, tuple[Tensor, int]]
     name: str
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.seen[self.name] = args[0]
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Any = None) -> None:
+        kept = args[0] if self.name.endswith(INPUT) else output
+        if self.name.endswith(INPUT) and getattr(module, "inplace", False):
+            kept = kept.clone()
+        self.seen[self.name] = kept, kept._version
 
 
 class Tapped(nn.Module):
     """A classifier that also returns what chosen modules computed on the way.
 
-    The network is read through hooks and is not changed.
+    The network is read through hooks and is not changed. A tap is the name of a module, whose
+    output is read; with ``:in`` after the name, its input is.
 
     Args:
         network: Any classifier, wherever it comes from.
-        maps: Names of the modules whose outputs are the feature maps, shallow to deep.
+        maps: Taps of the feature maps, shallow to deep.
         head: Name of the classifier module; its input is the embedding.
+        preactivations: Taps of the feature maps before their activation, shallow to deep.
 
     Raises:
         ValueError: If the network has no module of one of these names.
@@ -84,33 +89,64 @@ class Tapped(nn.Module):
         (torch.Size([2, 4]), torch.Size([2, 4, 6, 6]))
     """
 
-    def __init__(self, network: nn.Module, maps: Sequence[str], head: str) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        maps: Sequence[str],
+        head: str,
+        preactivations: Sequence[str] = (),
+    ) -> None:
         super().__init__()
-        self.network, self.maps = network, tuple(maps)
-        self._seen: dict[str, Tensor] = {}
-        modules = dict(network.named_modules())
-        for name in (*maps, head):
-            if name not in modules:
-                near = get_close_matches(name, modules, n=8, cutoff=0.5)
-                some = near or [child for child, _ in network.named_children()]
-                raise ValueError(
-                    f"{type(network).__name__} has no module {name!r}; it has {', '.join(some)}"
-                )
-        for name in maps:
-            modules[name].register_forward_hook(_Output(self._seen, name))
-        modules[head].register_forward_pre_hook(_Input(self._seen, EMBEDDING))
-        self._head = [modules[head]]  # in a list: it is a part of the network already
+        self.network = network
+        self.maps, self.preactivations = tuple(maps), tuple(preactivations)
+        self._seen: dict[str, tuple[Tensor, int]] = {}
+        self._embedding = head + INPUT
+        for tap in dict.fromkeys((*maps, *preactivations, self._embedding)):
+            module, hook = _module(network, tap.removesuffix(INPUT)), _Tap(self._seen, tap)
+            if tap.endswith(INPUT):
+                module.register_forward_pre_hook(hook)
+            else:
+                module.register_forward_hook(hook)
+        self._head = [_module(network, head)]  # in a list: it is a part of the network already
 
     def head(self, embedding: Tensor) -> Tensor:
         """Computes the logits of embeddings (n, d) without being noticed by the taps."""
         return self._head[0].forward(embedding)
 
+    @property
+    def classifier(self) -> nn.Module:
+        """The module that makes logits of embeddings."""
+        return self._head[0]
+
     def forward(self, images: Tensor) -> Features:
         logits = self.network(images)
-        maps = [self._seen[name] for name in self.maps]
-        embedding = self._seen[EMBEDDING].flatten(1)
+        maps = [self._read(tap) for tap in self.maps]
+        preactivations = [self._read(tap) for tap in self.preactivations]
+        embedding = self._read(self._embedding).flatten(1)
         self._seen.clear()
-        return Features(logits, embedding, maps)
+        return Features(logits, embedding, maps, preactivations)
+
+    def _read(self, tap: str) -> Tensor:
+        if tap not in self._seen:
+            raise ValueError(f"the network did not use the module {tap!r} that a tap names")
+        tensor, version = self._seen[tap]
+        if tensor._version != version:
+            raise ValueError(
+                f"what the tap {tap!r} read was overwritten later by an in-place operation; "
+                "tap the module that does it instead"
+            )
+        return tensor
+
+
+def _module(network: nn.Module, name: str) -> nn.Module:
+    modules = dict(network.named_modules())
+    if name not in modules:
+        near = get_close_matches(name, modules, n=8, cutoff=0.5)
+        some = near or [child for child, _ in network.named_children()]
+        raise ValueError(
+            f"{type(network).__name__} has no module {name!r}; it has {', '.join(some)}"
+        )
+    return modules[name]
 
 
 class Teacher(nn.Module):

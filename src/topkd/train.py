@@ -213,6 +213,8 @@ class Trainer:
         start, sums = time.perf_counter(), Sums()
         torch.manual_seed(self.seed * 1_000_003 + epoch)  # for networks that draw, as by dropout
         self.student.train()
+        for weighted in self.losses:
+            weighted.loss.begin(epoch)
         measured = {round(i * self.steps / MEASURED) for i in range(MEASURED)}
         batches = training_batches(
             self.data.train,
@@ -247,13 +249,14 @@ class Trainer:
 
     def step(self, batch: Batch, epoch: int, sums: Sums, *, measure: bool) -> None:
         device = self.device.device
-        batch = Batch(*(t.to(device) for t in (batch.images, batch.target, batch.index)))
+        batch = batch.apply(lambda t: t.to(device))
         with self.device.autocast():
             made = self.learner(batch.images)
             # Without a teacher a student stands in for it: its losses do not look.
             answer = made if self.answerer is None else self.answerer(batch.images)
         if not self.reads_maps:  # they are large, and each would be copied
-            made, answer = replace(made, maps=[]), replace(answer, maps=[])
+            made = replace(made, maps=[], preactivations=[])
+            answer = replace(answer, maps=[], preactivations=[])
         # The losses see copies, so that the gradient of each can be measured at the features.
         features = made.apply(lambda t: t.detach().float().requires_grad_())
         answer = answer.apply(lambda t: t.detach().float())

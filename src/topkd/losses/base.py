@@ -10,34 +10,41 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from topkd.features import Batch, Features
+from topkd.features import Batch, Features, Tapped, Teacher
 from topkd.progress import Progress
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a loss learns what it must know of a teacher before any student is trained."""
+    """What a loss may ask for beyond a batch, before its student is trained."""
 
     answers: Callable[[int], Iterator[tuple[Batch, Features]]]
     """Epoch -> the teacher's answers to augmented training images, batch by batch, made lazily."""
-    images: int  # in the training set
-    teacher: str  # hash of the teacher's weights
+    target: Tensor  # (images,), the labels of all training images
+    student: Tapped  # a loss that keeps it must not register it: its weights are not the loss's
+    teacher: Teacher | None  # None if no loss needs one
+    teacher_hash: str  # of its weights
     folder: Path  # where to keep what was learnt
     progress: Progress
+
+    @property
+    def images(self) -> int:
+        """Number of training images."""
+        return len(self.target)
 
 
 class Loss(nn.Module, ABC):
     """A distance from what a student makes of a batch to what its teacher makes of it."""
 
     needs_teacher = True
-    reads_maps = False  # feature maps, which otherwise are not kept for it
-    learns = False  # from the teacher: then its options are those of `between`
+    reads_maps = False  # feature maps or pre-activations, which otherwise are not kept for it
 
     @classmethod
     def between(cls, student: Features, teacher: Features, source: Source, **options: Any) -> Loss:
         """Builds the loss for one pair of networks.
 
-        This is the one place that reads sizes off features.
+        This is the one place that reads sizes off features. A class that replaces it names its
+        options here, or hands them on to a constructor that takes sizes first.
 
         Args:
             student: What the student makes of some batch.
@@ -50,6 +57,9 @@ class Loss(nn.Module, ABC):
     @abstractmethod
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         """Computes the loss, a scalar: the mean over the batch."""
+
+    def begin(self, epoch: int) -> None:  # noqa: B027  (most losses are the same in every epoch)
+        """Is told of every epoch, counted from 1, before its first batch."""
 
     def facts(self) -> dict[str, Any]:
         """Tells what a reader of the results should know of how this loss was made."""

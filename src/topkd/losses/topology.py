@@ -65,8 +65,6 @@ class TopKD(Loss):
         True
     """
 
-    learns = True
-
     def __init__(
         self,
         describe: Callable[[Tensor], Tensor],
@@ -116,7 +114,7 @@ class TopKD(Loss):
             approximation = learn(source, size, form or usual, via, training)
         else:
             approximation = Approximation.from_bytes(Path(file).read_bytes())
-            _check_fit(approximation, file, source.teacher, size)
+            _check_fit(approximation, file, source.teacher_hash, size)
         own_width, project = student.embedding.shape[1], None
         if own_width != width and approximation.network.width is not None:
             project = nn.Linear(own_width, width)
@@ -154,7 +152,7 @@ def learn(
         network: Which it is.
         training: How it is trained.
     """
-    about = json.dumps([source.teacher, size, form, asdict(training)])
+    about = json.dumps([source.teacher_hash, size, form, asdict(training)])
     path = source.folder / f"{network}-{files.sha256(about.encode())[:8]}.safetensors"
     if path.exists():
         return Approximation.from_bytes(path.read_bytes())
@@ -193,7 +191,7 @@ def learn(
             "clouds; `via: exact` explains all of it and is faster"
         )
     width = first.shape[-1]
-    approximation = Approximation(trained, exact, size, width, source.teacher, judged)
+    approximation = Approximation(trained, exact, size, width, source.teacher_hash, judged)
     files.write(path, approximation.to_bytes())
     saved.unlink(missing_ok=True)
     return approximation

@@ -1,0 +1,301 @@
+"""Losses on the shape of a batch of embeddings."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from reference import losses as reference
+from reference import topology as reference_topology
+from reference.features import CLOUD, IMAGES, Recorder, answers, batch, features, never, source_in
+
+from topkd.losses import TopKD
+from topkd.losses.topology import learn
+from topkd.topology import PersistenceImage, PersistenceVector, RipsNet
+from topkd.topology.approximation import Approximation, Training
+from topkd.topology.stored import to_json
+
+SHORT = Training(passes=2, epochs=2)
+
+
+@pytest.fixture
+def source(tmp_path):
+    return source_in(tmp_path)
+
+
+# --- TopKD, exact --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["vector", "image"])
+@pytest.mark.parametrize("width", [5, 9])
+def test_exact_topkd_is_the_definition_in_plain_loops(source, form, width):
+    student, teacher = features(width, seed=1), features(5, seed=2)
+    loss = TopKD.between(student, teacher, source, form=form)
+    fitted = loss.facts()["vectorisation"]
+    assert fitted.pop("form") == form
+
+    def describe(cloud):
+        deaths = reference_topology.deaths(cloud.tolist())
+        if form == "vector":
+            return reference_topology.vector(deaths, **fitted)
+        return reference_topology.image([(0.0, death) for death in deaths], **fitted)
+
+    expected = reference.mean_square(describe(student.embedding), describe(teacher.embedding))
+    assert expected > 0
+    assert loss(student, teacher, batch()).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("form", "kind"), [("vector", "vector"), ("image", "image")])
+def test_exact_topkd_is_fitted_on_clouds_of_the_teacher(source, form, kind):
+    loss = TopKD.between(features(3, seed=1), features(5, seed=2), source, form=form)
+    fitted = loss.facts()["vectorisation"]
+    clouds = [made.embedding.tolist() for _, made in answers(0)]
+    if kind == "vector":
+        diagrams = [reference_topology.deaths(cloud) for cloud in clouds]
+        expected = reference_topology.fit_vector(diagrams)
+    else:
+        diagrams = [[(0.0, d) for d in reference_topology.deaths(cloud)] for cloud in clouds]
+        expected = reference_topology.fit_image(diagrams)
+    for name, value in expected.items():
+        assert fitted[name] == pytest.approx(value, rel=1e-4)
+
+
+def test_exact_topkd_is_the_default_and_has_no_weights(source):
+    loss = TopKD.between(features(3, seed=1), features(5, seed=2), source)
+    assert loss.facts()["via"] == "exact"
+    assert loss.facts()["vectorisation"]["form"] == "vector"
+    assert not list(loss.parameters())
+    assert not list(source.folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"form": "image"}, *({"via": v, "training": SHORT} for v in ("ripsnet", "distancenet"))],
+)
+def test_topkd_does_not_see_which_image_is_which(source, options):
+    student, teacher = features(5, seed=1), features(5, seed=2)
+    loss = TopKD.between(student, teacher, source, **options).double()
+    permuted = student.apply(lambda t: t.flip(0))
+    torch.testing.assert_close(loss(permuted, teacher, batch()), loss(student, teacher, batch()))
+
+
+# --- TopKD by RipsNet ----------------------------------------------------------------------------
+
+
+def by_ripsnet(source, width=5, **options):
+    return TopKD.between(
+        features(width, seed=1),
+        features(5, seed=2),
+        source,
+        via="ripsnet",
+        **{"training": SHORT} | options,
+    )
+
+
+def the_file(source):
+    (path,) = source.folder.glob("ripsnet-*.safetensors")
+    return path
+
+
+def in_numpy(network, points):
+    weights = {name: tensor.double().numpy() for name, tensor in network.state_dict().items()}
+    x = points
+    for layer in range(1, 8):
+        if layer == 4:
+            x = x.mean(0)
+        x = x @ weights[f"layer{layer}.linear.weight"].T
+        x = x + weights.get(f"layer{layer}.linear.bias", 0)
+        x = np.maximum(x, 0) if layer < 7 else 1 / (1 + np.exp(-x))
+    return x
+
+
+@pytest.mark.parametrize("width", [5, 3, 9])
+def test_topkd_by_ripsnet_is_the_paper(source, width):
+    loss = by_ripsnet(source, width).double()
+    student, teacher = features(width, seed=1), features(5, seed=2)
+    network = Approximation.from_bytes(the_file(source).read_bytes()).network
+    points = student.embedding.numpy()
+    if width != 5:  # a linear map with bias takes the student to the teacher's width
+        matrix, bias = (w.detach().numpy() for w in loss.project.parameters())
+        points = points @ matrix.T + bias
+    gap = in_numpy(network, points) - in_numpy(network, teacher.embedding.numpy())
+    assert gap.shape == (400,)
+    value = loss(student, teacher, batch()).item()
+    assert value == pytest.approx((gap**2).mean(), rel=1e-9)
+
+
+def test_images_that_judge_a_ripsnet_are_in_no_cloud_that_trains_it(source, monkeypatch):
+    def marked(epoch):  # the embedding of an image is its number, and which pass it is from
+        for shown, made in answers(epoch):
+            embedding = torch.zeros(CLOUD, 5)
+            embedding[:, 0], embedding[:, 1] = shown.index, epoch
+            yield shown, replace(made, embedding=embedding)
+
+    seen = {}
+
+    def instead(stream, held_out, vectorisation, training, **options):
+        seen.update(held_out=held_out, epochs=[stream(epoch) for epoch in (1, 2, 3)])
+        return RipsNet(5).eval()
+
+    monkeypatch.setattr("topkd.losses.topology.train", instead)
+    learn(replace(source, answers=marked), CLOUD, "image", "ripsnet", SHORT)
+
+    def images(clouds):
+        return set(clouds[..., 0].flatten().tolist())
+
+    judging, training = images(seen["held_out"]), set.union(*map(images, seen["epochs"]))
+    assert not judging & training
+    assert len(judging) >= 2 * CLOUD - 1
+    assert len(judging | training) > 0.9 * IMAGES
+    for clouds in seen["epochs"]:
+        points = clouds.flatten(0, 1).tolist()
+        assert len(set(map(tuple, points))) == len(points)  # each answer of the teacher once
+        assert set(clouds[..., 1].flatten().tolist()) == {0, 1}  # of both passes
+        assert (clouds[..., 1].std(1) == 0).all()  # and no cloud of two: augmented twins
+    assert not torch.equal(*seen["epochs"][:2])
+
+
+def test_only_the_projection_is_trained(source):
+    def trained(loss):
+        return [name for name, w in loss.named_parameters() if w.requires_grad]
+
+    assert trained(by_ripsnet(source)) == []
+    assert trained(by_ripsnet(source, width=3)) == ["project.weight", "project.bias"]
+
+
+def test_ripsnet_is_trained_once(source):
+    first = by_ripsnet(source)
+    again = by_ripsnet(replace(source, answers=never))
+    assert torch.equal(*(next(iter(loss.state_dict().values())) for loss in (first, again)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": replace(SHORT, epochs=3)},
+        {"training": replace(SHORT, pooling="sum")},
+        {"training": replace(SHORT, passes=1)},
+        {"form": "vector"},
+    ],
+)
+def test_other_options_make_another_ripsnet(source, change):
+    by_ripsnet(source)
+    by_ripsnet(source, **change)
+    assert len(list(source.folder.glob("ripsnet-*.safetensors"))) == 2
+
+
+def test_another_teacher_makes_another_ripsnet(source):
+    by_ripsnet(source)
+    by_ripsnet(replace(source, teacher_hash="another"))
+    assert len(list(source.folder.glob("ripsnet-*.safetensors"))) == 2
+
+
+def test_facts_tell_how_good_the_ripsnet_is(source):
+    facts = by_ripsnet(source).facts()
+    saved = Approximation.from_bytes(the_file(source).read_bytes())
+    assert facts["via"] == "ripsnet"
+    assert facts["vectorisation"] == to_json(saved.exact.vectorisation)
+    assert facts["fidelity"] == vars(saved.fidelity)
+    assert saved.fidelity.clouds >= 256
+    assert saved.cloud_size == CLOUD
+    assert saved.teacher == "a teacher"
+
+
+def test_a_poor_ripsnet_is_said_to_be_poor(source):
+    by_ripsnet(source)
+    assert any("R²" in line for line in source.progress.said)
+    assert any(line.startswith("warning: this RipsNet explains") for line in source.progress.said)
+
+
+def test_form_chooses_what_ripsnet_learns(source):
+    for form, kind in (("image", PersistenceImage), ("vector", PersistenceVector)):
+        learnt = learn(source, CLOUD, form, "ripsnet", SHORT)
+        assert isinstance(learnt.exact.vectorisation, kind)
+        assert learnt.network.outputs == learnt.exact.vectorisation.size
+
+
+def test_distancenet_needs_no_projection(source):
+    loss = TopKD.between(
+        features(3, seed=1),
+        features(5, seed=2),
+        source,
+        via="distancenet",
+        training=SHORT,
+    ).double()
+    assert loss.project is None
+    assert loss(features(3, seed=1), features(5, seed=2), batch()).isfinite()
+    (path,) = source.folder.glob("distancenet-*.safetensors")
+    assert isinstance(
+        Approximation.from_bytes(path.read_bytes()).exact.vectorisation, PersistenceVector
+    )
+
+
+def test_a_ripsnet_file_is_used_as_it_is(source, tmp_path):
+    by_ripsnet(source)
+    elsewhere = replace(source, folder=tmp_path / "elsewhere", answers=never)
+    loss = by_ripsnet(elsewhere, file=str(the_file(source))).double()
+    assert loss(features(5, seed=1), features(5, seed=1), batch()) == 0
+    assert not elsewhere.folder.exists()
+
+
+def test_a_ripsnet_of_another_teacher_is_refused(source):
+    by_ripsnet(source)
+    path = str(the_file(source))
+    with pytest.raises(ValueError, match=r"ripsnet-.*made for another teacher: it learnt a teach"):
+        by_ripsnet(replace(source, teacher_hash="somebody else"), file=path)
+
+
+def test_a_ripsnet_of_other_clouds_is_refused(source):
+    by_ripsnet(source)
+    with pytest.raises(ValueError, match="made for clouds of 6 points, the batches here have 7"):
+        TopKD.between(
+            features(5, seed=1, n=7),
+            features(5, seed=2, n=7),
+            source,
+            via="ripsnet",
+            file=str(the_file(source)),
+        )
+
+
+def test_another_file_is_refused_by_name(source, tmp_path):
+    path = tmp_path / "garbage.safetensors"
+    path.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="no approximator that topkd has written"):
+        by_ripsnet(source, file=str(path))
+    with pytest.raises(FileNotFoundError, match="absent"):
+        by_ripsnet(source, file=str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("bar", "stop_at"), [("Clouds", 3), ("RipsNet", 3), ("RipsNet", 11), ("RipsNet", 25)]
+)
+def test_ripsnet_is_the_same_after_an_interruption(source, tmp_path, bar, stop_at):
+    training = replace(SHORT, epochs=24, patience=50)
+    whole = learn(replace(source, folder=tmp_path / "whole"), CLOUD, "image", "ripsnet", training)
+    stopped = replace(source, folder=tmp_path / "stopped", progress=Recorder(stop_at, bar))
+    if stop_at < 25:
+        with pytest.raises(KeyboardInterrupt):
+            learn(stopped, CLOUD, "image", "ripsnet", training)
+        assert not list(tmp_path.glob("stopped/*.safetensors"))
+    again = learn(replace(stopped, progress=Recorder()), CLOUD, "image", "ripsnet", training)
+    assert again.to_bytes() == whole.to_bytes()
+    assert not list(tmp_path.glob("*/*.state"))
+
+
+@pytest.mark.parametrize("form", ["image", "vector"])
+def test_too_few_images_for_a_ripsnet_is_said(source, form):
+    # Two clouds are kept back to judge it; nothing is left to learn from.
+    def few(epoch):
+        for shown, made in answers(epoch):
+            if shown.index.max() < IMAGES:
+                yield replace(shown, index=torch.arange(CLOUD)), made
+                return
+
+    with pytest.raises(ValueError, match="images"):
+        learn(
+            replace(source, answers=few, target=torch.zeros(CLOUD + 1)),
+            CLOUD,
+            form,
+            "ripsnet",
+            SHORT,
+        )
