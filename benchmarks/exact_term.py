@@ -12,8 +12,9 @@ from topkd.losses import CrossEntropy, Distillation, TopKD
 from topkd.models import MODELS
 from topkd.progress import Progress
 from topkd.recipe import parse
+from topkd.terms import Weighted
 from topkd.topology import PersistenceVector, rips
-from topkd.train import Device, Sums, Trainer, Weighted
+from topkd.train import Device, Sums, Trainer
 
 SIZE = 64
 

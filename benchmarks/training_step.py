@@ -15,7 +15,8 @@ from topkd.losses import CrossEntropy
 from topkd.models import MODELS
 from topkd.progress import Progress
 from topkd.recipe import parse
-from topkd.train import Device, Sums, Trainer, Weighted
+from topkd.terms import Weighted
+from topkd.train import Device, Sums, Trainer
 
 SIZE = int(sys.argv[1]) if len(sys.argv) > 1 else 128
 

@@ -20,6 +20,7 @@ LEVELS = {  # an import points to a lower number, or sideways without a circle
     "results": 5,
     "chapters": 5,
     "train": 4,
+    "terms": 3,
     "checkpoint": 4,
     "evaluate": 3,
     "losses": 2,

@@ -25,7 +25,8 @@ from topkd.losses import LOSSES, Loss, Source
 from topkd.models import MODELS
 from topkd.progress import Progress
 from topkd.recipe import STUDENT, DataSection, Recipe, RecipeError, Term
-from topkd.train import Device, Trainer, Weighted
+from topkd.terms import Weighted, seen, taps
+from topkd.train import Device, Trainer
 
 SHOWN = 1000  # test images whose embeddings are kept for pictures
 
@@ -43,9 +44,6 @@ def check(recipe: Recipe) -> None:
         place = "losses" if arm == STUDENT else f"controls.{arm}"
         for number, term in enumerate(terms):
             _check_term(term, f"{place}[{number}]", has_teacher=recipe.teacher is not None)
-        doubled = {t.name for t in terms if sum(t.name == other.name for other in terms) > 1}
-        if doubled:
-            raise RecipeError(f"{place}: {', '.join(sorted(doubled))} appears twice")
     if recipe.teacher is not None:
         _named(MODELS, recipe.teacher.model, "teacher.model")
         if recipe.teacher.checkpoint is None:
@@ -190,6 +188,10 @@ class Experiment:
         images = self.data.train.read(torch.arange(self.recipe.batch_size), None)
         images = images.to(self.device.device)
         teacher, source = self.teacher, self._source(student)
+        for term in self.recipe.arms[arm]:
+            student.also(taps(term.taps.student))
+            if teacher is not None:
+                teacher.network.also(taps(term.taps.teacher))
         with torch.no_grad():
             made = student.to(self.device.device).eval()(images)
             answer = made if teacher is None else teacher(images)
@@ -202,7 +204,10 @@ class Experiment:
 
     def _loss(self, term: Term, made: Features, answer: Features, source: Source) -> Loss:
         loss, options = LOSSES[term.name].loss, _parsed(term, term.name)
-        return loss.between(made, answer, source, **options)
+        views = term.taps
+        return loss.between(
+            seen(made, views.student), seen(answer, views.teacher), source, **options
+        )
 
     def _source(self, student: Tapped) -> Source:
         return Source(
@@ -298,7 +303,7 @@ class Experiment:
             "mean_of_last_10": sum(accuracies[-10:]) / len(accuracies[-10:]),
             "best": {"epoch": best + 1, "top1": accuracies[best]},
             "gradient_share": history[-1]["gradient_share"],
-            "facts": {w.term.name: w.loss.facts() for w in losses if w.loss.facts()},
+            "facts": {w.term.title: w.loss.facts() for w in losses if w.loss.facts()},
             "train_seconds": round(sum(entry["seconds"] for entry in history), 1),
             "environment": environment() | _as_text(asdict(self.device)),
         }

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -34,6 +35,8 @@ class Features:
     embedding: Tensor  # (n, d), what the classifier reads
     maps: list[Tensor] = field(default_factory=list)  # (n, c, h, w) each, shallow to deep
     preactivations: list[Tensor] = field(default_factory=list)  # the maps before their ReLU
+    others: dict[str, Tensor] = field(default_factory=dict)  # by tap, what single losses ask for
+    distilled: Tensor | None = None  # (n, classes), of a head of its own that learns from teachers
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Features:
         """Applies ``function`` to every tensor."""
@@ -42,11 +45,20 @@ class Features:
             function(self.embedding),
             [function(m) for m in self.maps],
             [function(m) for m in self.preactivations],
+            {tap: function(tensor) for tap, tensor in self.others.items()},
+            None if self.distilled is None else function(self.distilled),
         )
 
     def tensors(self) -> list[Tensor]:
         """Lists every tensor, in a fixed order."""
-        return [self.logits, self.embedding, *self.maps, *self.preactivations]
+        return [
+            self.logits,
+            self.embedding,
+            *self.maps,
+            *self.preactivations,
+            *self.others.values(),
+            *([] if self.distilled is None else [self.distilled]),
+        ]
 
 
 INPUT = ":in"  # ends the name of a tap that reads what a module is given
@@ -70,13 +82,18 @@ class Tapped(nn.Module):
     """A classifier that also returns what chosen modules computed on the way.
 
     The network is read through hooks and is not changed. A tap is the name of a module, whose
-    output is read; with ``:in`` after the name, its input is.
+    output is read; with ``:in`` after the name, its input is. A network that answers with a pair
+    has two heads: its logits come first, those of the head that learns from teachers second.
 
     Args:
         network: Any classifier, wherever it comes from.
         maps: Taps of the feature maps, shallow to deep.
         head: Name of the classifier module; its input is the embedding.
         preactivations: Taps of the feature maps before their activation, shallow to deep.
+        distilled: Tap of the logits of a head that learns from teachers, where there is one; it is
+            also read where the network answers with one tensor.
+        to_map: Makes a map (n, c, h, w) of what a tap read, for networks that compute with tokens
+            or keep the channels last.
 
     Raises:
         ValueError: If the network has no module of one of these names.
@@ -95,19 +112,38 @@ class Tapped(nn.Module):
         maps: Sequence[str],
         head: str,
         preactivations: Sequence[str] = (),
+        distilled: str | None = None,
+        to_map: Callable[[Tensor], Tensor] = lambda seen: seen,
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self._to_map = network, to_map
         self.maps, self.preactivations = tuple(maps), tuple(preactivations)
+        self.others: tuple[str, ...] = ()
         self._seen: dict[str, tuple[Tensor, int]] = {}
         self._embedding = head + INPUT
-        for tap in dict.fromkeys((*maps, *preactivations, self._embedding)):
-            module, hook = _module(network, tap.removesuffix(INPUT)), _Tap(self._seen, tap)
-            if tap.endswith(INPUT):
-                module.register_forward_pre_hook(hook)
-            else:
-                module.register_forward_hook(hook)
+        self._distilled = () if distilled is None else (distilled,)
+        for tap in dict.fromkeys((*maps, *preactivations, self._embedding, *self._distilled)):
+            self._hook(tap)
         self._head = [_module(network, head)]  # in a list: it is a part of the network already
+
+    def also(self, taps: Sequence[str]) -> None:
+        """Adds taps that single losses ask for, which :attr:`Features.others` will hold.
+
+        Raises:
+            ValueError: If the network has no module of one of these names.
+        """
+        known = {*self.maps, *self.preactivations, self._embedding, *self.others, *self._distilled}
+        for tap in dict.fromkeys(taps):
+            if tap not in known:
+                self._hook(tap)
+        self.others = tuple(dict.fromkeys((*self.others, *taps)))
+
+    def _hook(self, tap: str) -> None:
+        module, hook = _module(self.network, tap.removesuffix(INPUT)), _Tap(self._seen, tap)
+        if tap.endswith(INPUT):
+            module.register_forward_pre_hook(hook)
+        else:
+            module.register_forward_hook(hook)
 
     def head(self, embedding: Tensor) -> Tensor:
         """Computes the logits of embeddings (n, d) without being noticed by the taps."""
@@ -119,12 +155,25 @@ class Tapped(nn.Module):
         return self._head[0]
 
     def forward(self, images: Tensor) -> Features:
-        logits = self.network(images)
-        maps = [self._read(tap) for tap in self.maps]
-        preactivations = [self._read(tap) for tap in self.preactivations]
+        logits, distilled = self._answer(images)
+        maps = [self._to_map(self._read(tap)) for tap in self.maps]
+        preactivations = [self._to_map(self._read(tap)) for tap in self.preactivations]
         embedding = self._read(self._embedding).flatten(1)
+        others = {tap: self._to_map(self._read(tap)) for tap in self.others}
+        for tap in self._distilled:
+            distilled = self._read(tap)
         self._seen.clear()
-        return Features(logits, embedding, maps, preactivations)
+        return Features(logits, embedding, maps, preactivations, others, distilled)
+
+    def _answer(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        answer = self.network(images)
+        heads = answer if isinstance(answer, tuple) else (answer, None)
+        if len(heads) != 2 or not isinstance(heads[0], Tensor):
+            raise ValueError(
+                f"{type(self.network).__name__} answers with {_kind(answer)}; a classifier answers "
+                "with logits, or with those of two heads"
+            )
+        return heads
 
     def _read(self, tap: str) -> Tensor:
         if tap not in self._seen:
@@ -136,6 +185,12 @@ class Tapped(nn.Module):
                 "tap the module that does it instead"
             )
         return tensor
+
+
+def _kind(answer: Any) -> str:
+    if isinstance(answer, tuple):
+        return f"{len(answer)} values ({', '.join(type(part).__name__ for part in answer)})"
+    return f"a {type(answer).__name__}"
 
 
 def _module(network: nn.Module, name: str) -> nn.Module:
@@ -161,6 +216,8 @@ class Teacher(nn.Module):
         seen_mean: Mean with which the images that it will be shown were normalised; the same
             as ``mean`` if not given.
         seen_std: Their standard deviation.
+        size: Pixels on a side of the images that it was trained on; those that it will be shown
+            are scaled to it, bilinearly and without aliasing. As they are if not given.
     """
 
     def __init__(
@@ -170,6 +227,7 @@ class Teacher(nn.Module):
         std: Sequence[float],
         seen_mean: Sequence[float] | None = None,
         seen_std: Sequence[float] | None = None,
+        size: int | None = None,
     ) -> None:
         super().__init__()
         self._network = [network.eval().requires_grad_(False)]  # in a list: not a submodule
@@ -179,6 +237,7 @@ class Teacher(nn.Module):
         self._scale = (std_seen / own_std)[:, None, None]
         self._shift = ((mean_seen - own_mean) / own_std)[:, None, None]
         self._same = bool((self._scale == 1).all() and (self._shift == 0).all())
+        self._size = size
 
     @property
     def network(self) -> Tapped:
@@ -197,4 +256,7 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> Features:
         if not self._same:
             images = images * self._scale + self._shift
+        if self._size is not None and images.shape[-2:] != (self._size, self._size):
+            square = (self._size, self._size)
+            images = F.interpolate(images, square, mode="bilinear", antialias=True)
         return self.network(images)

@@ -73,13 +73,70 @@ class TeacherSection(_Section):
         return self
 
 
+class View(_Section):
+    """Which taps of one network a term reads, in place of those that all terms read."""
+
+    maps: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    embedding: str | None = None
+    """A tap; of a map, every channel is averaged."""
+
+
+class Taps(_Section):
+    """What a term reads of both networks."""
+
+    student: View = View()
+    teacher: View = View()
+
+
 class Term(_Open):
     """One summand of the loss; other keys are options of the loss it names."""
 
     name: str
+    label: str | None = None
+    """What results call the term; its name if not told. Two terms of one loss need two labels."""
     weight: Annotated[float, Field(ge=0)] = 1.0
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """In place of a weight: the fraction of the gradient at the student's embedding, measured as
+    the sum of the norms of all terms, that this term shall carry."""
+    start: Annotated[int, Field(gt=0)] = 1
+    """The first epoch in which the term counts."""
+    stop: Annotated[int, Field(gt=0)] | None = None
+    """The last epoch in which the term counts."""
     warmup: Annotated[int, Field(ge=0)] = 0
-    """Epochs over which the weight grows from 0."""
+    """Epochs over which the weight grows from 0, from ``start`` on."""
+    decay: Annotated[int, Field(ge=0)] = 0
+    """Epochs over which the weight falls to 0, up to ``stop`` or the last one."""
+    batch: Literal["local", "gathered"] = "local"
+    """With several processes, whether a loss sees the images of its own process or of all."""
+    taps: Taps = Taps()
+
+    @model_validator(mode="after")
+    def _weighs_in_one_way(self) -> Term:
+        if self.share is not None and "weight" in self.model_fields_set and self.weight != 1:
+            raise ValueError("share stands in place of weight; give one of them")
+        if self.stop is not None and self.stop < self.start:
+            raise ValueError(f"stop ({self.stop}) comes before start ({self.start})")
+        return self
+
+    @property
+    def title(self) -> str:
+        """What results call the term."""
+        return self.label or self.name
+
+    def schedule(self, epoch: int, epochs: int) -> float:
+        """What the weight is multiplied by in an epoch, counted from 1, of so many.
+
+        Examples:
+            >>> term = Term(name="kd", start=2, stop=5, warmup=2, decay=2)
+            >>> [term.schedule(epoch, epochs=6) for epoch in range(1, 7)]
+            [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]
+        """
+        last = epochs if self.stop is None else min(self.stop, epochs)
+        if not self.start <= epoch <= last:
+            return 0.0
+        rise = (epoch - self.start + 1) / max(1, self.warmup)
+        fall = (last - epoch + 1) / max(1, self.decay)
+        return min(1.0, rise, fall)
 
 
 class Optimizer(_Section):
@@ -127,6 +184,21 @@ class Recipe(_Section):
                     f"controls: {name!r} cannot name a run; use letters, digits, '.', '-' and '_', "
                     f"and not {STUDENT!r}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _terms_leave_no_gap(self) -> Recipe:
+        for name, terms in self.arms.items():
+            arm = "losses" if name == STUDENT else f"controls.{name}"
+            titles = [term.title for term in terms]
+            doubled = sorted({title for title in titles if titles.count(title) > 1})
+            if doubled:
+                raise ValueError(f"{arm}: {', '.join(doubled)} appears twice; give a label to each")
+            if sum(term.share or 0 for term in terms) >= 1 or all(term.share for term in terms):
+                raise ValueError(f"{arm}: shares must leave something to a term with a weight")
+            for epoch in range(1, self.epochs + 1):
+                if not any(t.weight * t.schedule(epoch, self.epochs) for t in terms if not t.share):
+                    raise ValueError(f"{arm}: no term with a weight counts in epoch {epoch}")
         return self
 
     @property

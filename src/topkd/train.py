@@ -12,33 +12,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from topkd import checkpoint, evaluate, files
 from topkd.data import Data, training_batches
 from topkd.features import Batch, Features, Tapped, Teacher
-from topkd.losses import Loss
 from topkd.progress import Progress
-from topkd.recipe import Optimizer, Recipe, Term
+from topkd.recipe import Optimizer, Recipe
+from topkd.terms import Balance, Weighted, cosines, gradients, warnings
 
 MEASURED = 8  # steps of an epoch at which the gradient of each term is measured
+BALANCED = 32  # the same where shares depend on it
 LONG = 500_000  # training images from which compiling pays for itself
 
 
 class Diverged(ValueError):
     """Training that has left the numbers; the message names the term."""
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """A summand of the loss."""
-
-    term: Term
-    loss: Loss
-
-    def weight(self, epoch: int) -> float:
-        """Its weight in an epoch, counted from 1."""
-        return self.term.weight * min(1.0, epoch / max(1, self.term.warmup))
 
 
 @dataclass(frozen=True)
@@ -174,6 +163,7 @@ class Trainer:
         )
         self.steps = len(data.train.target) // (recipe.batch_size * self.accelerator.num_processes)
         self.history: list[dict[str, Any]] = []
+        self.balance = Balance()
         learner = self.accelerator.prepare(student)  # data parallel where there are processes
         self.learner: Callable[[Tensor], Features] = self._compiled(learner)
         self.answerer = None if teacher is None else self._compiled(teacher)
@@ -215,7 +205,8 @@ class Trainer:
         self.student.train()
         for weighted in self.losses:
             weighted.loss.begin(epoch)
-        measured = {round(i * self.steps / MEASURED) for i in range(MEASURED)}
+        often = BALANCED if any(w.term.share for w in self.losses) else MEASURED
+        measured = {round(i * self.steps / often) for i in range(often)}
         batches = training_batches(
             self.data.train,
             self.recipe.batch_size,
@@ -243,7 +234,10 @@ class Trainer:
             "train_top1": 100 * sums.means("right")[""],
             f"{self.data.judged_on}_top1": evaluate.top_k(judged, 1),
             "losses": sums.means("loss/"),
+            "weights": sums.means("weight/"),
             "gradient_share": sums.means("share/"),
+            "gradient_cosine": sums.means("cosine/"),
+            "warnings": self._warnings(epoch, sums),
             "seconds": round(seconds, 3),
         }
 
@@ -260,13 +254,11 @@ class Trainer:
         # The losses see copies, so that the gradient of each can be measured at the features.
         features = made.apply(lambda t: t.detach().float().requires_grad_())
         answer = answer.apply(lambda t: t.detach().float())
-        values = [self._value(weighted, features, answer, batch, epoch) for weighted in self.losses]
+        values = self._values(features, answer, batch, epoch)
         if measure:
-            for name, share in self._gradient_shares(values, features, epoch).items():
-                sums.add(f"share/{name}", share)
-        total = torch.stack(
-            [w.weight(epoch) * value for w, value in zip(self.losses, values, strict=True)]
-        ).sum()
+            self._measure(values, features, epoch, sums)
+        weights = self._weights(epoch)
+        total = torch.stack([weights[title] * value for title, value in values.items()]).sum()
         self.optimizer.zero_grad()
         total.backward()
         _carry_back(made, features)
@@ -274,45 +266,63 @@ class Trainer:
         if self.recipe.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.weights, self.recipe.gradient_clip)
         self.optimizer.step()
-        for weighted, value in zip(self.losses, values, strict=True):
-            sums.add(f"loss/{weighted.term.name}", value)
+        for title, value in values.items():
+            sums.add(f"loss/{title}", value)
+            sums.add(f"weight/{title}", torch.tensor(weights[title]))
         sums.add("right", (features.logits.argmax(1) == batch.target).float().mean())
 
-    def _value(
-        self, weighted: Weighted, features: Features, answer: Features, batch: Batch, epoch: int
-    ) -> Tensor:
-        name = weighted.term.name
-        try:
-            value: Tensor = weighted.loss(features, answer, batch)
-        except ValueError as error:
-            raise Diverged(f"epoch {epoch}, term {name}: {error}") from error
-        if not value.isfinite():
-            raise Diverged(
-                f"epoch {epoch}, term {name}: the loss is {value.item()}; "
-                "try a smaller optimizer.lr, or gradient_clip=1"
-            )
-        return value
-
-    def _gradient_shares(
-        self, values: Sequence[Tensor], features: Features, epoch: int
+    def _values(
+        self, features: Features, answer: Features, batch: Batch, epoch: int
     ) -> dict[str, Tensor]:
+        """Computes every term that counts in this epoch, at weight 1."""
+        values, own, several = {}, (features, answer, batch), self.accelerator.num_processes > 1
+        gathered = own
+        if several and any(w.term.batch == "gathered" for w in self.losses):
+            gathered = features.apply(_gather), answer.apply(_gather), batch.apply(_gather)
+        for weighted in self.losses:
+            title = weighted.term.title
+            if not weighted.counts(epoch, self.recipe.epochs):
+                continue
+            try:
+                value = weighted.value(*(gathered if weighted.term.batch == "gathered" else own))
+            except ValueError as error:
+                raise Diverged(f"epoch {epoch}, term {title}: {error}") from error
+            if not value.isfinite():
+                raise Diverged(
+                    f"epoch {epoch}, term {title}: the loss is {value.item()}; "
+                    "try a smaller optimizer.lr, or gradient_clip=1"
+                )
+            values[title] = value
+        return values
+
+    def _weights(self, epoch: int) -> dict[str, float]:
+        terms = [weighted.term for weighted in self.losses]
+        return self.balance.weights(terms, epoch, self.recipe.epochs)
+
+    def _measure(
+        self, values: Mapping[str, Tensor], features: Features, epoch: int, sums: Sums
+    ) -> None:
         """Measures how much of the gradient at the embedding comes from each term."""
-        norms = {}
-        for weighted, value in zip(self.losses, values, strict=True):
-            weighed = weighted.weight(epoch) * value
-            at_logits, at_embedding = torch.autograd.grad(
-                weighed,
-                (features.logits, features.embedding),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            embedding = features.embedding.detach().requires_grad_()
-            logits = self.student.head(embedding)
-            (through_head,) = torch.autograd.grad(logits, embedding, at_logits)
-            norms[weighted.term.name] = (through_head + at_embedding).norm()
-        whole = torch.stack(list(norms.values())).sum().clamp(min=1e-30)
-        return {name: norm / whole for name, norm in norms.items()}
+        found = gradients(values, features, self.student)
+        if not found:
+            return
+        norms = self.accelerator.reduce(torch.stack([g.norm() for g in found.values()]), "mean")
+        self.balance.update(dict(zip(found, norms.tolist(), strict=True)))
+        weights = self._weights(epoch)
+        weighed = norms * norms.new_tensor([weights[title] for title in found])
+        for title, share in zip(found, weighed / weighed.sum().clamp(min=1e-30), strict=True):
+            sums.add(f"share/{title}", share)
+        for pair, cosine in cosines(found).items():
+            sums.add(f"cosine/{pair}", cosine)
+
+    def _warnings(self, epoch: int, sums: Sums) -> list[str]:
+        """Finds terms that do nothing, and says so when they are first found."""
+        told = {line.split()[0] for entry in self.history for line in entry["warnings"]}
+        lines = warnings(sums.means("share/"), sums.means("cosine/"))
+        for line in lines:
+            if line.split()[0] not in told:
+                self.progress.say(f"warning: epoch {epoch}: {line}")
+        return lines
 
     def _share_among_processes(self) -> None:
         """Averages the gradients of the losses' own weights; those of the student are already."""
@@ -345,6 +355,7 @@ class Trainer:
             "losses": self.adapters.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
+            "norms": self.balance.norms,
         }
         checkpoint.save_state(folder / "checkpoint", state)
         files.write(folder / "metrics.jsonl", files.json_lines(self.history))
@@ -356,10 +367,34 @@ class Trainer:
         self.adapters.load_state_dict(state["losses"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = list(state["history"])
+        self.balance = Balance(dict(state["norms"]))
+
+
+class _Gather(torch.autograd.Function):
+    """Joins what all processes have; each gets back the gradient of its part from all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        whole = gradient.contiguous()
+        distributed.all_reduce(whole)
+        return whole.chunk(distributed.get_world_size())[distributed.get_rank()]
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    gathered: Tensor = _Gather.apply(tensor)
+    return gathered
 
 
 def _carry_back(made: Features, features: Features) -> None:
     """Sends the gradients that the losses left at the copies on through the network."""
+    if features.logits.grad is None:  # every weight gets a gradient, which processes wait for
+        features.logits.grad = torch.zeros_like(features.logits)
     reached = [
         (output, copy.grad.to(output.dtype))
         for output, copy in zip(made.tensors(), features.tensors(), strict=True)
@@ -386,6 +421,8 @@ def _tensorboard(folder: Path) -> Any:
 
 def _write_scalars(board: Any, entry: Mapping[str, Any]) -> None:
     for key, value in entry.items():
+        if isinstance(value, list):  # of warnings
+            continue
         parts = value.items() if isinstance(value, Mapping) else [("", value)]
         for name, number in parts:
             board.add_scalar(f"{key}/{name}" if name else key, number, entry["epoch"])

@@ -1,0 +1,306 @@
+"""The summands of a loss: schedules, shares of the gradient, views and warnings."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference.features import Recorder, features, tapped
+from test_train import a_batch, data, trainer
+from torch import multiprocessing, nn
+
+from topkd.features import Tapped
+from topkd.losses import CrossEntropy, Distillation, Loss
+from topkd.recipe import RecipeError, Term, View, parse
+from topkd.terms import Balance, Weighted, cosines, gradients, seen, taps, warnings
+from topkd.train import Device, Sums, Trainer
+
+
+def terms(*trees):
+    tree = {"data": {"name": "digits"}, "student": {"model": "resnet8"}, "losses": list(trees)}
+    return parse(tree | {"epochs": 10}).losses
+
+
+# --- Schedules -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1, 1, 1, 1, 1, 1]),
+        ({"warmup": 3}, [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ({"start": 3}, [0, 0, 1, 1, 1, 1]),
+        ({"stop": 2}, [1, 1, 0, 0, 0, 0]),
+        ({"decay": 2}, [1, 1, 1, 1, 1, 0.5]),
+        ({"start": 2, "stop": 5, "warmup": 2, "decay": 4}, [0, 0.5, 0.75, 0.5, 0.25, 0]),
+        ({"stop": 100, "decay": 3}, [1, 1, 1, 1, 2 / 3, 1 / 3]),
+    ],
+)
+def test_a_weight_follows_its_schedule(options, expected):
+    term = Term(name="kd", **options)
+    assert [term.schedule(epoch, 6) for epoch in range(1, 7)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ([{"name": "ce", "stop": 9}], "losses: no term with a weight counts in epoch 10"),
+        ([{"name": "ce", "weight": 0}], "losses: no term with a weight counts in epoch 1"),
+        ([{"name": "ce", "share": 0.5}], "losses: shares must leave something"),
+        (
+            [{"name": "ce"}, {"name": "kd", "share": 0.6}, {"name": "topkd", "share": 0.4}],
+            "losses: shares must leave something to a term with a weight",
+        ),
+        ([{"name": "ce"}, {"name": "kd", "share": 0.6, "weight": 2}], r"losses\[1\]: share stands"),
+        ([{"name": "ce", "start": 4, "stop": 3}], r"losses\[0\]: stop \(3\) comes before start"),
+        ([{"name": "ce"}, {"name": "ce"}], "losses: ce appears twice; give a label to each"),
+    ],
+)
+def test_terms_that_do_not_go_together_are_refused(losses, message):
+    with pytest.raises(RecipeError, match=message):
+        terms(*losses)
+
+
+def test_two_terms_of_one_loss_have_labels():
+    first, second = terms({"name": "ce"}, {"name": "ce", "label": "again"})
+    assert (first.title, second.title) == ("ce", "again")
+
+
+# --- Shares --------------------------------------------------------------------------------------
+
+
+def test_weights_give_every_term_its_share():
+    some = terms(
+        {"name": "ce", "weight": 2.0},
+        {"name": "kd", "weight": 0.5},
+        {"name": "topkd", "share": 0.3},
+        {"name": "topkd", "label": "more", "share": 0.2},
+    )
+    norms = {"ce": 0.7, "kd": 3.0, "topkd": 1e-4, "more": 20.0}
+    weights = Balance(dict(norms)).weights(some, 1, 10)
+    assert (weights["ce"], weights["kd"]) == (2.0, 0.5)
+    carried = {title: weights[title] * norm for title, norm in norms.items()}
+    whole = sum(carried.values())
+    assert carried["topkd"] / whole == pytest.approx(0.3)
+    assert carried["more"] / whole == pytest.approx(0.2)
+
+
+def test_norms_are_running_means():
+    balance = Balance()
+    for norm in (2.0, 4.0, 0.0):
+        balance.update({"ce": norm})
+    assert balance.norms["ce"] == pytest.approx(0.9 * (0.9 * 2 + 0.1 * 4))
+
+
+def test_a_share_grows_over_its_warmup():
+    some = terms({"name": "ce"}, {"name": "kd", "share": 0.5, "warmup": 4, "start": 2})
+    balance = Balance({"ce": 1.0, "kd": 0.25})
+    found = [balance.weights(some, epoch, 10)["kd"] for epoch in range(1, 7)]
+    assert found == pytest.approx([0, 1, 2, 3, 4, 4])
+
+
+def test_a_term_that_the_embedding_does_not_feel_cannot_have_a_share():
+    some = terms({"name": "ce"}, {"name": "kd", "share": 0.5})
+    with pytest.raises(ValueError, match="kd: its gradient does not pass the student's embedding"):
+        Balance({"ce": 1.0}).weights(some, 1, 10)
+
+
+def test_a_trained_step_carries_the_share_that_was_asked_for():
+    losses = [{"name": "ce"}, {"name": "kd", "share": 0.4}]
+    one, sums, shown = trainer_with(losses), Sums(), a_batch()
+    one.student.train()
+    one.step(shown, 1, sums, measure=True)
+    # The same by hand: one backward pass a term, all the way to the embedding.
+    student = trainer_with(losses).student.train()
+    made, taught = student(shown.images), one.teacher(shown.images).logits
+    logits = made.logits
+    kd = 16 * F.kl_div((logits / 4).log_softmax(1), (taught / 4).softmax(1), reduction="batchmean")
+    norms = [
+        torch.autograd.grad(value, made.embedding, retain_graph=True)[0].norm()
+        for value in (F.cross_entropy(logits, shown.target), kd)
+    ]
+    weight = sums.means("weight/")["kd"]
+    assert weight * norms[1] / (norms[0] + weight * norms[1]) == pytest.approx(0.4, rel=1e-4)
+    assert sums.means("share/") == pytest.approx({"ce": 0.6, "kd": 0.4}, rel=1e-4)
+
+
+def trainer_with(losses, epochs=3):
+    made = [{"ce": CrossEntropy, "kd": Distillation}[tree["name"]]() for tree in losses]
+    return trainer(made, **{"losses": losses, "epochs": epochs})
+
+
+def test_a_run_with_shares_resumes_to_the_same_bits(tmp_path):
+    losses = [{"name": "ce"}, {"name": "kd", "share": 0.4, "start": 2}]
+    whole = trainer_with(losses)
+    whole.run(tmp_path / "a" / "seed0")
+    half = trainer_with(losses)
+    half.recipe = whole.recipe.model_copy(update={"epochs": 3})
+    stop = half._epoch
+    half._epoch = lambda epoch, advance: stop(epoch, advance) if epoch < 3 else _stop()
+    with pytest.raises(KeyboardInterrupt):
+        half.run(tmp_path / "b" / "seed0")
+    again = trainer_with(losses)
+    again.run(tmp_path / "b" / "seed0")
+    for name, tensor in whole.student.network.state_dict().items():
+        assert torch.equal(tensor, again.student.network.state_dict()[name]), name
+    assert again.balance == whole.balance
+    weights = [entry["weights"] for entry in again.history]
+    assert "kd" not in weights[0]
+    assert weights[1]["kd"] != weights[2]["kd"]
+
+
+def _stop():
+    raise KeyboardInterrupt
+
+
+# --- Gradients -----------------------------------------------------------------------------------
+
+
+def test_gradients_are_those_through_the_classifier():
+    student = tapped(5, seed=1)
+    made = features(5, seed=3).apply(lambda t: t.requires_grad_())
+    values = {
+        "logits": made.logits.square().sum(),
+        "embedding": made.embedding.pow(3).sum(),
+        "maps": made.maps[0].sum(),
+    }
+    found = gradients(values, made, student)
+    assert found.keys() == {"logits", "embedding"}  # maps lie before the embedding
+    weight = student.classifier.weight
+    torch.testing.assert_close(found["logits"], 2 * made.logits @ weight)
+    torch.testing.assert_close(found["embedding"], 3 * made.embedding.square())
+    expected = F.cosine_similarity(found["logits"].flatten(), found["embedding"].flatten(), dim=0)
+    torch.testing.assert_close(cosines(found), {"logits|embedding": expected})
+
+
+def test_silent_and_redundant_terms_are_told():
+    lines = warnings({"ce": 0.9, "topkd": 0.0009}, {"ce|kd": 0.995, "ce|topkd": -0.999})
+    assert len(lines) == 2
+    assert lines[0].startswith("topkd carries 0.09% of the gradient")
+    assert lines[1].startswith("ce and kd ask for the same")
+    assert warnings({"ce": 0.5, "kd": 0.5}, {"ce|kd": 0.5}) == []
+
+
+def test_a_silent_term_is_told_once_and_recorded_every_epoch(tmp_path):
+    one = trainer_with([{"name": "ce"}, {"name": "kd", "weight": 1e-6}])
+    one.progress = Recorder()
+    history = one.run(tmp_path / "a" / "seed0")
+    assert [len(entry["warnings"]) for entry in history] == [1, 1, 1]
+    assert sum("kd carries" in line for line in one.progress.said) == 1
+
+
+# --- Views ---------------------------------------------------------------------------------------
+
+
+def test_a_view_chooses_maps_and_embedding():
+    network = tapped(5, seed=1)
+    view = View(maps=("stages.3", "stages.0"), embedding="stages.2.0:in")
+    network.also(taps(view))
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    made = network(images)
+    chosen = seen(made, view)
+    assert torch.equal(chosen.maps[0], made.maps[3])
+    assert torch.equal(chosen.maps[1], made.maps[0])
+    assert torch.equal(chosen.embedding, made.maps[1].mean((2, 3)))
+    assert seen(made, View()).maps is made.maps
+
+
+def test_a_view_of_no_map_is_refused():
+    network = tapped(5, seed=1)
+    network.also(["fc"])
+    with pytest.raises(ValueError, match=r"the tap 'fc' reads \(2, 4\), which is no map"):
+        seen(network(torch.zeros(2, 3, 8, 8, dtype=torch.float64)), View(maps=("fc",)))
+
+
+def test_an_unknown_tap_is_refused_with_what_there_is():
+    with pytest.raises(ValueError, match="Network has no module 'layer9'; it has stages, fc"):
+        tapped(5, seed=1).also(["layer9"])
+
+
+# --- Several processes ---------------------------------------------------------------------------
+
+
+class Spread(Loss):
+    """A loss of the whole batch: it is not the mean of what its parts lose."""
+
+    def forward(self, student, teacher, batch):
+        return (student.embedding - student.embedding.mean(0)).norm() * batch.target.double().std()
+
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = nn.Linear(3 * 64, 5), nn.Linear(5, 10)
+
+    def forward(self, images):
+        return self.fc(self.body(images.flatten(1)))
+
+
+def one_step(mode, size):
+    tree = {"name": "ce", "batch": mode}
+    settings = parse(
+        {
+            "data": {"name": "digits"},
+            "student": {"model": "resnet8"},
+            "losses": [tree],
+            "batch_size": size,
+            "precision": "float32",
+            "optimizer": {"lr": 0.1, "weight_decay": 0.0},
+        }
+    )
+    torch.manual_seed(0)
+    student = Tapped(Linear(), [], "fc")
+    one = Trainer(
+        student,
+        None,
+        [Weighted(settings.losses[0], Spread())],
+        data(),
+        settings,
+        0,
+        Device.of(settings, 64),
+        Recorder(),
+    )
+    shown = a_batch()
+    own = slice(one.accelerator.process_index * size, (one.accelerator.process_index + 1) * size)
+    student.train()
+    one.step(shown.apply(lambda t: t[own]), 1, Sums(), measure=True)
+    return student.state_dict()
+
+
+def _process(rank, folder, mode):
+    import os
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(folder)}
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.save(one_step(mode, 8), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _port(folder):
+    import zlib
+
+    return str(20000 + zlib.crc32(str(folder).encode()) % 20000)
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_gathered_term_are_one_process(tmp_path):
+    multiprocessing.spawn(_process, (str(tmp_path), "gathered"), nprocs=2)
+    alone = one_step("local", 16)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found, alone)
+
+
+@pytest.mark.slow
+def test_a_local_term_is_the_mean_over_processes(tmp_path):
+    multiprocessing.spawn(_process, (str(tmp_path), "local"), nprocs=2)
+    torch.manual_seed(0)
+    network, shown = Tapped(Linear(), [], "fc").train(), a_batch()
+    values = [
+        Spread()(network(shown.images[half]), None, shown.apply(lambda t, h=half: t[h]))
+        for half in (slice(8), slice(8, 16))
+    ]
+    torch.stack(values).mean().backward()
+    found = torch.load(tmp_path / "0.pt", weights_only=True)
+    for name, weight in network.named_parameters():
+        step = 0 if weight.grad is None else 0.1 * weight.grad
+        torch.testing.assert_close(found[name], (weight - step).detach())
