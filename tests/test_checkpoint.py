@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import fractions
 import json
 import os
 import pickle
@@ -275,6 +276,15 @@ UNDERSTOOD = {
     "under model": {"model": WEIGHTS},
     "under state_dict": {"state_dict": WEIGHTS, "epoch": 3},
     "under student": {"student": WEIGHTS},
+    "under net": {"net": WEIGHTS, "acc": 93.02, "epoch": 3},
+    "a model's name beside them": {"model": "resnet56", "state_dict": WEIGHTS},
+    "with options of a command line": {
+        "opt": argparse.Namespace(
+            model="resnet56", lr=0.05, lr_decay_epochs=[150, 180, 210], n_cls=100, resume=None
+        ),
+        "model": WEIGHTS,
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.05}]},
+    },
     "with a NumPy float64": {"model": WEIGHTS, "best_acc": np.float64(71.74)},
     "with a NumPy float32": {"model": WEIGHTS, "best_acc": np.float32(71.74)},
     "with a NumPy int64": {"model": WEIGHTS, "epoch": np.int64(240)},
@@ -284,6 +294,12 @@ UNDERSTOOD = {
     "compiled, then data parallel": named("module._orig_mod."),
     "data parallel, then compiled": named("_orig_mod.module."),
     "under model, data parallel": {"model": named("module."), "optimizer": {"lr": 0.1}},
+    "under model, data parallel, student": {"model": named("module.student."), "best_acc": 71.5},
+    "with its teacher and a projector": {
+        "model": named("module.student.")
+        | {"module.teacher.fc.weight": torch.zeros(2), "module.projector.bias": torch.zeros(1)},
+        "optimizer": {"lr": 0.1},
+    },
 }
 
 
@@ -315,10 +331,14 @@ def test_a_prefix_that_not_all_names_have_is_a_part_of_the_names(tmp_path):
 
 
 @pytest.mark.parametrize("archive", [True, False, "bare pickle"])
-@pytest.mark.parametrize("inside", ["alone", "beside weights"])
+@pytest.mark.parametrize("inside", ["alone", "beside weights", "among options"])
 def test_code_is_refused_and_not_run(tmp_path, archive, inside):
     path, trace = tmp_path / "weights.pth", tmp_path / "ran"
-    tree = Evil(trace) if inside == "alone" else {"model": WEIGHTS, "extra": Evil(trace)}
+    tree = {
+        "alone": Evil(trace),
+        "beside weights": {"model": WEIGHTS, "extra": Evil(trace)},
+        "among options": {"model": WEIGHTS, "opt": argparse.Namespace(lr=Evil(trace))},
+    }[inside]
     if archive == "bare pickle":
         path.write_bytes(pickle.dumps(Evil(trace), protocol=2))
     else:
@@ -331,7 +351,7 @@ def test_code_is_refused_and_not_run(tmp_path, archive, inside):
 @pytest.mark.parametrize(
     ("tree", "what"),
     [
-        ({"model": WEIGHTS, "opt": argparse.Namespace(lr=0.1)}, "argparse.Namespace"),
+        ({"model": WEIGHTS, "rate": fractions.Fraction(1, 20)}, "fractions.Fraction"),
         (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import pickle
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from topkd import files
 
-# What published checkpoints hold beside tensors: an accuracy as a NumPy number.
+# What published checkpoints hold beside tensors: an accuracy as a NumPy number, and the options of
+# the command line, whose class keeps what it is given as attributes and runs nothing.
 _SCALAR = np.float64(0).__reduce__()[0]
 _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
@@ -28,8 +30,9 @@ _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     np.dtypes.Float64DType,
     np.dtypes.Float32DType,
     np.dtypes.Int64DType,
+    argparse.Namespace,
 ]
-_WRAPPERS = ("model", "state_dict", "student")  # keys under which others keep the weights
+_WRAPPERS = ("model", "state_dict", "student", "net")  # keys under which others keep the weights
 _PREFIXES = ("module.", "student.", "_orig_mod.")
 
 
@@ -91,7 +94,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """Loads the weights in a file of ours or of others, without running any code in it.
 
     Understood are safetensors, and pickles that hold nothing but tensors and plain values, bare or
-    under ``model``, ``state_dict`` or ``student``; prefixes that wrappers leave are taken off.
+    under ``model``, ``state_dict``, ``student`` or ``net``; prefixes that wrappers leave are taken
+    off. Of a file that holds a student and its teacher, as mdistiller writes them, the student is
+    loaded.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -130,11 +135,17 @@ def _weights(tree: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Takes off what wrappers put before every name, however many there were."""
+    """Takes off what wrappers put before every name, however many there were.
+
+    Where some names are a student's and some a teacher's, the student's remain.
+    """
     for prefix in _PREFIXES:
         if weights and all(name.startswith(prefix) for name in weights):
             shorter = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
             return _without_prefixes(shorter)
+    students = {name: tensor for name, tensor in weights.items() if name.startswith("student.")}
+    if students and any(name.startswith("teacher.") for name in weights):
+        return _without_prefixes(students)
     return weights
 
 

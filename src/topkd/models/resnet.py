@@ -1,12 +1,15 @@
 """Residual networks for 32x32 images, as in the public distillation benchmark."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TAPS = {"maps": ("relu", "layer1", "layer2", "layer3"), "head": "fc"}
-"""Modules whose outputs are the feature maps, shallow to deep, and the classifier."""
+from topkd.models.initialisation import begin_as_he
+
+BLOCKS_50 = (3, 4, 6, 3)
+"""Blocks in each stage of :class:`ResNet50`."""
 
 
 class BasicBlock(nn.Module):
@@ -18,16 +21,15 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU()  # a module, so that a tap can read what goes in
         self.downsample: nn.Module | None = None
         if stride != 1 or channels_in != channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+            self.downsample = _projection(channels_in, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+        return self.relu(self.bn2(self.conv2(x)) + shortcut)
 
 
 class ResNet(nn.Module):
@@ -59,9 +61,7 @@ class ResNet(nn.Module):
 
     def __init__(self, depth: int, widths: Sequence[int], classes: int) -> None:
         super().__init__()
-        blocks, rest = divmod(depth - 2, 6)
-        if blocks < 1 or rest:
-            raise ValueError(f"the depth of a ResNet is 6k + 2 (8, 14, 20, ...), got {depth}")
+        blocks = _blocks(depth)
         stem, first, second, third = widths
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
@@ -69,17 +69,128 @@ class ResNet(nn.Module):
         self.layer1 = _stage(stem, first, blocks, stride=1)
         self.layer2 = _stage(first, second, blocks, stride=2)
         self.layer3 = _stage(second, third, blocks, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(third, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        begin_as_he(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(images)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(x.mean((2, 3)))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+class Bottleneck(nn.Module):
+    """A 3x3 convolution between two of 1x1, and a shortcut around them."""
+
+    def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.relu = nn.ReLU()  # a module, so that a tap can read what goes in
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != 4 * width:
+            self.shortcut = _projection(channels_in, 4 * width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.shortcut(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return self.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+class ResNet50(nn.Module):
+    """The residual network of 50 layers, with a stem for small images.
+
+    The stem is one 3x3 convolution of stride 1, and nothing is pooled before the end. The state
+    dict has the keys of the weights that RepDistiller and mdistiller publish.
+
+    Args:
+        classes: Width of the logits.
+
+    References:
+        Deep Residual Learning for Image Recognition (He et al., CVPR 2016)
+        https://arxiv.org/abs/1512.03385
+
+    Examples:
+        >>> import torch
+        >>> network = ResNet50(classes=100)
+        >>> network(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 100])
+        >>> sum(weight.numel() for weight in network.parameters())
+        23705252
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        first, second, third, fourth = BLOCKS_50
+        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU()
+        self.layer1 = _bottlenecks(64, 64, first, stride=1)
+        self.layer2 = _bottlenecks(256, 128, second, stride=2)
+        self.layer3 = _bottlenecks(512, 256, third, stride=2)
+        self.layer4 = _bottlenecks(1024, 512, fourth, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(2048, classes)
+        begin_as_he(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(images)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.linear(self.avgpool(x).flatten(1))
+
+
+def taps(depth: int) -> dict[str, Any]:
+    """Lists where a :class:`ResNet` of this depth is read: at its stem and its three stages.
+
+    Raises:
+        ValueError: If no whole number of blocks gives this depth.
+
+    Examples:
+        >>> taps(20)["preactivations"]
+        ('relu:in', 'layer1.2.relu:in', 'layer2.2.relu:in', 'layer3.2.relu:in')
+    """
+    return _taps([_blocks(depth)] * 3, head="fc")
+
+
+def taps_50() -> dict[str, Any]:
+    """Lists where a :class:`ResNet50` is read: at its stem and its four stages."""
+    return _taps(BLOCKS_50, head="linear")
+
+
+def _taps(blocks: Sequence[int], head: str) -> dict[str, Any]:
+    stages = [f"layer{number}" for number in range(1, len(blocks) + 1)]
+    last = [f"{stage}.{n - 1}.relu:in" for stage, n in zip(stages, blocks, strict=True)]
+    return {
+        "maps": ("relu", *stages),
+        "preactivations": ("relu:in", *last),
+        "head": head,
+    }
+
+
+def _blocks(depth: int) -> int:
+    """How many blocks a stage has."""
+    blocks, rest = divmod(depth - 2, 6)
+    if blocks < 1 or rest:
+        raise ValueError(f"the depth of a ResNet is 6k + 2 (8, 14, 20, ...), got {depth}")
+    return blocks
+
+
+def _projection(channels_in: int, channels: int, stride: int) -> nn.Sequential:
+    """What a shortcut needs where the sizes of its ends differ."""
+    convolution = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels))
 
 
 def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
     first = BasicBlock(channels_in, channels, stride)
     return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+
+def _bottlenecks(channels_in: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    first = Bottleneck(channels_in, width, stride)
+    return nn.Sequential(first, *(Bottleneck(4 * width, width, 1) for _ in range(blocks - 1)))
