@@ -16,11 +16,12 @@ from reference import data as reference
 from scipy import stats
 from torchvision.transforms import functional as torchvision
 
-from topkd.data import DATA, Data, InMemory, plain_batches, training_batches
+from topkd.data import DATA, Data, InMemory, plain_batches, same_order, training_batches
 from topkd.data.augment import crop_and_flip, draws, normalise
 from topkd.data.cifar import cifar10, cifar100
 from topkd.data.digits import digits
-from topkd.data.folder import MEAN, STD, Files, folder
+from topkd.data.folder import Files, folder
+from topkd.data.pictures import MEAN, STD, Frame, Names, Pictures
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -348,6 +349,39 @@ def test_a_label_out_of_range_is_named(part, label):
         Data("some", train, test, ["a", "b", "c"], *HALF)
 
 
+# --- Classes and teachers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "teacher"),
+    [
+        (["a", "b"], ["a", "b"]),
+        (["0", "1"], ["a", "b"]),  # one side only counts
+        (["a", "b"], ["0", "1"]),
+        (("a",), ["a"]),
+    ],
+)
+def test_classes_that_agree(data, teacher):
+    same_order(data, teacher)
+
+
+@pytest.mark.parametrize(
+    ("data", "teacher", "message"),
+    [
+        (["a", "b"], ["a"], "^the data have 2 classes, resnet.pt knows 1$"),
+        (["0", "1"], ["0"], "^the data have 2 classes, resnet.pt knows 1$"),
+        (["a", "b", "c"], ["a", "x", "y"], "^class 1 is 'b' in the data and 'x' for resnet.pt$"),
+        (["b", "a"], ["a", "b"], "class 0 is 'b' .* 'a' for resnet.pt: the same names in another"),
+        (["1", "0"], ["0", "2"], "class 0 is '1'"),
+    ],
+)
+def test_classes_that_differ(data, teacher, message):
+    if data == ["1", "0"]:
+        teacher = ["2", "0"]
+    with pytest.raises(ValueError, match=message):
+        same_order(data, teacher, "resnet.pt")
+
+
 # --- Digits --------------------------------------------------------------------------------------
 
 
@@ -523,6 +557,40 @@ def test_damage_never_surprises(data):
     assert outcome == "(32, 32, 3)" or outcome.startswith("here: ")
 
 
+def test_a_corrupt_image_is_replaced_by_the_next_of_its_class_where_told(small_cifar):
+    root = with_row(small_cifar[0], b"no image", label=42)
+    data = cifar100(root=root, on_error="skip")
+    assert data.train.target.tolist() == [0, 1, 42, 2, 5, 42][:4] + data.train.target.tolist()[4:]
+    same = (data.train.target == 42).nonzero()[:, 0].tolist()
+    assert same[0] == 2
+    assert torch.equal(data.train.pixels[2], data.train.pixels[same[1]])
+    (line,) = data.faults.lines()
+    assert line.startswith("1 unreadable picture replaced by the next of the same class: ")
+    assert "train-00000-of-00002.parquet, row 2: not a readable image" in line
+    assert data.faults.facts()["unreadable"]["count"] == 1
+
+
+def test_a_class_without_a_readable_image_is_refused(small_cifar):
+    root = with_row(small_cifar[0], b"no image", label=77)
+    with pytest.raises(ValueError, match="no training image of class 77 can be read"):
+        cifar100(root=root, on_error="skip")
+
+
+def test_a_corrupt_test_image_always_stops(small_cifar):
+    root, images, _ = small_cifar
+    path = root / "data" / "test-00000-of-00001.parquet"
+    write_shard(path, [images[0], b""], [1, 2], names=[f"class {c}" for c in range(100)])
+    with pytest.raises(ValueError, match="row 1: not a readable image: it is empty"):
+        cifar100(root=str(root), on_error="skip")
+
+
+def test_a_shard_that_is_lost_in_the_middle_is_named(small_cifar):
+    root, _, _ = small_cifar
+    (root / "train-00000-of-00002.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-00000-of-00002\* is missing"):
+        cifar100(root=str(root))
+
+
 def test_an_image_of_the_wrong_size_is_named(small_cifar):
     message = "row 2: expected 32 x 32 pixels, got 16 x 24"
     with pytest.raises(ValueError, match=message):
@@ -676,6 +744,135 @@ def test_pictures_of_every_kind_become_color(tree, mode):
     torch.testing.assert_close(found, as_seen(expected))
 
 
+def test_cmyk_pictures_become_color(tree):
+    flat = Image.new("CMYK", (16, 16), (255, 0, 0, 0))  # cyan alone
+    (tree / "train" / "cat" / "0.png").unlink()
+    flat.save(tree / "train" / "cat" / "0.tiff")
+    found = read_all(folder(root=str(tree), size=14).train)[0]
+    torch.testing.assert_close(found, as_seen(np.full((16, 16, 3), (0, 255, 255), np.uint8)))
+
+
+def test_small_pictures_are_cropped_as_those_in_memory_are(tree):
+    found = folder(root=str(tree), size=16, padding=3).train
+    whole = torch.from_numpy(np.concatenate([pixels(1, 16, 16, label) for label in (0, 1)]))
+    expected = InMemory(whole, torch.arange(2), MEAN, STD, padding=3, flip=True)
+    for key in (None, (0, 1), (5, 2)):
+        index = torch.tensor([1, 0])
+        assert torch.equal(found.read(index, key), expected.read(index, key))
+
+
+def test_pictures_that_may_not_be_mirrored_are_not(tree):
+    across = np.broadcast_to(np.arange(16, dtype=np.uint8)[:, None] * 16, (16, 16, 3))
+    Image.fromarray(np.ascontiguousarray(across)).save(tree / "train" / "cat" / "0.png")
+    train = folder(root=str(tree), size=8, flip=False).train
+    for epoch in range(10):
+        red = train.read(torch.tensor([0]), (0, epoch))[0, 0]
+        assert (red[:, 0] < red[:, -1]).all()
+
+
+@pytest.mark.parametrize("options", [{"size": 0}, {"padding": -1}])
+def test_squares_that_are_none_are_refused(tree, options):
+    with pytest.raises(ValueError, match="size must be 1 or more and padding 0 or more"):
+        folder(root=str(tree), **options)
+
+
+def test_the_order_of_pictures_is_that_of_torchvision(tree):
+    from torchvision.datasets import ImageFolder
+
+    for name in ("Z.PNG", "a.jpg", "b/c.webp", "B/1.png"):
+        path = tree / "train" / "cat" / name
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels(1, 4, 4)[0]).save(path, path.suffix[1:].replace("jpg", "jpeg"))
+    found, expected = folder(root=str(tree)).train, ImageFolder(tree / "train")
+    assert list(found.stored.paths) == [path for path, _ in expected.samples]
+    assert found.target.tolist() == expected.targets
+
+
+def test_files_that_are_no_pictures_are_counted_and_named(tree):
+    for place in ("train/cat/notes.txt", "train/cat/1.gif", "train/list.csv", "val/dog/.DS_Store"):
+        (tree / place).write_bytes(b"")
+    data = folder(root=str(tree), size=8)
+    (line,) = data.faults.lines()
+    assert line.startswith("4 files that are no pictures were left out: ")
+    for name in ("list.csv", "1.gif", "notes.txt", ".DS_Store"):
+        assert name in line
+    assert len(data.train.target) == 2
+
+
+def test_only_the_first_ten_are_named(tree):
+    for number in range(12):
+        (tree / "train" / "cat" / f"{number:02}.txt").touch()
+    faults = folder(root=str(tree)).faults
+    assert "09.txt and 2 more" in faults.lines()[0]
+    assert "10.txt" not in faults.lines()[0]
+    assert faults.facts()["left_out"]["count"] == 12
+    assert len(faults.facts()["left_out"]["first"]) == 10
+
+
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("\u00e9t\u00e9", "e\u0301te\u0301")])
+def test_folders_of_one_name_in_two_spellings_are_refused(tree, names):
+    for name in names:
+        shutil.rmtree(tree / "train" / name, ignore_errors=True)
+        (tree / "train" / name).mkdir()
+    if len(list((tree / "train").iterdir())) < 3:
+        pytest.skip("this file system knows them as one")
+    with pytest.raises(ValueError, match="train: the classes .* have the same name but for upper"):
+        folder(root=str(tree))
+
+
+def add_pictures(tree, count=4):
+    for label, name in enumerate(("cat", "dog")):
+        for number in range(1, count):
+            image = pixels(1, 16, 16, 10 * number + label)[0]
+            Image.fromarray(image).save(tree / "train" / name / f"{number}.png")
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture"])
+def test_a_corrupt_picture_is_replaced_by_the_next_of_its_class_where_told(tree, content):
+    add_pictures(tree)
+    expected = folder(root=str(tree), size=8).train.read(torch.arange(8), None)
+    (tree / "train" / "cat" / "2.png").write_bytes(content)
+    (tree / "train" / "dog" / "3.png").write_bytes(content)  # the last: it goes on with the first
+    data = folder(root=str(tree), size=8, on_error="skip")
+    found = read_all(data.train)
+    assert torch.equal(found, expected[[0, 1, 3, 3, 4, 5, 6, 4]])
+    assert data.train.target.tolist() == [0] * 4 + [1] * 4
+    for _ in range(2):  # again and again, each is counted once
+        batches = list(training_batches(data.train, 4, 0, 1))
+        assert sorted(sum((b.index.tolist() for b in batches), [])) == list(range(8))
+    (line,) = data.faults.lines()
+    assert line.startswith("2 unreadable pictures replaced by the next of the same class: ")
+    for name in ("cat/2.png", "dog/3.png"):
+        assert f"{name}: not a readable image: it" in line
+
+
+def test_a_replacement_is_augmented_by_the_number_of_the_replaced(tree):
+    add_pictures(tree)
+    path = tree / "train" / "cat" / "1.png"
+    following = (tree / "train" / "cat" / "2.png").read_bytes()
+    path.write_bytes(b"")
+    found = folder(root=str(tree), size=8, on_error="skip").train.read(torch.arange(8), (0, 1))
+    path.write_bytes(following)
+    expected = folder(root=str(tree), size=8).train.read(torch.arange(8), (0, 1))
+    assert torch.equal(found, expected)
+
+
+def test_pictures_to_judge_by_are_never_replaced(tree):
+    add_pictures(tree)
+    shutil.copy(tree / "train" / "cat" / "1.png", tree / "val" / "cat" / "1.png")
+    (tree / "val" / "cat" / "0.png").write_bytes(b"")
+    data = folder(root=str(tree), size=8, on_error="skip")
+    with pytest.raises(ValueError, match="val/cat/0.png: not a readable image: it is empty"):
+        list(plain_batches(data.test, 2))
+
+
+def test_a_class_without_a_readable_picture_is_refused(tree):
+    (tree / "train" / "cat" / "0.png").write_bytes(b"")
+    data = folder(root=str(tree), size=8, on_error="skip")
+    with pytest.raises(ValueError, match="cat/0.png: not a readable image, nor is any other of cl"):
+        read_all(data.train)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 60), (60, 1), (300, 40)])
 @pytest.mark.parametrize("augmented", [None, (0, 1)])
 def test_pictures_of_every_shape_become_squares(tree, shape, augmented):
@@ -743,7 +940,8 @@ def test_random_parts_have_the_areas_and_ratios_of_the_paper(tmp_path):
     across, down = np.meshgrid(np.arange(width), np.arange(height))
     picture = np.stack([across, down, 0 * down], -1).astype(np.uint8)
     Image.fromarray(picture).save(tmp_path / "ramp.png")
-    images = Files([str(tmp_path / "ramp.png")] * count, torch.zeros(count).long(), size)
+    files = Files(Names([str(tmp_path / "ramp.png")] * count))
+    images = Pictures(files, torch.zeros(count).long(), Frame(size))
     seen = images.read(torch.arange(count), (0, 1)).double()
     red, green = (255 * (seen[:, c] * STD[c] + MEAN[c]) for c in (0, 1))
 
@@ -771,5 +969,6 @@ def test_random_parts_have_the_areas_and_ratios_of_the_paper(tmp_path):
 
 
 def test_catalogue_of_data_sets():
-    assert set(DATA) == {"cifar10", "cifar100", "digits", "folder"}
+    pictures = {"folder", "parquet", "webdataset", "dataset"}
+    assert set(DATA) == {"cifar10", "cifar100", "digits"} | pictures
     assert all(load.__doc__ for load in DATA.values())

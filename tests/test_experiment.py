@@ -11,7 +11,7 @@ import yaml
 
 from topkd import checkpoint, recipe
 from topkd.data import DATA, Data, InMemory
-from topkd.experiment import Experiment, evaluate_file
+from topkd.experiment import Experiment, check, evaluate_file
 from topkd.models import MODELS
 from topkd.progress import Progress
 from topkd.recipe import RecipeError
@@ -104,7 +104,7 @@ def test_a_folder_of_another_recipe_is_refused(tiny):
     experiment, _ = tiny
     other = experiment.recipe.model_copy(update={"epochs": 7})
     with pytest.raises(ValueError, match="epochs is 2 there and 7 here"):
-        Experiment(other, experiment.out, QUIET)
+        Experiment(other, experiment.out, QUIET).student("kd", 0)
 
 
 def test_an_unknown_run_is_refused(tiny):
@@ -175,11 +175,36 @@ def noise(**options) -> Data:
 
 
 @pytest.mark.parametrize("name", recipe.names())
-def test_every_recipe_is_read_written_read_again_and_trained(name, tmp_path, monkeypatch):
+def test_every_recipe_is_read_written_read_again_and_right(name):
     read = recipe.load(name)
     assert recipe.parse(yaml.safe_load(recipe.write(read))) == read
     assert recipe.about(name)
+    options = {} if read.data.name in ("digits", "cifar100") else {"root": "FOLDER"}
+    tree = read.model_dump(mode="json")
+    check(recipe.parse(tree | {"data": tree["data"] | options}))
 
+
+def is_small(name):
+    """Whether a recipe trains in a second or two."""
+    return name.startswith("digits") or name.removeprefix("methods/resnet20-resnet8/") in (
+        "cifar100/resnet20-resnet8",
+        "ab",
+        "crd",
+        "mlkd",
+        "simkd",
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if is_small(name) else pytest.param(name, marks=pytest.mark.slow)
+        for name in recipe.names()
+        if not name.startswith("imagenet")  # its teachers would have to be downloaded
+    ],
+)
+def test_every_recipe_can_be_trained(name, tmp_path, monkeypatch):
+    read = recipe.load(name)
     monkeypatch.setattr("topkd.experiment.DATA", DATA | {read.data.name: lambda: noise()})
     changes = ["epochs=1", "batch_size=64"]
     if read.teacher is not None:
@@ -190,6 +215,8 @@ def test_every_recipe_is_read_written_read_again_and_trained(name, tmp_path, mon
         terms = read.losses if place == "losses" else read.controls[place.split(".")[1]]
         if any(term.options.get("via") == "ripsnet" for term in terms):
             changes.append(f"{place}.topkd.training={{passes: 1, epochs: 1}}")
+        if any(term.name == "ft" for term in terms):
+            changes.append(f"{place}.ft.epochs=1")
     experiment = Experiment(recipe.load(name, changes), tmp_path, QUIET)
     result = experiment.student("student", 0)
     assert 0 <= result["last"]["top1"] <= 100

@@ -1,21 +1,28 @@
-"""Losses on the shape of a batch of embeddings."""
+"""TopKD: the definition in plain loops, and the approximators that are learnt for it."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from reference import homology, topological_losses
 from reference import losses as reference
 from reference import topology as reference_topology
+from reference.clouds import polygon
 from reference.features import CLOUD, IMAGES, Recorder, answers, batch, features, never, source_in
+from torch.autograd import gradcheck
 
+from topkd.features import Batch, Features
 from topkd.losses import TopKD
-from topkd.losses.topology import learn
+from topkd.losses.approximators import learn
+from topkd.losses.controls import batch_tree
 from topkd.topology import PersistenceImage, PersistenceVector, RipsNet
 from topkd.topology.approximation import Approximation, Training
 from topkd.topology.stored import to_json
 
 SHORT = Training(passes=2, epochs=2)
+RING = 12  # points of a cloud that has loops
 
 
 @pytest.fixture
@@ -79,6 +86,182 @@ def test_topkd_does_not_see_which_image_is_which(source, options):
     torch.testing.assert_close(loss(permuted, teacher, batch()), loss(student, teacher, batch()))
 
 
+# --- Other dimensions, scales and edges ----------------------------------------------------------
+
+
+def rings(epoch):
+    """A teacher's answers that hold loops: a batch is a circle and what lies within."""
+    for number in range(8):
+        yield batch(RING), circle(seed=100 * epoch + number)
+
+
+def circle(seed, size=1.0):
+    noise = torch.randn(RING, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    points = torch.cat([polygon(RING - 2), torch.zeros(2, 2)]) + 0.1 * noise
+    return Features(torch.zeros(RING, 4), size * points)
+
+
+def bars_of(cloud, dimension, scale):
+    """In units of the deaths of dimension 0."""
+    points = cloud.embedding.tolist()
+    found = homology.diagrams([[math.dist(a, b) for b in points] for a in points], dimension)
+    unit = reference_topology.unit_of(scale, [death for _, death in found[0]])
+    return [(birth / unit, death / unit) for birth, death in found[dimension]]
+
+
+@pytest.mark.parametrize("scale", [None, "none", "mean", "median", "max"])
+def test_the_vector_of_loops_is_the_definition_in_plain_loops(source, scale):
+    source = replace(source, answers=rings)
+    student, teacher = circle(seed=1), circle(seed=2, size=1.2)
+    loss = TopKD.between(student, teacher, source, dimension=1, scale=scale)
+    facts = loss.facts()
+    assert (facts["dimension"], facts["scale"]) == (1, scale or "mean")
+    fitted = facts["vectorisation"]
+    assert fitted.pop("form") == "vector"
+    each = [bars_of(made, 1, facts["scale"]) for _, made in rings(0)]
+    greatest = max(death - birth for bars in each for birth, death in bars)
+    assert fitted["persistences"] == pytest.approx((0.0, greatest * 20 / 17))
+
+    def describe(cloud):
+        lives = [death - birth for birth, death in bars_of(cloud, 1, facts["scale"])]
+        return reference_topology.vector(lives, **fitted)
+
+    expected = reference.mean_square(describe(student), describe(teacher))
+    assert expected > 0
+    assert loss(student, teacher, batch(RING)).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [None, "median"])
+def test_the_image_of_loops_is_the_definition_in_plain_loops(source, scale):
+    source = replace(source, answers=rings)
+    student, teacher = circle(seed=1), circle(seed=2, size=1.2)
+    loss = TopKD.between(student, teacher, source, dimension=1, form="image", scale=scale)
+    facts = loss.facts()
+    assert facts["scale"] == (scale or "none")
+    fitted = facts["vectorisation"]
+    assert (fitted.pop("form"), fitted["sampling"]) == ("image", "integral")
+    assert fitted["weight"] == "persistence"  # short loops fade out
+    images = [
+        reference_topology.image(bars_of(cloud, 1, scale or "none"), **fitted)
+        for cloud in (student, teacher)
+    ]
+    expected = reference.mean_square(*images)
+    assert expected > 0
+    assert loss(student, teacher, batch(RING)).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("form", ["vector", "image"])
+def test_the_gradient_of_loops_matches_finite_differences(source, form):
+    student, teacher = circle(seed=1), circle(seed=2)
+    loss = TopKD.between(
+        student, teacher, replace(source, answers=rings), dimension=1, form=form, scale="mean"
+    )
+
+    def of(points):
+        return loss(Features(student.logits, points), teacher, batch(RING))
+
+    assert gradcheck(of, [student.embedding.requires_grad_()], fast_mode=True)
+    assert torch.autograd.grad(of(student.embedding), student.embedding)[0].norm() > 0
+
+
+@pytest.mark.parametrize("form", ["vector", "image"])
+@pytest.mark.parametrize("dimension", [0, 1])
+@pytest.mark.parametrize("scale", ["none", "mean", "median", "max"])
+def test_a_scale_takes_the_size_of_a_cloud_away(source, form, dimension, scale):
+    student, teacher = circle(seed=1), circle(seed=2)
+    options = {"form": form, "dimension": dimension, "scale": scale}
+    loss = TopKD.between(student, teacher, replace(source, answers=rings), **options)
+    assert loss.facts()["scale"] == scale
+    values = [loss(circle(seed=1, size=s), teacher, batch(RING)).item() for s in (1.0, 1.1)]
+    assert (values[0] == pytest.approx(values[1], rel=1e-6)) == (scale != "none")
+
+
+@pytest.mark.parametrize("scale", ["none", "mean", "max"])
+def test_an_image_in_a_unit_is_the_definition_in_plain_loops(source, scale):
+    student, teacher = features(3, seed=1), features(5, seed=2)
+    loss = TopKD.between(student, teacher, source, form="image", scale=scale)
+    fitted = loss.facts()["vectorisation"]
+    assert fitted.pop("form") == "image"
+    diagrams = []
+    for _, made in answers(0):
+        deaths = reference_topology.deaths(made.embedding.tolist())
+        unit = reference_topology.unit_of(scale, deaths)
+        diagrams.append([(0.0, death / unit) for death in deaths])
+    for name, value in reference_topology.fit_image(diagrams).items():
+        assert fitted[name] == pytest.approx(value, rel=1e-4)
+    images = []
+    for cloud in (student, teacher):
+        deaths = reference_topology.deaths(cloud.embedding.tolist())
+        images.append(reference_topology.image([(0.0, death) for death in deaths], **fitted))
+    found = loss(student, teacher, batch()).item()
+    assert found == pytest.approx(reference.mean_square(*images), rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["vector", "image"])
+def test_random_edges_are_described_as_a_tree_would_be(source, form):
+    student, teacher = features(3, seed=1), features(5, seed=2)
+    loss = TopKD.between(student, teacher, source, form=form, edges="random")
+    fitted = loss.facts()["vectorisation"]
+    assert fitted.pop("form") == form
+
+    def lengths(cloud, shown, epoch):
+        tree = batch_tree(shown, epoch).tolist()
+        return topological_losses.lengths(cloud.embedding.tolist(), tree)
+
+    diagrams = [lengths(made, shown, 0) for shown, made in answers(0)]
+    if form == "vector":  # what is fitted is fitted on trees like these
+        expected = reference_topology.fit_vector(diagrams)
+        describe = reference_topology.vector
+    else:
+        bars = [[(0.0, length) for length in sorted(each)] for each in diagrams]
+        expected = reference_topology.fit_image(bars)
+
+        def describe(each, **fitted):
+            return reference_topology.image([(0.0, length) for length in each], **fitted)
+
+    for name, value in expected.items():
+        assert fitted[name] == pytest.approx(value, rel=1e-4)
+    for epoch in (1, 2):
+        loss.begin(epoch)
+        described = [describe(lengths(c, batch(), epoch), **fitted) for c in (student, teacher)]
+        value = loss(student, teacher, batch()).item()
+        assert value == pytest.approx(reference.mean_square(*described), rel=1e-5)
+
+
+def test_approximators_learn_loops_too(source):
+    source = replace(source, answers=many_rings, target=torch.zeros(8 * RING))
+    student, teacher = circle(seed=1), circle(seed=2)
+    for via in ("ripsnet", "distancenet"):
+        options = {"via": via, "training": SHORT, "dimension": 1, "scale": "mean"}
+        loss = TopKD.between(student, teacher, source, **options).double()
+        assert loss(student, teacher, batch(RING)).isfinite()
+        (path,) = source.folder.glob(f"{via}-*.safetensors")
+        exact = Approximation.from_bytes(path.read_bytes()).exact
+        assert (exact.dimension, exact.unit, exact.vectorisation.unit) == (1, "mean", "none")
+        assert not getattr(loss.describe, "sees_scale", False)
+        again = TopKD.between(student, teacher, source, file=str(path), **options).double()
+        assert again(student, teacher, batch(RING)) == loss(student, teacher, batch(RING))
+        with pytest.raises(ValueError, match="guesses dimension 1, here it is dimension: 0"):
+            TopKD.between(student, teacher, source, file=str(path), via=via)
+        with pytest.raises(ValueError, match="guesses at scale: mean, here it is scale: max"):
+            TopKD.between(student, teacher, source, file=str(path), **options | {"scale": "max"})
+
+
+def many_rings(epoch):
+    for number, (_, made) in enumerate(rings(epoch)):
+        index = number * RING + torch.arange(RING)
+        shown = Batch(torch.zeros(RING, 3, 8, 8), index % 4, index)
+        yield shown, made.apply(lambda t: t.float())
+
+
+@pytest.mark.parametrize("change", [{"dimension": 1}, {"scale": "max"}])
+def test_other_dimensions_and_scales_make_another_approximator(source, change):
+    source = replace(source, answers=many_rings, target=torch.zeros(8 * RING))
+    for options in ({}, change):
+        learn(source, RING, "image", "ripsnet", SHORT, **options)
+    assert len(list(source.folder.glob("ripsnet-*.safetensors"))) == 2
+
+
 # --- TopKD by RipsNet ----------------------------------------------------------------------------
 
 
@@ -137,7 +320,7 @@ def test_images_that_judge_a_ripsnet_are_in_no_cloud_that_trains_it(source, monk
         seen.update(held_out=held_out, epochs=[stream(epoch) for epoch in (1, 2, 3)])
         return RipsNet(5).eval()
 
-    monkeypatch.setattr("topkd.losses.topology.train", instead)
+    monkeypatch.setattr("topkd.losses.approximators.train", instead)
     learn(replace(source, answers=marked), CLOUD, "image", "ripsnet", SHORT)
 
     def images(clouds):
@@ -161,6 +344,16 @@ def test_only_the_projection_is_trained(source):
 
     assert trained(by_ripsnet(source)) == []
     assert trained(by_ripsnet(source, width=3)) == ["project.weight", "project.bias"]
+
+
+def test_the_projection_is_the_same_whether_ripsnet_is_trained_or_loaded(source):
+    begun = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        begun.append(by_ripsnet(source, width=3).project.weight)
+    assert torch.equal(*begun)
+    torch.manual_seed(7)
+    assert torch.equal(begun[0], torch.nn.Linear(3, 5).weight)
 
 
 def test_ripsnet_is_trained_once(source):

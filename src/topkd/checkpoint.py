@@ -33,6 +33,7 @@ _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     argparse.Namespace,
 ]
 _WRAPPERS = ("model", "state_dict", "student", "net")  # keys under which others keep the weights
+_ACCURACIES = ("accuracy", "best_acc", "best_acc1", "acc", "top1", "test_acc")  # of it, elsewhere
 _PREFIXES = ("module.", "student.", "_orig_mod.")
 
 
@@ -102,15 +103,36 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds no weights, or code.
     """
-    content = path.read_bytes()
     if path.suffix == ".safetensors":
         try:
-            return _without_prefixes(load_safetensors(content))
+            return _without_prefixes(load_safetensors(path.read_bytes()))
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    return _weights(_read_pickle(path), path)
+
+
+def read_accuracy(path: Path) -> float | None:
+    """Reads the accuracy, in percent, that others note in a checkpoint; None if there is none.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds code.
+    """
+    tree = None if path.suffix == ".safetensors" else _read_pickle(path)
+    if not isinstance(tree, Mapping):
+        return None
+    noted = next((tree[name] for name in _ACCURACIES if name in tree), None)
+    if not isinstance(noted, int | float | np.number | Tensor):
+        return None
+    accuracy = float(noted)
+    return 100 * accuracy if accuracy <= 1 else accuracy
+
+
+def _read_pickle(path: Path) -> Any:
+    content = path.read_bytes()
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            tree = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file of unknown origin provokes in the unpickler
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and code:
@@ -119,7 +141,6 @@ def load_weights(path: Path) -> dict[str, Tensor]:
                 "only tensors and plain values are loaded"
             ) from error
         raise ValueError(f"{path} is not a whole checkpoint of PyTorch") from error
-    return _weights(tree, path)
 
 
 def _weights(tree: Any, path: Path) -> dict[str, Tensor]:

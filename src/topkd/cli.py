@@ -159,6 +159,101 @@ def evaluate(
 
 
 @app.command()
+def export(
+    target: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run's folder, or weights that topkd wrote.")
+    ],
+    to: Annotated[
+        list[str],
+        typer.Option(help="`safetensors`, `onnx`, `torch-export`, `onnx-int8`, or several: `a,b`."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Changes to the run's data, e.g. `root=FOLDER`."),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels on a side, to check on random images if there are none."),
+    ] = None,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="Of the weights, for the model card.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Check on so many test images instead of all.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest difference of a logit, but for eight bits.")
+    ] = 1e-4,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a student for others to use, with a model card, and check every file.
+
+    Example: `topkd export runs/digits/student/seed0 --to safetensors,onnx,onnx-int8 --out mine`
+    """
+    from topkd.export import export as export_student
+    from topkd.progress import Progress
+
+    formats = [name.strip() for part in to for name in part.split(",")]
+    config = export_student(
+        target,
+        formats,
+        out,
+        Progress(quiet=quiet),
+        data=data or [],
+        size=size,
+        license=license_,
+        limit=images,
+        tolerance=tolerance,
+    )
+    if as_json:
+        typer.echo(json.dumps(config, indent=2))
+        return
+    _print_files(config)
+    typer.echo(f"export: {out}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `topkd export` wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where to.")],
+    endpoint: Annotated[
+        str | None, typer.Option(help="Address of the hub, if it is another one.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Let nobody else see the repository.")
+    ] = False,
+) -> None:
+    """Push an export to the Hugging Face hub, with a hash of every file."""
+    from topkd import hub
+
+    typer.echo(f"commit: {hub.push(folder, repository, endpoint=endpoint, private=private)}")
+
+
+@app.command()
+def pull(
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where from.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write to.")],
+    endpoint: Annotated[
+        str | None, typer.Option(help="Address of the hub, if it is another one.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag or commit, if not the newest.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch an export from the Hugging Face hub and check the hash of every file."""
+    from topkd import hub
+    from topkd.progress import Progress
+
+    paths = hub.pull(
+        repository, folder, Progress(quiet=quiet), endpoint=endpoint, revision=revision
+    )
+    typer.echo(f"{folder}: {len(paths)} files, all as they were pushed")
+
+
+@app.command()
 def report(
     runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder with finished runs.")],
     out: Annotated[
@@ -314,6 +409,29 @@ def _print_results(results: Sequence[dict[str, Any]]) -> None:
     console = Console(highlight=False)
     console.print(f"last epoch, on the {results[0]['judged_on']} images")
     console.print(table)
+
+
+def _print_files(config: dict[str, Any]) -> None:
+    """Prints the files of an export, and how they compare with the network."""
+    titles = ("file", "bytes", "top-1 %", "agreement %", "largest difference")
+    rows, told = [titles], ""
+    for name, file in config["files"].items():
+        if file["checked_on"] != told:
+            told = file["checked_on"]
+            rows.append(("", "", "", "", ""))
+            rows.append((f"the network, on {told}", "", _percent(file["network_top1"]), "", ""))
+        numbers = _percent(file["top1"]), _percent(file["agreement"])
+        rows.append((name, f"{file['bytes']:,}", *numbers, f"{file['largest_difference']:.1e}"))
+    widths = [max(len(row[place]) for row in rows) for place in range(len(titles))]
+    for row in rows:
+        rest = "  ".join(
+            f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)
+        )
+        typer.echo(f"{row[0]:<{widths[0]}}  {rest}".rstrip())
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _join_seeds(arguments: Sequence[str]) -> list[str]:

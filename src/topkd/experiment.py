@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,23 @@ from safetensors.torch import save as save_safetensors
 import topkd
 from topkd import checkpoint, evaluate, files
 from topkd import recipe as recipes
-from topkd.data import DATA, Data, training_batches
+from topkd.answers import Answers
+from topkd.data import DATA, Augmentation, Data, same_order, training_batches, with_augmentation
 from topkd.features import Batch, Features, Tapped, Teacher
 from topkd.losses import LOSSES, Loss, Source
-from topkd.models import MODELS
+from topkd.models import foreign
+from topkd.models.reused import Reused, rebuild, reuse
 from topkd.progress import Progress
-from topkd.recipe import STUDENT, DataSection, Recipe, RecipeError, Term
+from topkd.recipe import (
+    STUDENT,
+    DataSection,
+    Recipe,
+    RecipeError,
+    StudentSection,
+    TeacherSection,
+    Term,
+    View,
+)
 from topkd.terms import Weighted, seen, taps
 from topkd.train import Device, Trainer
 
@@ -39,23 +51,55 @@ def check(recipe: Recipe) -> None:
     """
     _named(DATA, recipe.data.name, "data.name")
     recipes.parse_options(DATA[recipe.data.name], recipe.data.options, "data")
-    _named(MODELS, recipe.student.model, "student.model")
+    _check_network(recipe.student, "student")
     for arm, terms in recipe.arms.items():
         place = "losses" if arm == STUDENT else f"controls.{arm}"
         for number, term in enumerate(terms):
-            _check_term(term, f"{place}[{number}]", has_teacher=recipe.teacher is not None)
+            _check_term(term, f"{place}[{number}]", recipe)
+    if recipe.teacher is None and recipe.student.classifier == "teacher":
+        raise RecipeError("student.classifier: there is no teacher to take it from")
     if recipe.teacher is not None:
-        _named(MODELS, recipe.teacher.model, "teacher.model")
-        if recipe.teacher.checkpoint is None:
+        if recipe.teacher.cache and (
+            recipe.data.views == 2 or recipe.data.mixup or recipe.data.cutmix
+        ):
+            raise RecipeError(
+                "teacher.cache: answers are kept image by image, which mixed images and two views "
+                "are not; leave out data.mixup, data.cutmix and data.views, or the cache"
+            )
+        _check_network(recipe.teacher, "teacher")
+        if recipe.teacher.checkpoint is None and not recipe.teacher.pretrained:
             _teacher_recipe(recipe)
 
 
-def _check_term(term: Term, where: str, *, has_teacher: bool) -> None:
+def _check_network(section: StudentSection, where: str) -> None:
+    with torch.random.fork_rng(devices=[]), _told(where):
+        with _told("model"):
+            foreign.find(section.model)
+        if section.pretrained:
+            foreign.published(section.model)
+        if section.taps:
+            foreign.build(section.model, 2, **section.taps)  # finds names that are not there
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Says in an error where in the recipe it comes from."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{where}.{error}") from error
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _check_term(term: Term, where: str, recipe: Recipe) -> None:
     _named(LOSSES, term.name, f"{where}.name")
     loss = LOSSES[term.name].loss
-    if loss.needs_teacher and not has_teacher:
+    if loss.needs_teacher and recipe.teacher is None:
         raise RecipeError(f"{where}: {term.name} cannot be computed without a teacher")
     options = _parsed(term, where)
+    if loss.replaces_classifier and recipe.student.classifier != "teacher":
+        raise RecipeError(f"{where}: {term.name} needs student.classifier=teacher")
     if not _is_built_from_features(loss):
         try:
             loss(**options)
@@ -96,6 +140,35 @@ def _teacher_recipe(recipe: Recipe) -> Recipe:
     return teacher
 
 
+def _network(section: StudentSection, data: Data, size: int | None = None) -> Tapped:
+    """Builds a network for the images of a data set, or for those of another size."""
+    shown = _side(data) if size is None else size
+    return foreign.build(
+        section.model, len(data.classes), shown, pretrained=section.pretrained, **section.taps
+    )
+
+
+def _published(section: TeacherSection, data: Data) -> foreign.Published:
+    """What is known of the weights of a teacher that nobody here trains."""
+    told = foreign.published(section.model)
+    if told.classes != len(data.classes):
+        raise RecipeError(
+            f"teacher.pretrained: {section.model} tells {told.classes} classes apart, "
+            f"{data.name} has {len(data.classes)}; train it on them, and give the checkpoint"
+        )
+    if section.size is None and told.size != _side(data):
+        raise RecipeError(
+            f"teacher.size: {section.model} was trained on images of {told.size} px, {data.name} "
+            f"has {_side(data)}; say which size it shall see, such as {told.size}"
+        )
+    return told
+
+
+def _side(data: Data) -> int:
+    """Pixels on a side of what networks are shown."""
+    return data.test.read(torch.arange(1), None).shape[-1]
+
+
 def load_data(section: DataSection) -> Data:
     """Loads the images of a recipe.
 
@@ -107,7 +180,13 @@ def load_data(section: DataSection) -> Data:
     data = DATA[section.name](**options)
     if section.validation:
         data = data.with_validation(section.validation)
-    return data if section.limit is None else data.with_limit(section.limit)
+    if section.limit is not None:
+        data = data.with_limit(section.limit)
+    changes = section.randaugment
+    randaugment = None if changes is None else (changes.operations, changes.magnitude)
+    augmentation = Augmentation(randaugment, section.mixup, section.cutmix, section.views)
+    workers = None if section.workers == "auto" else section.workers
+    return with_augmentation(data, augmentation, workers)
 
 
 class Experiment:
@@ -120,7 +199,6 @@ class Experiment:
 
     Raises:
         RecipeError: If the recipe names or asks for what there is not.
-        ValueError: If the folder holds runs of another recipe.
     """
 
     def __init__(self, recipe: Recipe, out: Path, progress: Progress) -> None:
@@ -129,7 +207,6 @@ class Experiment:
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         self.folder = out / recipe.name
-        self._claim_folder()
 
     @cached_property
     def data(self) -> Data:
@@ -147,13 +224,20 @@ class Experiment:
         section = self.recipe.teacher
         if section is None:
             return None
-        network = MODELS[section.model].build(len(self.data.classes))
-        if section.checkpoint is None:
+        own = shown = self.data.mean, self.data.std
+        if section.pretrained:
+            told = _published(section, self.data)
+            own = told.mean, told.std
+        network = _network(section, self.data, section.size)
+        if section.recipe is not None and section.checkpoint is None:
             Experiment(_teacher_recipe(self.recipe), self.out, self.progress).student(STUDENT, 0)
-        path = self.teacher_file
-        checkpoint.fill(network.network, checkpoint.load_weights(path), str(path))
-        mean, std = self.data.mean, self.data.std
-        teacher = Teacher(network, section.mean or mean, section.std or std, mean, std)
+        if not section.pretrained:
+            path = self.teacher_file
+            checkpoint.fill(network.network, checkpoint.load_weights(path), str(path))
+            known = checkpoint.read_about(path).get("classes", self.data.classes)
+            same_order(self.data.classes, known, str(path))
+        own = section.mean or own[0], section.std or own[1]
+        teacher = Teacher(network, *own, *shown, size=section.size)
         return teacher.to(self.device.device).to(memory_format=torch.channels_last)
 
     @property
@@ -161,6 +245,8 @@ class Experiment:
         """Where the teacher's weights are, or will be once it is trained."""
         section = self.recipe.teacher
         assert section is not None
+        if section.pretrained:
+            raise RecipeError(f"teacher: {section.model} is pretrained, no file here is it")
         if section.checkpoint is not None:
             return Path(section.checkpoint).expanduser()
         name = _teacher_recipe(self.recipe).name
@@ -185,10 +271,14 @@ class Experiment:
             student: The network that will learn.
             seed: Of the weights that losses bring; they do not touch the student's random numbers.
         """
+        return self.build(self.recipe.arms[arm], self.source(student), seed)
+
+    def build(self, terms: Sequence[Term], source: Source, seed: int) -> list[Weighted]:
+        """Builds some losses; :meth:`losses` tells the rest."""
         images = self.data.train.read(torch.arange(self.recipe.batch_size), None)
         images = images.to(self.device.device)
-        teacher, source = self.teacher, self._source(student)
-        for term in self.recipe.arms[arm]:
+        student, teacher = source.student, source.teacher
+        for term in terms:
             student.also(taps(term.taps.student))
             if teacher is not None:
                 teacher.network.also(taps(term.taps.teacher))
@@ -197,19 +287,27 @@ class Experiment:
             answer = made if teacher is None else teacher(images)
         with torch.random.fork_rng():
             torch.manual_seed(seed + 1)
-            return [
-                Weighted(term, self._loss(term, made, answer, source))
-                for term in self.recipe.arms[arm]
-            ]
+            return [Weighted(term, self._loss(term, made, answer, source)) for term in terms]
 
     def _loss(self, term: Term, made: Features, answer: Features, source: Source) -> Loss:
         loss, options = LOSSES[term.name].loss, _parsed(term, term.name)
         views = term.taps
+        source = replace(source, taps=views)
+        if views.teacher != View():  # what a loss learns, it learns of what it will see
+            told = source.teacher_hash + views.teacher.model_dump_json()
+            source = replace(
+                source,
+                answers=lambda epoch: (
+                    (batch, seen(answer, views.teacher)) for batch, answer in self.answers(epoch)
+                ),
+                teacher_hash=files.sha256(told.encode()),
+            )
         return loss.between(
             seen(made, views.student), seen(answer, views.teacher), source, **options
         )
 
-    def _source(self, student: Tapped) -> Source:
+    def source(self, student: Tapped) -> Source:
+        """Gathers what losses may ask for before a student is trained."""
         return Source(
             self.answers,
             self.data.train.target,
@@ -228,10 +326,24 @@ class Experiment:
                 answer = self.teacher(batch.images.to(self.device.device))
             yield batch, answer.apply(lambda t: t.float().cpu())
 
+    def new_student(self) -> Tapped:
+        """Builds the student, untrained."""
+        student = _network(self.recipe.student, self.data)
+        if self.recipe.student.classifier == "own":
+            return student
+        assert self.teacher is not None
+        images = self.data.test.read(torch.arange(2), None).to(self.device.device)
+        return reuse(student.to(self.device.device), self.teacher, images)
+
     def prepare(self) -> None:
-        """Carries out everything that comes before the first student is trained."""
+        """Carries out everything that comes before the first student is trained.
+
+        Raises:
+            ValueError: If the folder holds runs of another recipe.
+        """
+        self._claim_folder()
         for arm in self.recipe.arms:
-            self.losses(arm, MODELS[self.recipe.student.model].build(len(self.data.classes)), 0)
+            self.losses(arm, self.new_student(), 0)
 
     def student(self, arm: str, seed: int) -> dict[str, Any]:
         """Trains and evaluates one student, or reads the result where that is done.
@@ -245,33 +357,79 @@ class Experiment:
 
         Raises:
             RecipeError: If the recipe has no such run.
+            ValueError: If the folder holds runs of another recipe.
         """
         _named(self.recipe.arms, arm, "arm")
+        self._claim_folder()
         folder = self.folder / arm / f"seed{seed}"
         if (folder / "result.json").exists():
             result: dict[str, Any] = files.read_json(folder / "result.json")
             return result
         teacher = self.teacher  # trained before the student's random numbers begin
         torch.manual_seed(seed)
-        student = MODELS[self.recipe.student.model].build(len(self.data.classes))
+        student = self.new_student()
         losses = self.losses(arm, student, seed)
         trainer = Trainer(
-            student, teacher, losses, self.data, self.recipe, seed, self.device, self.progress
+            student,
+            teacher,
+            losses,
+            self.data,
+            self.recipe,
+            seed,
+            self.device,
+            self.progress,
+            self._kept_answers(losses, seed),
         )
         history = trainer.run(folder)
         predictions = evaluate.predict(student.eval(), self.data.test, self.device.device)
         result = self._result(arm, seed, predictions, losses, history)
         if trainer.accelerator.is_main_process:
             self._keep_examples(predictions, folder)
-            checkpoint.save_weights(folder / "student.safetensors", student.network, self._about())
+            checkpoint.save_weights(
+                folder / "student.safetensors", student.network, self._about(student)
+            )
             files.write_json(folder / "result.json", result)  # last: it says that all is done
         trainer.accelerator.wait_for_everyone()
         return result
 
-    def _about(self) -> dict[str, Any]:
+    def _kept_answers(self, losses: Sequence[Weighted], seed: int) -> Answers | None:
+        """Where the teacher's answers are kept, if the recipe says so.
+
+        Raises:
+            RecipeError: If a loss needs more of the teacher than is kept.
+        """
+        section, data = self.recipe.teacher, self.recipe.data
+        if section is None or not section.cache:
+            return None
+        for weighted in losses:
+            if weighted.loss.reads_maps or taps(weighted.term.taps.teacher):
+                raise RecipeError(
+                    f"teacher.cache keeps logits and embeddings; {weighted.term.title} reads maps"
+                )
+        assert self._teacher_predictions is not None
+        drawn = seed if data.augmentation_seed is None else data.augmentation_seed
+        about = {
+            "teacher": self._teacher_hash,
+            "images": data.model_dump(mode="json", exclude={"workers"}),
+            "augmentation_seed": drawn,
+            "precision": str(self.device.dtype),
+        }
+        return Answers(
+            self.out / "answers",
+            about,
+            images=len(self.data.train.target),
+            classes=len(self.data.classes),
+            width=self._teacher_predictions.embedding.shape[1],
+        )
+
+    def _about(self, student: Tapped) -> dict[str, Any]:
         """What is needed to use the weights of a student."""
+        reused = student.network.description if isinstance(student.network, Reused) else None
         return {
+            "reused": reused,
             "model": self.recipe.student.model,
+            "size": _side(self.data),
+            "taps": self.recipe.student.taps,
             "classes": list(self.data.classes),
             "mean": list(self.data.mean),
             "std": list(self.data.std),
@@ -304,6 +462,7 @@ class Experiment:
             "best": {"epoch": best + 1, "top1": accuracies[best]},
             "gradient_share": history[-1]["gradient_share"],
             "facts": {w.term.title: w.loss.facts() for w in losses if w.loss.facts()},
+            "faults": self.data.faults.facts(),
             "train_seconds": round(sum(entry["seconds"] for entry in history), 1),
             "environment": environment() | _as_text(asdict(self.device)),
         }
@@ -362,12 +521,17 @@ def evaluate_file(
     tree = {"name": data} if data else about.get("data")
     if model is None or tree is None:
         raise RecipeError(f"{path} does not tell which network it is: give --model and --data")
-    _named(MODELS, model, "--model")
+    with _told("--model"):
+        foreign.find(model)
     _named(DATA, tree["name"], "--data")
     section = DataSection.model_validate(tree | ({"root": root} if root else {}))
     weights = checkpoint.load_weights(path)
     images = load_data(section)
-    network = MODELS[model].build(len(images.classes))
+    own = about if about.get("model") == model else {}
+    size, taps = own.get("size", _side(images)), own.get("taps", {})
+    network = foreign.build(model, len(images.classes), size, **taps)
+    if own.get("reused"):
+        network = rebuild(network, own["reused"])
     checkpoint.fill(network.network, weights, str(path))
     device = Accelerator().device
     network.to(device).eval()

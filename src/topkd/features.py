@@ -73,6 +73,8 @@ class _Tap:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Any = None) -> None:
         kept = args[0] if self.name.endswith(INPUT) else output
+        if not isinstance(kept, Tensor):
+            raise ValueError(f"the tap {self.name!r} reads {_kind(kept)} where a tensor is needed")
         if self.name.endswith(INPUT) and getattr(module, "inplace", False):
             kept = kept.clone()
         self.seen[self.name] = kept, kept._version
@@ -147,7 +149,9 @@ class Tapped(nn.Module):
 
     def head(self, embedding: Tensor) -> Tensor:
         """Computes the logits of embeddings (n, d) without being noticed by the taps."""
-        return self._head[0].forward(embedding)
+        if isinstance(self.classifier, nn.Conv2d):  # of 1x1, on what was pooled
+            return self.classifier.forward(embedding[:, :, None, None]).flatten(1)
+        return self.classifier.forward(embedding)
 
     @property
     def classifier(self) -> nn.Module:

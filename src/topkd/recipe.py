@@ -38,6 +38,13 @@ class _Open(_Section):
         return dict(self.model_extra or {})
 
 
+class RandAugment(_Section):
+    """How strongly images are changed by operations chosen at random."""
+
+    operations: Annotated[int, Field(ge=1)] = 2
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+
+
 class DataSection(_Open):
     """Which images; other keys are options of the data set."""
 
@@ -46,28 +53,75 @@ class DataSection(_Open):
     """Share of the training images to judge by instead of the test set, to choose settings."""
     limit: Annotated[int, Field(gt=0)] | None = None
     """Train on so many images only."""
+    randaugment: RandAugment | None = None
+    """Of the training images; where there are two views, of the second."""
+    augmentation_seed: Annotated[int, Field(ge=0)] | None = None
+    """Of crops, mirrors and all else that is done to training images; the run's own if not told."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Alpha of the Beta distribution by which training images are mixed in pairs; 0 for none."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """The same for pairs of which one covers a box of the other; with mixup too, each batch draws
+    which of the two it is."""
+    views: Literal[1, 2] = 1
+    """2 shows every image of a batch twice: weakly augmented, and strongly (RandAugment, and a
+    square erased)."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Processes that read training images, each with its own memory; 0 reads in threads. No number
+    depends on it."""
 
 
 class StudentSection(_Section):
     """Which network learns."""
 
     model: str
+    """Ours by name, torchvision:NAME, timm:NAME or the user's MODULE:CALLABLE."""
+    maps: tuple[str, ...] | None = None
+    """Modules that give the feature maps, shallow to deep, in place of those of its family."""
+    head: str | None = None
+    """The module that makes logits of embeddings, in place of that of its family."""
+    preactivations: tuple[str, ...] | None = None
+    """Taps of the maps before their activation, in place of those of its family."""
+    pretrained: bool = False
+    """Whether to begin with the weights that torchvision or timm publish."""
+
+    classifier: Literal["own", "teacher"] = "own"
+    """Of a student: "teacher" keeps the teacher's, behind a projector, in place of its own."""
+
+    @property
+    def taps(self) -> dict[str, Any]:
+        """What replaces the taps of its family."""
+        told = {"maps": self.maps, "head": self.head, "preactivations": self.preactivations}
+        return {name: value for name, value in told.items() if value is not None}
 
 
-class TeacherSection(_Section):
-    """Which network teaches, and where its weights come from: a file, or else a recipe."""
+class TeacherSection(StudentSection):
+    """Which network teaches, and where its weights come from: a file, or else a recipe.
 
-    model: str
+    In place of both, ``pretrained`` takes those that torchvision or timm publish.
+    """
+
     checkpoint: str | None = None
     recipe: str | None = None
     mean: tuple[float, float, float] | None = None
-    """Of the images a checkpoint was trained on, if they were normalised in another way."""
+    """Of the images its weights were trained on, if they were normalised in another way."""
     std: tuple[float, float, float] | None = None
+    size: Annotated[int, Field(gt=0)] | None = None
+    """Pixels on a side of the images it sees, if not that of the student's; they are scaled."""
+
+    cache: bool = False
+    """Keep logits and embeddings of every augmented image, for all students and seeds to come."""
 
     @model_validator(mode="after")
     def _has_weights(self) -> TeacherSection:
-        if self.checkpoint is None and self.recipe is None:
-            raise ValueError("needs a checkpoint (a file) or a recipe that trains it")
+        if self.classifier != "own":
+            raise ValueError("classifier is an option of the student")
+        is_told = self.checkpoint is not None or self.recipe is not None
+        if not is_told and not self.pretrained:
+            raise ValueError(
+                "needs a checkpoint (a file) or a recipe that trains it, or pretrained: true"
+            )
+        if is_told and self.pretrained:
+            raise ValueError("is pretrained, or has a checkpoint or a recipe; give one of them")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together")
         return self
@@ -77,6 +131,7 @@ class View(_Section):
     """Which taps of one network a term reads, in place of those that all terms read."""
 
     maps: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    preactivations: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     embedding: str | None = None
     """A tap; of a map, every channel is averaged."""
 

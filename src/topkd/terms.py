@@ -24,21 +24,28 @@ def seen(features: Features, view: View) -> Features:
     Raises:
         ValueError: If a tap that stands for maps did not read one.
     """
-    maps, embedding = features.maps, features.embedding
+    maps, before, embedding = features.maps, features.preactivations, features.embedding
     if view.maps is not None:
-        maps = [features.others[tap] for tap in view.maps]
-        for tap, read in zip(view.maps, maps, strict=True):
-            if read.ndim != 4:
-                raise ValueError(f"the tap {tap!r} reads {tuple(read.shape)}, which is no map")
+        maps = [_map(features, tap) for tap in view.maps]
+    if view.preactivations is not None:
+        before = [_map(features, tap) for tap in view.preactivations]
     if view.embedding is not None:
         embedding = features.others[view.embedding]
         embedding = embedding.mean((2, 3)) if embedding.ndim == 4 else embedding.flatten(1)
-    return replace(features, maps=maps, embedding=embedding)
+    return replace(features, maps=maps, preactivations=before, embedding=embedding)
+
+
+def _map(features: Features, tap: str) -> Tensor:
+    read = features.others[tap]
+    if read.ndim != 4:
+        raise ValueError(f"the tap {tap!r} reads {tuple(read.shape)}, which is no map")
+    return read
 
 
 def taps(view: View) -> tuple[str, ...]:
     """Lists the taps that a view needs beyond those that all terms read."""
-    return (*(view.maps or ()), *([view.embedding] if view.embedding else []))
+    embedding = [view.embedding] if view.embedding else []
+    return (*(view.maps or ()), *(view.preactivations or ()), *embedding)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, distributed, nn
 
 from topkd import checkpoint, evaluate, files
+from topkd.answers import Answers
 from topkd.data import Data, training_batches
 from topkd.features import Batch, Features, Tapped, Teacher
 from topkd.progress import Progress
@@ -129,6 +130,7 @@ class Trainer:
         seed: Of the order of the images and of their augmentation.
         device: Where and in which numbers.
         progress: Tells the user.
+        answers: Of the teacher, where they are kept.
     """
 
     def __init__(
@@ -141,7 +143,9 @@ class Trainer:
         seed: int,
         device: Device,
         progress: Progress,
+        answers: Answers | None = None,
     ) -> None:
+        self.answers = answers
         self.accelerator = Accelerator()
         self.student = student.to(device.device).to(memory_format=torch.channels_last)
         self.teacher = None if teacher is None else teacher.to(device.device)
@@ -181,6 +185,7 @@ class Trainer:
             Diverged: If a loss or a feature becomes NaN or infinite.
         """
         self._resume(checkpoint.load_state(folder / "checkpoint"))
+        told = self._say_faults([])
         board = _tensorboard(folder) if self.accelerator.is_main_process else None
         left = range(len(self.history) + 1, self.recipe.epochs + 1)
         title = f"{folder.parent.name} seed {self.seed}"
@@ -194,10 +199,18 @@ class Trainer:
                     self._save(folder)
                 if board is not None:
                     _write_scalars(board, entry)
+                told = self._say_faults(told)
                 advance(0, f"epoch {epoch}/{self.recipe.epochs}, {_summary(entry)}")
         if board is not None:
             board.close()
         return self.history
+
+    def _say_faults(self, told: list[str]) -> list[str]:
+        """Says what of the data could not be used, when there is more of it than was told."""
+        lines = self.data.faults.lines()
+        for line in lines if lines != told else []:
+            self.progress.say(f"warning: {line}")
+        return lines
 
     def _epoch(self, epoch: int, advance: Callable[[int, str], None]) -> dict[str, Any]:
         start, sums = time.perf_counter(), Sums()
@@ -212,6 +225,7 @@ class Trainer:
             self.recipe.batch_size,
             self.seed,
             epoch,
+            augmentation_seed=self.recipe.data.augmentation_seed,
             rank=self.accelerator.process_index,
             ranks=self.accelerator.num_processes,
         )
@@ -221,7 +235,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.step(batch, epoch, sums, measure=step in measured)
-            advance(len(batch.index), "")
+            advance(self.recipe.batch_size, "")
         for name, total in sums.totals.items():
             sums.totals[name] = self.accelerator.reduce(total, "mean")  # over processes
         seconds = time.perf_counter() - start
@@ -243,11 +257,11 @@ class Trainer:
 
     def step(self, batch: Batch, epoch: int, sums: Sums, *, measure: bool) -> None:
         device = self.device.device
-        batch = batch.apply(lambda t: t.to(device))
+        batch = batch.apply(lambda t: t.to(device, non_blocking=True))
         with self.device.autocast():
             made = self.learner(batch.images)
             # Without a teacher a student stands in for it: its losses do not look.
-            answer = made if self.answerer is None else self.answerer(batch.images)
+            answer = made if self.answerer is None else self._answer(batch, epoch)
         if not self.reads_maps:  # they are large, and each would be copied
             made = replace(made, maps=[], preactivations=[])
             answer = replace(answer, maps=[], preactivations=[])
@@ -261,6 +275,11 @@ class Trainer:
         total = torch.stack([weights[title] * value for title, value in values.items()]).sum()
         self.optimizer.zero_grad()
         total.backward()
+        if features.distilled is not None and features.distilled.grad is None:
+            raise ValueError(
+                "the student has a distillation head, which judges along, and no term trains it; "
+                "add the loss deit, or take a network without that head"
+            )
         _carry_back(made, features)
         self._share_among_processes()
         if self.recipe.gradient_clip is not None:
@@ -270,6 +289,12 @@ class Trainer:
             sums.add(f"loss/{title}", value)
             sums.add(f"weight/{title}", torch.tensor(weights[title]))
         sums.add("right", (features.logits.argmax(1) == batch.target).float().mean())
+
+    def _answer(self, batch: Batch, epoch: int) -> Features:
+        assert self.answerer is not None
+        if self.answers is None:
+            return self.answerer(batch.images)
+        return self.answers(batch, epoch, self.answerer)
 
     def _values(
         self, features: Features, answer: Features, batch: Batch, epoch: int

@@ -32,3 +32,36 @@ def crop_and_flip(image, uniform, padding: int, flip: bool):
         ]
         rows.append(row[::-1] if flip and uniform[2] < 0.5 else row)
     return rows
+
+
+def kept_by_cutmix(height: int, width: int, share: float, down: float, across: float):
+    """Which pixels stay, (h, w) of True and False: formula (2) of CutMix, half to each side.
+
+    Where that is less than half of them, the box is what stays.
+    """
+    half = [int(side * (1 - share) ** 0.5 / 2) for side in (height, width)]
+    middle = int(down * height), int(across * width)
+    inside = [
+        [
+            middle[0] - half[0] <= r < middle[0] + half[0]
+            and middle[1] - half[1] <= c < middle[1] + half[1]
+            for c in range(width)
+        ]
+        for r in range(height)
+    ]
+    covered = sum(map(sum, inside))
+    swap = 2 * covered > height * width
+    return [[pixel == swap for pixel in row] for row in inside]
+
+
+def erased(image, down: float, across: float):
+    """Image (h, w) with zeros in a square of half its height around a middle."""
+    height, width = len(image), len(image[0])
+    r0, c0, half = int(down * height), int(across * width), height // 4
+    return [
+        [
+            0 if r0 - half <= r < r0 + half and c0 - half <= c < c0 + half else image[r][c]
+            for c in range(width)
+        ]
+        for r in range(height)
+    ]

@@ -29,7 +29,8 @@ def features(width: int, seed: int, n: int = CLOUD) -> Features:
     logits, embedding = draw(n, CLASSES), draw(n, width)
     channels = [max(2, width - back) for back in range(len(SIDES))][::-1]
     before = [draw(n, c, side, side) for c, side in zip(channels, SIDES, strict=True)]
-    return Features(logits, embedding, [m.relu() for m in before], before)
+    maps = [m.relu() for m in before]
+    return Features(logits, embedding, maps, before, distilled=draw(n, CLASSES))
 
 
 def batch(n: int = CLOUD) -> Batch:

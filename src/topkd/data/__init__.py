@@ -2,17 +2,39 @@
 
 from collections.abc import Callable, Mapping
 
-from topkd.data.base import Data, Images, InMemory, plain_batches, training_batches
+from topkd.data.augmented import Augmentation, Augmented, with_augmentation
+from topkd.data.base import Data, Faults, Images, InMemory, Subset, same_order
+from topkd.data.batches import plain_batches, training_batches
 from topkd.data.cifar import cifar10, cifar100
+from topkd.data.dataset import dataset, from_dataset
 from topkd.data.digits import digits
 from topkd.data.folder import folder
+from topkd.data.parquet import parquet
+from topkd.data.webdataset import webdataset
 
 DATA: Mapping[str, Callable[..., Data]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
+    "dataset": dataset,
     "digits": digits,
     "folder": folder,
+    "parquet": parquet,
+    "webdataset": webdataset,
 }
 """Name -> function that loads it; its arguments are the options of ``data`` in a recipe."""
 
-__all__ = ["DATA", "Data", "Images", "InMemory", "plain_batches", "training_batches"]
+__all__ = [
+    "DATA",
+    "Augmentation",
+    "Augmented",
+    "Data",
+    "Faults",
+    "Images",
+    "InMemory",
+    "Subset",
+    "from_dataset",
+    "plain_batches",
+    "same_order",
+    "training_batches",
+    "with_augmentation",
+]

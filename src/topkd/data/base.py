@@ -1,18 +1,24 @@
-"""Images with labels, wherever they come from, and how they become batches."""
+"""Images with labels, wherever they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Protocol
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from topkd.data.augment import crop_and_flip, draws, normalise
-from topkd.features import Batch
+
+
+class Blocks(NamedTuple):
+    """Pieces of storage that are read as a whole, so that their images are wanted together."""
+
+    of: np.ndarray  # (images,), the block of each
+    buffer: int  # images of several blocks that are mixed
 
 
 class Images(Protocol):
@@ -21,6 +27,21 @@ class Images(Protocol):
     @property
     def target(self) -> Tensor:
         """(images,)."""
+
+    @property
+    def mean(self) -> Sequence[float]:
+        """Of each channel."""
+
+    @property
+    def std(self) -> Sequence[float]:
+        """Of each channel."""
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """None where images can be read in any order at the same cost."""
+
+    def read_bytes(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
+        """Reads bytes (n, h, w, 3); ``augmented`` is (seed, epoch), None for plain."""
 
     def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
         """Reads normalised images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
@@ -55,13 +76,21 @@ class InMemory:
         if self.target.shape != pixels.shape[:1]:
             raise ValueError(f"{len(pixels)} images need as many labels, got {len(self.target)}")
 
+    @property
+    def blocks(self) -> None:
+        """None: memory can be read in any order."""
+
+    def read_bytes(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
+        """Reads bytes (n, h, w, 3); ``augmented`` is (seed, epoch), None for plain."""
+        pixels = self.pixels[index]
+        if augmented is None:
+            return pixels
+        uniform = draws(*augmented, index, 3)
+        return crop_and_flip(pixels, uniform, padding=self.padding, flip=self.flip)
+
     def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
         """Reads normalised images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
-        pixels = self.pixels[index]
-        if augmented is not None:
-            uniform = draws(*augmented, index, 3)
-            pixels = crop_and_flip(pixels, uniform, padding=self.padding, flip=self.flip)
-        return normalise(pixels, self.mean, self.std)
+        return normalise(self.read_bytes(index, augmented), self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -76,9 +105,78 @@ class Subset:
         """(images,)."""
         return self.images.target[self.index]
 
+    @property
+    def mean(self) -> Sequence[float]:
+        """Of each channel."""
+        return self.images.mean
+
+    @property
+    def std(self) -> Sequence[float]:
+        """Of each channel."""
+        return self.images.std
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """Those of the larger set."""
+        blocks = self.images.blocks
+        return None if blocks is None else blocks._replace(of=blocks.of[self.index.numpy()])
+
+    def read_bytes(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
+        """Reads bytes (n, h, w, 3); ``augmented`` is (seed, epoch), None for plain."""
+        return self.images.read_bytes(self.index[index], augmented)
+
     def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
         """Reads normalised images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
         return self.images.read(self.index[index], augmented)
+
+
+@dataclass
+class Faults:
+    """What a data set holds and could not be used; nothing is passed over in silence.
+
+    Examples:
+        >>> faults = Faults(left_out=["train/cat/notes.txt"])
+        >>> faults.lines()
+        ['1 file that is no picture was left out: train/cat/notes.txt']
+    """
+
+    unreadable: dict[str, str] = field(default_factory=dict)  # name of a picture -> the reason
+    left_out: list[str] = field(default_factory=list)  # what is no picture, or has no label
+    empty: list[str] = field(default_factory=list)  # classes without a training picture
+
+    def lines(self) -> list[str]:
+        """Tells of each kind how many there are, and names the first ten."""
+        lines = []
+        if self.left_out:
+            what = "file that is no picture was" if len(self.left_out) == 1 else _MANY_LEFT_OUT
+            lines.append(f"{len(self.left_out)} {what} left out: {_first(self.left_out)}")
+        if self.unreadable:
+            what = "picture" if len(self.unreadable) == 1 else "pictures"
+            named = _first(list(self.unreadable.values()))
+            replaced = "replaced by the next of the same class"
+            lines.append(f"{len(self.unreadable)} unreadable {what} {replaced}: {named}")
+        if self.empty:
+            what = "class has" if len(self.empty) == 1 else "classes have"
+            lines.append(f"{len(self.empty)} {what} no training picture: {_first(self.empty)}")
+        return lines
+
+    def facts(self) -> dict[str, Any]:
+        """The same for results: counts, and the first ten of each kind."""
+        kinds = {"unreadable": list(self.unreadable), "left_out": self.left_out}
+        kinds["classes_without_training_picture"] = self.empty
+        return {
+            kind: {"count": len(names), "first": names[:10]}
+            for kind, names in kinds.items()
+            if names
+        }
+
+
+_MANY_LEFT_OUT = "files that are no pictures were"
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
 
 
 @dataclass(frozen=True)
@@ -92,6 +190,7 @@ class Data:
     mean: Sequence[float]
     std: Sequence[float]
     judged_on: str = "test"
+    faults: Faults = field(default_factory=Faults)
 
     def __post_init__(self) -> None:
         for part, images in (("training", self.train), ("test", self.test)):
@@ -139,45 +238,49 @@ def _by_class(target: Tensor, share: float) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def training_batches(
-    images: Images, size: int, seed: int, epoch: int, *, rank: int = 0, ranks: int = 1
-) -> Iterator[Batch]:
-    """Reads one epoch in an order and with an augmentation that depend on (seed, epoch) alone.
+def same_order(data: Sequence[str], teacher: Sequence[str], origin: str = "the teacher") -> None:
+    """Checks that a teacher's answers mean what the labels mean.
 
-    A last, smaller batch is dropped: a cloud of embeddings always has the same number of points.
+    Where either side only counts its classes ("0", "1", ...), their number is all that is compared.
 
     Args:
-        images: What to read.
-        size: Images in a batch.
-        seed: Of the run.
-        epoch: Of the run.
-        rank: Which of several processes this is; each reads other images.
-        ranks: How many processes there are.
+        data: Names of the classes of the data set, in order.
+        teacher: Those that the teacher was trained on.
+        origin: Where the teacher's come from, for the message.
 
     Raises:
-        ValueError: If there are fewer images than a batch needs.
+        ValueError: If they differ; the message tells the first difference.
+
+    Examples:
+        >>> same_order(["cat", "dog"], ["dog", "cat"])
+        Traceback (most recent call last):
+        ValueError: class 0 is 'cat' in the data and 'dog' for the teacher: the same names in ...
     """
-    count = len(images.target)
-    if count < size * ranks:
-        raise ValueError(f"{count} training images are too few for a batch of {size * ranks}")
-    order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(count))
-    own = order[: count - count % (size * ranks)].view(-1, ranks, size)[:, rank]
-    yield from _read_ahead(images, list(own), (seed, epoch))
+    if len(data) != len(teacher):
+        raise ValueError(f"the data have {len(data)} classes, {origin} knows {len(teacher)}")
+    numbers = [str(number) for number in range(len(data))]
+    if numbers in (list(data), list(teacher)):
+        return
+    for number, (here, there) in enumerate(zip(data, teacher, strict=True)):
+        if here != there:
+            hint = ": the same names in another order" if set(data) == set(teacher) else ""
+            raise ValueError(
+                f"class {number} is {here!r} in the data and {there!r} for {origin}{hint}"
+            )
 
 
-def plain_batches(images: Images, size: int) -> Iterator[Batch]:
-    """Reads all images once, in order and as they are."""
-    yield from _read_ahead(images, list(torch.arange(len(images.target)).split(size)), None)
+def refuse_clashes(classes: Sequence[str], where: str) -> None:
+    """Refuses classes whose names differ in nothing but upper and lower case.
 
-
-def _read_ahead(
-    images: Images, indices: list[Tensor], augmented: tuple[int, int] | None
-) -> Iterator[Batch]:
-    """Reads the next batch in a thread while the last one is being worked on."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(images.read, index, augmented) for index in indices[:1]]
-        for here, index in enumerate(indices):
-            pixels = coming.pop().result()
-            if here + 1 < len(indices):
-                coming.append(reader.submit(images.read, indices[here + 1], augmented))
-            yield Batch(pixels, images.target[index], index)
+    Raises:
+        ValueError: If there are such; the message names the first two.
+    """
+    seen: dict[str, str] = {}
+    for name in classes:
+        plain = unicodedata.normalize("NFC", name).casefold()
+        if plain in seen:
+            raise ValueError(
+                f"{where}: the classes {seen[plain]!r} and {name!r} have the same name but for "
+                "upper and lower case or the way accents are written; give them one name"
+            )
+        seen[plain] = name

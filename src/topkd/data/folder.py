@@ -1,125 +1,119 @@
-"""Any tree of pictures with a folder for each class."""
+"""Any tree of pictures with a folder for each class, as ImageNet comes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from topkd.data.augment import draws, normalise
-from topkd.data.base import Data
+from topkd.data.base import Data, Faults, refuse_clashes
+from topkd.data.pictures import EXTENSIONS, MEAN, STD, Frame, Names, OnError, Pictures
 
 if TYPE_CHECKING:
     from PIL import Image
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as pretrained networks use
-
 
 @dataclass(frozen=True)
 class Files:
-    """Pictures that are read from disk when they are needed, several at a time."""
+    """Pictures in files of their own."""
 
-    paths: Sequence[str]
-    target: Tensor  # (images,)
-    size: int  # of the square that networks see
+    paths: Names
 
-    def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
-        """Reads normalised images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
-        plain = [None] * len(index)
-        uniform = plain if augmented is None else draws(*augmented, index, 5).tolist()
-        with ThreadPoolExecutor(os.cpu_count()) as readers:
-            pixels = list(readers.map(self._read_one, index.tolist(), uniform))
-        images = torch.from_numpy(np.stack(pixels))
-        return normalise(images, MEAN, STD)
+    @property
+    def blocks(self) -> None:
+        """None: files can be read in any order."""
 
-    def _read_one(self, index: int, uniform: list[float] | None) -> np.ndarray:
-        from PIL import Image, ImageOps
+    def name(self, index: int) -> str:
+        """The path."""
+        path: str = self.paths[index]
+        return path
+
+    def open(self, index: int) -> Image.Image:
+        """Opens a picture, of any mode."""
+        from PIL import Image
 
         path = self.paths[index]
-        try:
-            with Image.open(path) as opened:
-                picture = _in_color(opened)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: not a readable image: {error}") from error
-        box = _center(picture.size) if uniform is None else _random_box(picture.size, uniform)
-        picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box)
-        if uniform is not None and uniform[4] < 0.5:
-            picture = ImageOps.mirror(picture)
-        return np.asarray(picture)
+        if not os.path.getsize(path):
+            raise OSError("it is empty")
+        return Image.open(path)
 
 
-def folder(*, root: str, size: int = 224) -> Data:
+def folder(
+    *,
+    root: str,
+    size: int = 224,
+    padding: int | None = None,
+    flip: bool = True,
+    mean: tuple[float, float, float] = MEAN,
+    std: tuple[float, float, float] = STD,
+    on_error: OnError = "stop",
+) -> Data:
     """Loads pictures from ``train/<class>/*`` and ``val/<class>/*`` (or ``test/<class>/*``).
 
     In training a random part of each picture, 8 to 100 % of its area at a side ratio of 3/4 to
     4/3, is scaled to the square and mirrored half of the time. Otherwise it is the middle square,
-    7/8 of the shorter side.
+    7/8 of the shorter side. With ``padding``, pictures are scaled to the square as a whole.
 
     Args:
         root: Folder with the two trees.
         size: Pixels on a side of what networks see.
+        padding: Width of the black border that training crops are cut from, for small pictures.
+        flip: Whether pictures may be mirrored in training.
+        mean: By which each channel is normalised, of values in [0, 1].
+        std: By which each channel is normalised.
+        on_error: Whether a training picture that cannot be read stops the work or is replaced by
+            the next of its class. A picture to judge by always stops it.
 
     Raises:
-        FileNotFoundError: If a tree is missing or holds no picture.
-        ValueError: If the classes of the two trees differ.
+        FileNotFoundError: If a tree is missing, or a class holds no picture.
+        ValueError: If the classes of the two trees differ, or two have the same name but for upper
+            and lower case.
 
     References:
         Going Deeper with Convolutions (Szegedy et al., CVPR 2015), for the random part
         https://arxiv.org/abs/1409.4842
     """
-    from torchvision.datasets import folder as torchvision_folder
-
-    top = Path(root).expanduser()
+    top, faults, frame = Path(root).expanduser(), Faults(), Frame(size, padding, flip)
     judge = next((name for name in ("val", "test") if (top / name).is_dir()), "val")
-    parts, names = [], []
-    for part in ("train", judge):
-        tree = top / part
+    trees = [top / "train", top / judge]
+    for tree in trees:
         if not tree.is_dir():
             raise FileNotFoundError(f"{tree} is missing: data.root needs train/ and val/ or test/")
-        classes, number = torchvision_folder.find_classes(str(tree))
-        found = torchvision_folder.make_dataset(
-            str(tree), number, torchvision_folder.IMG_EXTENSIONS, None, False
-        )
-        paths, labels = zip(*found, strict=True)
-        parts.append(Files(paths, torch.tensor(labels), size))
-        names.append(classes)
-    if names[0] != names[1]:
-        odd = sorted(set(names[0]) ^ set(names[1]))
+    classes, judged = (_classes(tree, faults) for tree in trees)
+    if classes != judged:
+        odd = sorted(set(classes) ^ set(judged))
         raise ValueError(f"{root}: train/ and {judge}/ differ in the classes {', '.join(odd)}")
-    return Data(f"folder {top.name}", parts[0], parts[1], names[0], MEAN, STD)
+    parts = [
+        Pictures(*_pictures(tree, classes, faults), frame, mean, std, error, faults)
+        for tree, error in zip(trees, (on_error, "stop"), strict=True)
+    ]
+    return Data(f"folder {top.name}", parts[0], parts[1], classes, mean, std, faults=faults)
 
 
-def _in_color(picture: Image.Image) -> Image.Image:
-    """Converts a picture of any kind to red, green and blue, of eight bits each."""
-    from PIL import Image
-
-    if picture.mode.startswith("I"):  # gray of 16 bits, which PIL would clip
-        return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8)).convert("RGB")
-    if picture.mode == "P":  # a palette, perhaps with a transparent color
-        picture = picture.convert("RGBA")
-    return picture.convert("RGB")
-
-
-def _center(size: tuple[int, int]) -> tuple[float, float, float, float]:
-    width, height = size
-    side = min(size) * 7 / 8
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+def _classes(tree: Path, faults: Faults) -> list[str]:
+    inside = sorted(os.scandir(tree), key=lambda entry: entry.name)
+    faults.left_out += [entry.path for entry in inside if not entry.is_dir()]
+    classes = [entry.name for entry in inside if entry.is_dir()]
+    if not classes:
+        raise FileNotFoundError(f"{tree} holds no folder; it needs one for each class")
+    refuse_clashes(classes, str(tree))
+    return classes
 
 
-def _random_box(size: tuple[int, int], uniform: list[float]) -> tuple[float, float, float, float]:
-    """Chooses a part of a picture by area, side ratio and place; it never leaves the picture."""
-    width, height = size
-    area = (0.08 + 0.92 * uniform[0]) * width * height
-    ratio = (3 / 4) * (16 / 9) ** uniform[1]  # log-uniform from 3/4 to 4/3
-    box_width = min(width, (area * ratio) ** 0.5)
-    box_height = min(height, (area / ratio) ** 0.5)
-    left, top = uniform[2] * (width - box_width), uniform[3] * (height - box_height)
-    return left, top, left + box_width, top + box_height
+def _pictures(tree: Path, classes: list[str], faults: Faults) -> tuple[Files, torch.Tensor]:
+    paths: list[str] = []
+    target: list[int] = []
+    for label, name in enumerate(classes):
+        for place, _, files in sorted(os.walk(tree / name, followlinks=True)):
+            for file in sorted(files):
+                known = file.lower().endswith(EXTENSIONS)
+                (paths if known else faults.left_out).append(os.path.join(place, file))
+        if len(paths) == len(target):
+            raise FileNotFoundError(
+                f"{tree / name} holds no picture; files that end in {', '.join(EXTENSIONS)} are"
+            )
+        target += [label] * (len(paths) - len(target))
+    return Files(Names(paths)), torch.tensor(target)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from topkd.features import Batch, Features, Tapped, Teacher
 from topkd.progress import Progress
+from topkd.recipe import Taps
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Source:
     teacher_hash: str  # of its weights
     folder: Path  # where to keep what was learnt
     progress: Progress
+    taps: Taps = Taps()  # in place of those of the networks, if the term has its own
 
     @property
     def images(self) -> int:
@@ -37,6 +39,7 @@ class Loss(nn.Module, ABC):
     """A distance from what a student makes of a batch to what its teacher makes of it."""
 
     needs_teacher = True
+    replaces_classifier = False  # makes sense only where the student has its teacher's classifier
     reads_maps = False  # feature maps or pre-activations, which otherwise are not kept for it
 
     @classmethod

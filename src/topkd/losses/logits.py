@@ -1,5 +1,7 @@
 """Losses on the logits."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -7,8 +9,44 @@ from topkd.features import Batch, Features
 from topkd.losses.base import Loss
 
 
+def positive(name: str, value: float) -> float:
+    """Passes on an option that must be above 0 and finite.
+
+    Raises:
+        ValueError: If it is not; the message names the option.
+    """
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return value
+
+
+def not_negative(name: str, value: float) -> float:
+    """Passes on an option that must be 0 or above, and finite.
+
+    Raises:
+        ValueError: If it is not; the message names the option.
+    """
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value
+
+
+def check_logits(student: Tensor, teacher: Tensor) -> None:
+    """Checks that both networks know the same classes of the same images.
+
+    Raises:
+        ValueError: If the logits differ in shape.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"logits differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
+        )
+
+
 class CrossEntropy(Loss):
     """Cross-entropy of the student's logits with the labels; needs no teacher.
+
+    Of mixed images it takes the mixed labels.
 
     Args:
         label_smoothing: Share of the target that is spread over all classes.
@@ -27,10 +65,38 @@ class CrossEntropy(Loss):
         self.label_smoothing = label_smoothing
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        return F.cross_entropy(student.logits, batch.target, label_smoothing=self.label_smoothing)
+        target = batch.target if batch.soft is None else batch.soft.to(student.logits.dtype)
+        return F.cross_entropy(student.logits, target, label_smoothing=self.label_smoothing)
 
 
-def distillation(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
+def standardised(logits: Tensor) -> Tensor:
+    r"""Gives the logits of every image mean 0 and deviation 1.
+
+    .. math:: \hat z = \frac{z - \mathrm{mean}(z)}{\mathrm{std}(z) + 10^{-7}}
+
+    with the unbiased deviation over the classes. A loss of these asks a student for the order and
+    the proportions of its teacher's logits, and leaves it their range.
+
+    Args:
+        logits: (n, classes).
+
+    Returns:
+        (n, classes).
+
+    References:
+        Logit Standardization in Knowledge Distillation (Sun et al., CVPR 2024)
+        https://arxiv.org/abs/2403.01427
+
+    Examples:
+        >>> import torch
+        >>> standardised(torch.tensor([[1.0, 2.0, 3.0], [10.0, 30.0, 50.0]]))
+        tensor([[-1.0000,  0.0000,  1.0000],
+                [-1.0000,  0.0000,  1.0000]])
+    """
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+
+
+def distillation(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 4.0) -> Tensor:
     r"""Compares the softened predictions of two networks.
 
     .. math:: \frac{T^2}{n} \sum_i \mathrm{KL}\big(p^{t}_{i} \,\|\, p^{s}_{i}\big),
@@ -57,10 +123,7 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) 
         >>> distillation(logits + 5, logits).abs().item() < 1e-6  # it sees only differences
         True
     """
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"logits differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
-        )
+    check_logits(student, teacher)
     log_s, log_t = ((z / temperature).log_softmax(1) for z in (student, teacher))
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
@@ -70,17 +133,205 @@ class Distillation(Loss):
 
     Args:
         temperature: T; the greater, the more the unlikely classes count.
+        standardise: Whether to compare :func:`standardised` logits; published with T = 2 and
+            weight 9 beside 0.1 of cross-entropy.
 
     References:
         Distilling the Knowledge in a Neural Network (Hinton et al., 2014)
         https://arxiv.org/abs/1503.02531
+        Logit Standardization in Knowledge Distillation (Sun et al., CVPR 2024)
+        https://arxiv.org/abs/2403.01427
     """
 
-    def __init__(self, *, temperature: float = 4.0) -> None:
+    def __init__(self, *, temperature: float = 4.0, standardise: bool = False) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
-        self.temperature = temperature
+        self.temperature = positive("temperature", temperature)
+        self.standardise = standardise
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        return distillation(student.logits, teacher.logits, temperature=self.temperature)
+        logits = student.logits, teacher.logits
+        s, t = map(standardised, logits) if self.standardise else logits
+        return distillation(s, t, temperature=self.temperature)
+
+
+def correlation_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    damping: float = 1e-8,
+) -> Tensor:
+    r"""Compares predictions up to shift and scale, within every image and within every class.
+
+    .. math:: T^2 \Big[ \beta \Big(1 - \frac{1}{n} \sum_i \rho(p^s_{i \cdot}, p^t_{i \cdot})\Big)
+        + \gamma \Big(1 - \frac{1}{c} \sum_j \rho(p^s_{\cdot j}, p^t_{\cdot j})\Big) \Big]
+
+    where :math:`\rho` is Pearson's correlation and :math:`p = \mathrm{softmax}(z / T)`.
+
+    The code of the authors and all that follow it add 1e-8 to the product of the two lengths that
+    :math:`\rho` divides by. That is followed: it takes weight from classes that no image of the
+    batch resembles, and it lets a student lose a little that equals its teacher.
+
+    Args:
+        student: Logits :math:`z^s`, (n, classes).
+        teacher: Logits :math:`z^t`, (n, classes).
+        beta: Weight of the images, or inter-class relation.
+        gamma: Weight of the classes, or intra-class relation.
+        temperature: T; the code of the authors has none, re-implementations do.
+        damping: What is added to the product of the lengths; 0 is the formula of the paper.
+
+    Returns:
+        The loss, a scalar. What does not vary correlates with nothing.
+
+    Raises:
+        ValueError: If the logits differ in shape.
+
+    References:
+        Knowledge Distillation from A Stronger Teacher (Huang et al., NeurIPS 2022)
+        https://arxiv.org/abs/2205.10536
+
+    Examples:
+        >>> import torch
+        >>> logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 4.0, 1.0]])
+        >>> fainter = (0.5 * logits.softmax(1) + 0.5 / 3).log()  # half of it is a blind guess
+        >>> correlation_distillation(fainter, logits).abs().item() < 1e-5
+        True
+    """
+    check_logits(student, teacher)
+    s, t = ((z / temperature).softmax(1) for z in (student, teacher))
+    images, classes = _correlation(s, t, damping), _correlation(s.T, t.T, damping)
+    return temperature**2 * (beta * (1 - images.mean()) + gamma * (1 - classes.mean()))
+
+
+def _correlation(first: Tensor, second: Tensor, damping: float) -> Tensor:
+    """Computes Pearson's correlation of every two rows, (rows,)."""
+    a, b = (x - x.mean(1, keepdim=True) for x in (first, second))
+    lengths = a.norm(dim=1) * b.norm(dim=1)
+    # Below this, gradients would overflow; a row that is constant must not give NaN.
+    varies = lengths > 1e-18
+    return (a * b).sum(1) / (lengths + damping).where(varies, lengths.new_ones(()))
+
+
+class CorrelationDistillation(Loss):
+    """:func:`correlation_distillation` of the logits, DIST.
+
+    Args:
+        beta: Weight of the images.
+        gamma: Weight of the classes.
+        temperature: T.
+        damping: Takes weight from classes that no image resembles; 0 is the paper's formula.
+
+    References:
+        Knowledge Distillation from A Stronger Teacher (Huang et al., NeurIPS 2022)
+        https://arxiv.org/abs/2205.10536
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        temperature: float = 1.0,
+        damping: float = 1e-8,
+    ) -> None:
+        super().__init__()
+        self.beta, self.gamma = not_negative("beta", beta), not_negative("gamma", gamma)
+        self.temperature = positive("temperature", temperature)
+        self.damping = not_negative("damping", damping)
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
+        return correlation_distillation(
+            student.logits,
+            teacher.logits,
+            beta=self.beta,
+            gamma=self.gamma,
+            temperature=self.temperature,
+            damping=self.damping,
+        )
+
+
+def transformed_teacher_matching(
+    student: Tensor, teacher: Tensor, *, exponent: float = 0.1, weighted: bool = False
+) -> Tensor:
+    r"""Compares the student's own prediction with the softened one of the teacher.
+
+    .. math:: \frac{1}{n} \sum_i u_i\, \mathrm{KL}\big(q_i \,\|\, p^s_i\big),
+        \qquad q_i = \frac{(p^t_i)^\kappa}{\sum_j (p^t_{ij})^\kappa}
+
+    with :math:`u_i = 1`, or weighted :math:`u_i = \sum_j (p^t_{ij})^\kappa`: images of which the
+    teacher is less sure count more. All p are softmax at temperature 1.
+
+    Args:
+        student: Logits, (n, classes).
+        teacher: Logits, (n, classes).
+        exponent: :math:`\kappa`, one over the temperature of the teacher.
+        weighted: Whether images weigh differently.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: If the logits differ in shape.
+
+    References:
+        Knowledge Distillation Based on Transformed Teacher Matching (Zheng & Yang, ICLR 2024)
+        https://arxiv.org/abs/2402.11148
+
+    Examples:
+        >>> import torch
+        >>> teacher = torch.tensor([[0.0, 10.0, 20.0]])
+        >>> transformed_teacher_matching(teacher / 10, teacher).item() < 1e-6  # exactly as soft
+        True
+    """
+    check_logits(student, teacher)
+    log_power = exponent * teacher.log_softmax(1)
+    log_weight = log_power.logsumexp(1, keepdim=True)
+    log_s, log_q = student.log_softmax(1), log_power - log_weight
+    divergence = F.kl_div(log_s, log_q, reduction="none", log_target=True).sum(1)
+    return (log_weight[:, 0].exp() * divergence if weighted else divergence).mean()
+
+
+class TransformedTeacherMatching(Loss):
+    """:func:`transformed_teacher_matching` of the logits, TTM.
+
+    Published with weight 45 for vgg13 to vgg8; the temperature has no square in front.
+
+    Args:
+        exponent: One over the temperature of the teacher.
+
+    References:
+        Knowledge Distillation Based on Transformed Teacher Matching (Zheng & Yang, ICLR 2024)
+        https://arxiv.org/abs/2402.11148
+    """
+
+    def __init__(self, *, exponent: float = 0.1) -> None:
+        super().__init__()
+        self.exponent = positive("exponent", exponent)
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
+        return transformed_teacher_matching(student.logits, teacher.logits, exponent=self.exponent)
+
+
+class WeightedTransformedTeacherMatching(Loss):
+    """:func:`transformed_teacher_matching` in which images weigh differently, WTTM.
+
+    Published with weight 4 beside CRD with 0.8.
+
+    Args:
+        exponent: One over the temperature of the teacher.
+
+    References:
+        Knowledge Distillation Based on Transformed Teacher Matching (Zheng & Yang, ICLR 2024)
+        https://arxiv.org/abs/2402.11148
+    """
+
+    def __init__(self, *, exponent: float = 0.2) -> None:
+        super().__init__()
+        self.exponent = positive("exponent", exponent)
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
+        return transformed_teacher_matching(
+            student.logits, teacher.logits, exponent=self.exponent, weighted=True
+        )

@@ -19,6 +19,7 @@ from topkd.topology.distancenet import DistanceNet
 from topkd.topology.rips import rips
 from topkd.topology.ripsnet import Pooling, RipsNet
 from topkd.topology.stored import Vectorisation, from_json, to_json
+from topkd.topology.units import Unit, length_unit
 
 Approximator = RipsNet | DistanceNet
 Name = Literal["ripsnet", "distancenet"]
@@ -32,10 +33,21 @@ class Exact:
 
     vectorisation: Vectorisation
     dimension: int = 0
+    unit: Unit = "none"
+    """Of all lengths, before any of the vectorisation's own: a statistic of the deaths of H0, which
+    loops, few as they are, are better told in."""
 
     def __call__(self, points: Tensor) -> Tensor:
         """Describes one cloud (n, d) or several (clouds, n, d)."""
-        return self.vectorisation(rips(points, max_dim=self.dimension).of(self.dimension))
+        diagrams = rips(points, max_dim=self.dimension)
+        if self.unit != "none":
+            diagrams = diagrams.scaled(1 / length_unit(diagrams.of(0), self.unit))
+        return self.vectorisation(diagrams.of(self.dimension))
+
+    @property
+    def sees_scale(self) -> bool:
+        """Whether a cloud and a larger copy of it differ."""
+        return self.unit == self.vectorisation.unit == "none"
 
 
 @dataclass(frozen=True)
@@ -101,8 +113,7 @@ class Training:
             return RipsNet(width, outputs, pooling=self.pooling or "mean")
         if self.pooling is not None:
             raise ValueError(f"pooling is an option of ripsnet; {network} has no choice")
-        sees_scale = exact.vectorisation.unit == "none"
-        built = DistanceNet(outputs, neighbours=min(16, n - 1), sees_scale=sees_scale)
+        built = DistanceNet(outputs, neighbours=min(16, n - 1), sees_scale=exact.sees_scale)
         built.standardise(clouds, exact(clouds))
         return built
 
@@ -142,8 +153,10 @@ def train(
     Returns:
         The network, in eval mode and without gradients.
     """
-    torch.manual_seed(seed)
-    built, truth = training.build(network, stream(1), exact), exact(held_out)
+    clouds, truth = stream(1), exact(held_out)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = training.build(network, clouds, exact)
     optimizer = torch.optim.Adamax(built.parameters())
     best, best_error, best_epoch, first = copy.deepcopy(built.state_dict()), math.inf, 0, 1
     if state is not None:
@@ -237,6 +250,7 @@ class Approximation:
             "settings": self.network.settings,
             "vectorisation": to_json(self.exact.vectorisation),
             "dimension": self.exact.dimension,
+            "unit": self.exact.unit,
             "cloud_size": self.cloud_size,
             "width": self.width,
             "teacher": self.teacher,
@@ -255,7 +269,8 @@ class Approximation:
             size = int.from_bytes(content[:8], "little")
             header = json.loads(content[8 : 8 + size])
             about = json.loads(header["__metadata__"]["approximation"])
-            exact = Exact(from_json(about["vectorisation"]), about["dimension"])
+            vectorisation = from_json(about["vectorisation"])
+            exact = Exact(vectorisation, about["dimension"], about.get("unit", "none"))
             network = NETWORKS[about["network"]](**about["settings"])
             network.load_state_dict(load(content))
             judged = Fidelity(**about["fidelity"])

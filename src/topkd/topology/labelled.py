@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from topkd.topology import _ultrametric
+from topkd.topology.lengths import edge_lengths
 from topkd.topology.paired import Unit, distances_of, paired
 from topkd.topology.rips import rips
 
@@ -34,7 +35,7 @@ def edge_matching(
     teacher_unit: Unit | None = None,
     detach_unit: bool = False,
     symmetric: bool = True,
-    edges: Edges = "tree",
+    edges: Edges | Tensor = "tree",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""Compares the lengths of the edges of both spanning trees, edge by edge.
@@ -56,8 +57,9 @@ def edge_matching(
         teacher_unit: The teacher's, if it is another.
         detach_unit: Whether units count as constants.
         symmetric: Whether the second sum is there, over the edges of the student's tree.
-        edges: ``random`` is the control: each sum is then over n - 1 pairs of different points,
-            drawn uniformly and with replacement, instead of a tree.
+        edges: ``random`` is a control: each sum is then over n - 1 pairs of different points,
+            drawn uniformly and with replacement, instead of a tree. So are edges that are given,
+            (k, 2) or (clouds, k, 2): both sums are over these.
         generator: What draws them; the global one of torch, if not told.
 
     Returns:
@@ -78,13 +80,15 @@ def edge_matching(
         >>> edge_matching(points.flip(0), points).item() > 0.1  # but which point is which
         True
     """
-    if edges not in get_args(Edges):
+    if not isinstance(edges, Tensor) and edges not in get_args(Edges):
         raise ValueError(f"edges are one of {', '.join(get_args(Edges))}; got {edges!r}")
     pair = paired(student, teacher, unit, teacher_unit or unit, detach_unit)
     clouds, n, _ = pair.student.shape
     total = pair.student.new_zeros(clouds)
     for chosen_by in (pair.teacher, pair.student) if symmetric else (pair.teacher,):
-        if edges == "tree":
+        if isinstance(edges, Tensor):
+            chosen = edges.expand(clouds, -1, -1)
+        elif edges == "tree":
             chosen = rips(chosen_by.detach()).death_edges
         else:
             chosen = _random_edges(clouds, n, chosen_by.device, generator)
@@ -98,6 +102,7 @@ def rtd_lite(
     *,
     unit: Unit = "quantile",
     detach_unit: bool = False,
+    edges: Tensor | None = None,
 ) -> Tensor:
     r"""Compares at which lengths the same clusters form, by the weights of three spanning trees.
 
@@ -116,6 +121,8 @@ def rtd_lite(
         teacher: Points, as many; their width may differ.
         unit: What lengths are divided by, see :mod:`topkd.topology.paired`.
         detach_unit: Whether units count as constants.
+        edges: Of a tree that stands in for all three, as a control, (n - 1, 2) or (clouds, n - 1,
+            2); the loss is then half the sum of the differences of their lengths.
 
     Returns:
         One number for each cloud, (clouds); a scalar for a single cloud.
@@ -137,6 +144,9 @@ def rtd_lite(
         tensor(1.)
     """
     pair = paired(student, teacher, unit, unit, detach_unit)
+    if edges is not None:
+        ours, theirs = pair.lengths(edges.expand(len(pair.student), -1, -1))
+        return pair.result((ours - theirs).abs().sum(1) / 2)
     least = torch.minimum(
         distances_of(pair.student) / pair.student_unit.detach()[..., None],
         distances_of(pair.teacher) / pair.teacher_unit.detach()[..., None],
@@ -149,7 +159,7 @@ def rtd_lite(
     return pair.result(gap.sum(1).clamp(min=0))  # nothing but rounding makes it negative
 
 
-def single_linkage(points: Tensor) -> Tensor:
+def single_linkage(points: Tensor, *, edges: Tensor | None = None) -> Tensor:
     r"""Computes at which length any two points fall into one cluster of single linkage.
 
     .. math:: U_{uv} = \min_{\text{paths from } u \text{ to } v} \; \max_{\text{edges } e} D[e]
@@ -160,6 +170,8 @@ def single_linkage(points: Tensor) -> Tensor:
 
     Args:
         points: (n, d) or (clouds, n, d).
+        edges: Of a tree that stands in for the minimum spanning tree, as a control, (n - 1, 2) or
+            (clouds, n - 1, 2).
 
     Returns:
         (n (n - 1) / 2) or (clouds, n (n - 1) / 2), pairs u < v in the order of scipy's ``pdist``.
@@ -175,10 +187,16 @@ def single_linkage(points: Tensor) -> Tensor:
         >>> single_linkage(torch.tensor([[0.0], [1.0], [3.0]]))  # of 0 and 1, 0 and 2, 1 and 2
         tensor([1., 2., 2.])
     """
-    tree = rips(points)
-    edges = tree.death_edges[None] if points.ndim == 2 else tree.death_edges
-    index = attaining_edges(edges)
-    return tree.deaths.gather(-1, index[0] if points.ndim == 2 else index)
+    clouds = points[None] if points.ndim == 2 else points
+    if edges is None:
+        tree = rips(clouds)
+        edges, lengths = tree.death_edges, tree.deaths
+    else:
+        edges = edges.expand(len(clouds), -1, -1)
+        lengths, order = edge_lengths(clouds, edges).sort(-1)
+        edges = edges.gather(1, order[..., None].expand_as(edges))
+    heights = lengths.gather(-1, attaining_edges(edges))
+    return heights[0] if points.ndim == 2 else heights
 
 
 def ultrametric(
@@ -188,6 +206,7 @@ def ultrametric(
     order: float = 1.0,
     unit: Unit = "mean",
     detach_unit: bool = False,
+    edges: Tensor | None = None,
 ) -> Tensor:
     r"""Compares at which lengths any two points fall into one cluster of single linkage.
 
@@ -204,6 +223,7 @@ def ultrametric(
         order: The exponent p, at least 1.
         unit: What lengths are divided by, see :mod:`topkd.topology.paired`.
         detach_unit: Whether units count as constants.
+        edges: Of a tree that stands in for both, as a control, see :func:`single_linkage`.
 
     Returns:
         One number for each cloud, (clouds); a scalar for a single cloud.
@@ -226,8 +246,8 @@ def ultrametric(
     if not 1 <= order < math.inf:
         raise ValueError(f"the order is a finite number of at least 1, got {order}")
     pair = paired(student, teacher, unit, unit, detach_unit)
-    ours = single_linkage(pair.student) / pair.student_unit
-    theirs = single_linkage(pair.teacher) / pair.teacher_unit
+    ours = single_linkage(pair.student, edges=edges) / pair.student_unit
+    theirs = single_linkage(pair.teacher, edges=edges) / pair.teacher_unit
     gap = (ours - theirs).abs().pow(order)
     return pair.result(gap.sum(1) / max(gap.shape[1], 1))
 

@@ -1,0 +1,312 @@
+"""Stronger augmentation of any images: RandAugment, mixup, CutMix, and two views of each.
+
+Nothing here draws from torch's generator. It belongs to the networks, which drop out by it in
+another thread at the same time: every number is a hash of (seed, epoch, index) instead.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from topkd.data.augment import draws, normalise
+from topkd.data.base import Blocks, Data, Faults, Images
+from topkd.data.pictures import in_threads
+from topkd.features import Batch
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_BEFORE = 5  # numbers of an image that its crop and mirror take
+STRONG = (2, 10)  # operations and magnitude of the second view, as FixMatch has them
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images after the random crop and mirror of their source.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    randaugment: tuple[int, int] | None = None  # operations of each image; magnitude, 0 to 30
+    mixup: float = 0.0  # alpha of the Beta distribution; 0 for none
+    cutmix: float = 0.0
+    views: int = 1
+
+    def __post_init__(self) -> None:
+        if self.randaugment is not None:
+            operations, magnitude = self.randaugment
+            if operations < 1 or not 0 <= magnitude <= 30:
+                raise ValueError(
+                    "randaugment needs one operation or more and a magnitude from 0 to 30, "
+                    f"got {operations} and {magnitude}"
+                )
+        if self.mixup < 0 or self.cutmix < 0 or self.views not in (1, 2):
+            raise ValueError(
+                "mixup and cutmix must be 0 or more and views 1 or 2, "
+                f"got {self.mixup}, {self.cutmix} and {self.views}"
+            )
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """Images that are augmented strongly when they are read for training.
+
+    With one view, RandAugment changes each image. With two, a batch holds every image twice: first
+    all as the crop and the mirror left them, then the same ones after RandAugment (2 operations of
+    magnitude 10 if not told) and with a square erased.
+    """
+
+    images: Images
+    augmentation: Augmentation
+    classes: int
+    workers: int = 0  # processes that read; 0 for threads
+    faults: Faults = field(default_factory=Faults)
+
+    @property
+    def target(self) -> Tensor:
+        """(images,)."""
+        return self.images.target
+
+    @property
+    def mean(self) -> Sequence[float]:
+        """Of each channel."""
+        return self.images.mean
+
+    @property
+    def std(self) -> Sequence[float]:
+        """Of each channel."""
+        return self.images.std
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """Those of the images."""
+        return self.images.blocks
+
+    def read_bytes(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
+        """Reads bytes (n, h, w, 3) before the stronger augmentation."""
+        return self.images.read_bytes(index, augmented)
+
+    def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
+        """Reads normalised images; ``augmented`` is (seed, epoch), None for plain."""
+        if augmented is None:
+            return self.images.read(index, None)
+        return self.batch(index, augmented).images
+
+    def batch(self, index: Tensor, augmented: tuple[int, int]) -> Batch:
+        """Reads images (views n, 3, h, w), which depend on (seed, epoch) and ``index`` alone."""
+        settings = self.augmentation
+        pixels = self.images.read_bytes(index, augmented)
+        operations, magnitude = settings.randaugment or STRONG
+        uniform = draws(*augmented, index, _BEFORE + 2 + 2 * operations)[:, _BEFORE:]
+        if settings.views == 2:
+            strong = _randaugmented(pixels, uniform[:, 2:], magnitude)
+            images = normalise(torch.cat([pixels, strong]), self.mean, self.std)
+            erase(images[len(index) :], uniform[:, :2])
+        else:
+            if settings.randaugment is not None:
+                pixels = _randaugmented(pixels, uniform[:, 2:], magnitude)
+            images = normalise(pixels, self.mean, self.std)
+        target = self.target[index].repeat(settings.views)
+        soft = None
+        if settings.mixup or settings.cutmix:
+            generator = np.random.default_rng((*augmented, *index.tolist()))
+            images, soft = self._mixed(images, target, generator)
+        return Batch(images, target, index.repeat(settings.views), soft)
+
+    def _mixed(
+        self, images: Tensor, target: Tensor, generator: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Mixes each image with the one before it in its view, a batch in one way."""
+        mixup, cutmix = self.augmentation.mixup, self.augmentation.cutmix
+        cut = cutmix > 0 and (mixup == 0 or generator.random() < 0.5)
+        alpha = cutmix if cut else mixup
+        share = float(generator.beta(alpha, alpha))
+        place = tuple(generator.random(2).tolist())
+        height, width = images.shape[2:]
+        own = cut_box(height, width, share, place) if cut else torch.tensor(max(share, 1 - share))
+        partner = torch.arange(len(images)).view(self.augmentation.views, -1).roll(1, 1).flatten()
+        mixed = images * own + images[partner] * (1 - own)
+        labels, counts = F.one_hot(target, self.classes).float(), own.mean()
+        soft = labels * counts + labels[partner] * (1 - counts)
+        return mixed.contiguous(memory_format=torch.channels_last), soft
+
+
+def with_augmentation(data: Data, augmentation: Augmentation, workers: int | None = None) -> Data:
+    """Augments the training images of a data set.
+
+    Args:
+        data: Any.
+        augmentation: How; the default does nothing.
+        workers: Processes that read; 0 for threads of this one; None to choose.
+    """
+    by_python = augmentation.randaugment is not None or augmentation.views == 2
+    if workers is None:
+        # RandAugment is Python between many small steps: threads wait for each other there. With
+        # two or three cores a process for it takes away what the training itself needs.
+        workers = min(8, _cores() - 1) if by_python and _cores() >= 4 else 0
+    if augmentation == Augmentation() and not workers:
+        return data
+    count = len(data.classes)
+    return replace(
+        data, train=Augmented(data.train, augmentation, count, workers, faults=data.faults)
+    )
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _randaugmented(pixels: Tensor, uniform: Tensor, magnitude: int) -> Tensor:
+    """RandAugment of every image of a batch (n, h, w, 3)."""
+    from PIL import Image
+
+    def one(image: np.ndarray, numbers: list[float]) -> np.ndarray:
+        return np.asarray(randaugment(Image.fromarray(image), numbers, magnitude=magnitude))
+
+    return torch.from_numpy(np.stack(in_threads(one, pixels.numpy(), uniform.tolist())))
+
+
+def randaugment(picture: Image.Image, uniform: Sequence[float], *, magnitude: int) -> Image.Image:
+    """Changes a picture by operations of one strength that are chosen at random.
+
+    The operations are those of torchvision and as strong as there, of 31 magnitudes; what comes
+    from outside the picture is black.
+
+    Args:
+        picture: In colors.
+        uniform: Two numbers in [0, 1) for each operation: which, and in which direction.
+        magnitude: 0 to 30.
+
+    References:
+        RandAugment: Practical automated data augmentation with a reduced search space
+        (Cubuk et al., NeurIPS 2020) https://arxiv.org/abs/1909.13719
+
+    Examples:
+        >>> from PIL import Image
+        >>> picture = Image.new("RGB", (8, 8), "red")
+        >>> randaugment(picture, [0.0, 0.9], magnitude=10) == picture  # the first is no change
+        True
+    """
+    for choice, direction in zip(uniform[::2], uniform[1::2], strict=True):
+        operation = OPERATIONS[int(choice * len(OPERATIONS))]
+        picture = _changed(picture, operation, magnitude, 1 if direction > 0.5 else -1)
+    return picture
+
+
+OPERATIONS = (
+    "identity", "shear x", "shear y", "translate x", "translate y", "rotate", "brightness",
+    "color", "contrast", "sharpness", "posterize", "solarize", "autocontrast", "equalize",
+)  # fmt: skip
+
+
+def _changed(picture: Image.Image, operation: str, magnitude: int, sign: int) -> Image.Image:
+    """Carries out one operation."""
+    from torchvision.transforms.v2 import functional
+
+    strength = magnitude / 30
+    slant = math.degrees(math.atan(sign * 0.3 * strength))
+    shift = sign * 150 / 331 * strength
+    factor = 1 + sign * 0.9 * strength
+    match operation:
+        case "shear x":
+            return functional.affine(picture, 0, [0, 0], 1, [slant, 0], center=[0, 0])
+        case "shear y":
+            return functional.affine(picture, 0, [0, 0], 1, [0, slant], center=[0, 0])
+        case "translate x":
+            return functional.affine(picture, 0, [int(shift * picture.width), 0], 1, [0, 0])
+        case "translate y":
+            return functional.affine(picture, 0, [0, int(shift * picture.height)], 1, [0, 0])
+        case "rotate":
+            return functional.rotate(picture, sign * 30 * strength)
+        case "brightness":
+            return functional.adjust_brightness(picture, factor)
+        case "color":
+            return functional.adjust_saturation(picture, factor)
+        case "contrast":
+            return functional.adjust_contrast(picture, factor)
+        case "sharpness":
+            return functional.adjust_sharpness(picture, factor)
+        case "posterize":
+            return functional.posterize(picture, 8 - round(4 * strength))
+        case "solarize":
+            # As torchvision rounds it: on that it depends whether a color at the bound changes.
+            bound = torch.linspace(1.0, 0.0, 31)[magnitude].item()
+            return functional.solarize(picture, 255 * bound)
+        case "autocontrast":
+            return functional.autocontrast(picture)
+        case "equalize":
+            return functional.equalize(picture)
+    return picture
+
+
+def erase(images: Tensor, uniform: Tensor) -> None:
+    """Sets a square of each image to the mean color, in place.
+
+    The square is half as high as the image; its middle lies anywhere in the image, so that a part
+    of it may lie outside.
+
+    Args:
+        images: Normalised, (n, 3, h, w).
+        uniform: Two numbers in [0, 1) for each, (n, 2): where the middle is, down and across.
+
+    References:
+        Improved Regularization of Convolutional Neural Networks with Cutout (DeVries & Taylor,
+        2017) https://arxiv.org/abs/1708.04552
+        FixMatch (Sohn et al., NeurIPS 2020), for the size https://arxiv.org/abs/2001.07685
+    """
+    height, width = images.shape[2:]
+    half = height // 4
+    middle = (uniform * torch.tensor([height, width])).long()
+    down, across = (
+        (torch.arange(side) >= place - half) & (torch.arange(side) < place + half)
+        for side, place in zip((height, width), middle.split(1, dim=1), strict=True)
+    )
+    images.masked_fill_((down[:, :, None] & across[:, None, :])[:, None], 0.0)
+
+
+def cut_box(height: int, width: int, share: float, place: Sequence[float]) -> Tensor:
+    """Chooses the box of CutMix: which pixels an image keeps, at least half of them.
+
+    The paper pastes a box of another image into an image. Where the box is more than half of it,
+    the other image is what counts: here the two change places then, so that the label that counts
+    most is always the image's own. The mixed images are the same.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        share: Of the area outside the box, before it is cut off at the border.
+        place: Of its middle, down and across, each in [0, 1).
+
+    Returns:
+        1 where the image keeps its own pixels and 0 elsewhere, (h, w).
+
+    References:
+        CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features
+        (Yun et al., ICCV 2019) https://arxiv.org/abs/1905.04899
+        mixup: Beyond Empirical Risk Minimization (Zhang et al., ICLR 2018)
+        https://arxiv.org/abs/1710.09412
+
+    Examples:
+        >>> cut_box(4, 4, 0.75, (0.5, 0.5)).mean().item()  # a box of 2 x 2 in the middle
+        0.75
+    """
+    own = torch.ones(height, width)
+    extent = 0.5 * math.sqrt(1 - share)
+    rows, columns = (
+        slice(max(0, int(p * side) - int(extent * side)), int(p * side) + int(extent * side))
+        for p, side in zip(place, (height, width), strict=True)
+    )
+    own[rows, columns] = 0
+    return own if own.mean() >= 0.5 else 1 - own

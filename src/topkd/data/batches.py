@@ -1,0 +1,146 @@
+"""How images become batches: in which order, and read by whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from topkd.data.augmented import Augmented
+from topkd.data.base import Images
+from topkd.features import Batch
+
+
+def training_batches(
+    images: Images,
+    size: int,
+    seed: int,
+    epoch: int,
+    *,
+    augmentation_seed: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[Batch]:
+    """Reads one epoch in an order and with an augmentation that depend on (seed, epoch) alone.
+
+    A last, smaller batch is dropped: a cloud of embeddings always has the same number of points.
+
+    Args:
+        images: What to read.
+        size: Images in a batch; with two views of each, a batch holds twice as many.
+        seed: Of the run.
+        epoch: Of the run.
+        augmentation_seed: Of what is done to images, if not ``seed``; the order remains its own.
+        rank: Which of several processes this is; each reads other images.
+        ranks: How many processes there are.
+
+    Raises:
+        ValueError: If there are fewer images than a batch needs, or one cannot be read.
+    """
+    count = len(images.target)
+    if count < size * ranks:
+        raise ValueError(f"{count} training images are too few for a batch of {size * ranks}")
+    order = torch.from_numpy(shuffled(images, seed, epoch))
+    own = order[: count - count % (size * ranks)].view(-1, ranks, size)[:, rank]
+    drawn = seed if augmentation_seed is None else augmentation_seed
+    yield from _read_ahead(images, list(own), (drawn, epoch))
+
+
+def plain_batches(images: Images, size: int) -> Iterator[Batch]:
+    """Reads all images once, in order and as they are.
+
+    Raises:
+        ValueError: If one cannot be read.
+    """
+    yield from _read_ahead(images, list(torch.arange(len(images.target)).split(size)), None)
+
+
+def shuffled(images: Images, seed: int, epoch: int) -> np.ndarray:
+    r"""Puts images in an order that depends on (seed, epoch) alone.
+
+    Where storage is read block by block, the blocks come in random order, one after another, and
+    each image moves back by up to ``buffer`` places: image :math:`i` of a block that begins at
+    place :math:`b` is sorted by :math:`b + u_i \cdot \mathrm{buffer}`, with :math:`u_i` uniform in
+    [0, 1). So there are never more than about ``buffer`` images in memory, and no pause while the
+    next blocks are read. A set no larger than the buffer is shuffled as a whole.
+
+    Returns:
+        Every index once, (images,).
+    """
+    count, blocks = len(images.target), images.blocks
+    generator = np.random.default_rng((seed, epoch))
+    if blocks is None or count <= blocks.buffer:
+        return generator.permutation(count)
+    _, block, sizes = np.unique(blocks.of, return_inverse=True, return_counts=True)
+    order = generator.permutation(len(sizes))
+    begin = np.empty(len(sizes))
+    begin[order] = np.cumsum(sizes[order]) - sizes[order]
+    return np.argsort(begin[block] + generator.random(count) * blocks.buffer, kind="stable")
+
+
+def _read_ahead(
+    images: Images, indices: list[Tensor], augmented: tuple[int, int] | None
+) -> Iterator[Batch]:
+    """Reads the next batches while the last one is being worked on."""
+    if isinstance(images, Augmented) and images.workers and augmented is not None:
+        yield from _by_processes(images, indices, augmented)
+        return
+    with ThreadPoolExecutor(1) as reader:
+        coming = [reader.submit(_read, images, index, augmented) for index in indices[:1]]
+        for here, _ in enumerate(indices):
+            batch = coming.pop().result()
+            if here + 1 < len(indices):
+                coming.append(reader.submit(_read, images, indices[here + 1], augmented))
+            yield batch
+
+
+def _read(images: Images, index: Tensor, augmented: tuple[int, int] | None) -> Batch:
+    batch = _batch(images, index, augmented)
+    # From pinned memory a GPU fetches a batch while it is still busy with the last one.
+    return batch.apply(torch.Tensor.pin_memory) if torch.cuda.is_available() else batch
+
+
+def _batch(images: Images, index: Tensor, augmented: tuple[int, int] | None) -> Batch:
+    if isinstance(images, Augmented) and augmented is not None:
+        return images.batch(index, augmented)
+    return Batch(images.read(index, augmented), images.target[index], index)
+
+
+def _by_processes(
+    images: Augmented, indices: list[Tensor], augmented: tuple[int, int]
+) -> Iterator[Batch]:
+    loader = DataLoader(
+        _Reader(images, augmented),
+        batch_size=None,
+        sampler=[index.tolist() for index in indices],
+        num_workers=min(images.workers, len(indices)),
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it takes a number from the one that networks draw from
+    )
+    for read, unreadable in loader:
+        if isinstance(read, ValueError):
+            raise read
+        images.faults.unreadable.update(unreadable)
+        yield Batch(*read)
+
+
+@dataclass
+class _Reader(Dataset[Any]):
+    """What a worker process does."""
+
+    images: Augmented
+    augmented: tuple[int, int]
+
+    def __getitem__(self, index: list[int]) -> Any:
+        try:
+            batch = _batch(self.images, torch.tensor(index), self.augmented)
+        except ValueError as error:  # raised by the caller, without the worker's traceback
+            return error, {}
+        read = (batch.images, batch.target, batch.index, batch.soft)
+        return read, dict(self.images.faults.unreadable)

@@ -1,0 +1,224 @@
+"""Any image classification set as Hugging Face stores it: parquet files, one or many."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from topkd.data.base import Blocks, Data, Faults
+from topkd.data.pictures import MEAN, STD, Frame, OnError, Pictures, StorageError, open_bytes
+from topkd.data.shards import listing, numbered, splits
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Rows:
+    """Pictures in the rows of parquet files; row groups are read when one of their rows is wanted.
+
+    Args:
+        files: The shards.
+        column: With the pictures: bytes, or a struct with a field ``bytes``.
+        buffer: Pictures that are kept in memory, apart from two row groups.
+    """
+
+    def __init__(self, files: Sequence[Path], column: str, buffer: int) -> None:
+        self.files, self.column, self.buffer = files, column, buffer
+        inside = [_group_sizes(file) for file in files]
+        self._groups = [  # (file, row group in it, first row in the file)
+            (number, group, sum(sizes[:group]))
+            for number, sizes in enumerate(inside)
+            for group in range(len(sizes))
+        ]
+        sizes = np.concatenate(inside).astype(np.int64)
+        self._starts = np.cumsum(sizes) - sizes
+        self._blocks = np.repeat(np.arange(len(sizes)), sizes)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_kept", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+
+    @property
+    def blocks(self) -> Blocks:
+        """The row group of each picture."""
+        return Blocks(self._blocks, self.buffer)
+
+    def name(self, index: int) -> str:
+        """The file and the row in it, counted from 0."""
+        group = self._blocks[index]
+        number, _, first = self._groups[group]
+        return f"{self.files[number]}, row {first + index - self._starts[group]}"
+
+    def open(self, index: int) -> Image.Image:
+        """Opens a picture, of any mode."""
+        group = int(self._blocks[index])
+        row = int(index - self._starts[group])
+        with self._lock:
+            column = self._column(group)
+        return open_bytes(column[row].as_py())
+
+    def _column(self, group: int) -> Any:
+        """Reads a row group, or takes it from those that were wanted last."""
+        if group not in self._kept:
+            self._kept[group] = self._read(group)
+            size = sum(len(column) for column in self._kept.values())
+            while len(self._kept) > 2 and size > 2 * self.buffer:
+                size -= len(self._kept.popitem(last=False)[1])
+        self._kept.move_to_end(group)
+        return self._kept[group]
+
+    def _read(self, group: int) -> Any:
+        import pyarrow
+        from pyarrow import compute
+        from pyarrow import parquet as files
+
+        number, inside, _ = self._groups[group]
+        path = self.files[number]
+        try:
+            with files.ParquetFile(path) as file:
+                column = file.read_row_group(inside, columns=[self.column]).column(0)
+        except (pyarrow.ArrowException, OSError, IndexError) as error:
+            raise StorageError(f"{path} cannot be read any more: {error}") from error
+        if pyarrow.types.is_struct(column.type):
+            column = compute.struct_field(column, "bytes")
+        return column
+
+
+def parquet(
+    *,
+    root: str,
+    image: str | None = None,
+    label: str | None = None,
+    size: int = 224,
+    padding: int | None = None,
+    flip: bool = True,
+    mean: tuple[float, float, float] = MEAN,
+    std: tuple[float, float, float] = STD,
+    buffer: int = 2048,
+    on_error: OnError = "stop",
+) -> Data:
+    """Loads pictures from parquet files in the layout of Hugging Face.
+
+    A file belongs to the split that its name tells (``data/train-00000-of-00002.parquet``), or else
+    its folder (``train/0000.parquet``); to judge by, validation comes before test. Pictures become
+    squares as with :func:`topkd.data.folder.folder`. They stay on disk: row groups are read when
+    they are wanted, in a random order in which about ``buffer`` pictures are mixed.
+
+    Args:
+        root: Folder with the files, or with folders of them.
+        image: Name of the column of pictures; if not told, the one that the files describe as
+            such, or ``image`` or ``img``.
+        label: Name of the column of labels, whole numbers or names; if not told, the only one that
+            the files describe as such, or ``label``.
+        size: Pixels on a side of what networks see.
+        padding: Width of the black border that training crops are cut from, for small pictures.
+        flip: Whether pictures may be mirrored in training.
+        mean: By which each channel is normalised, of values in [0, 1].
+        std: By which each channel is normalised.
+        buffer: Pictures that are mixed, and kept in memory as they are stored. A set that is no
+            larger is shuffled as a whole.
+        on_error: Whether a training picture that cannot be read stops the work or is replaced by
+            the next of its class. A picture to judge by always stops it.
+
+    Raises:
+        FileNotFoundError: If there are no files to train on or to judge by, or one is missing.
+        ValueError: If a file cannot be read, or has no such columns, or labels that are no classes.
+    """
+    top, faults, frame = Path(root).expanduser(), Faults(), Frame(size, padding, flip)
+    parts = splits(top, ".parquet")
+    image, label, names = _columns(parts[0][0], image, label)
+    labels = [[x for file in files for x in _labels(file, image, label)] for files in parts]
+    for files, found in zip(parts, labels, strict=True):
+        if not found:
+            raise ValueError(f"{files[0].parent}: the parquet files hold no picture")
+    _refuse_other_names(parts[0] + parts[1], label, names)
+    classes, target = numbered(labels, names, str(top), faults)
+    train, test = (
+        Pictures(Rows(files, image, buffer), numbers, frame, mean, std, error, faults)
+        for files, numbers, error in zip(parts, target, (on_error, "stop"), strict=True)
+    )
+    return Data(f"parquet {top.name}", train, test, classes, mean, std, faults=faults)
+
+
+def _columns(file: Path, image: str | None, label: str | None) -> tuple[str, str, Any]:
+    """Finds the columns of pictures and labels, and the names of the classes where they stand."""
+    columns, described = _schema(file), _described(file)
+    pictures = [name for name, about in described.items() if about.get("_type") == "Image"]
+    labels = [name for name, about in described.items() if about.get("_type") == "ClassLabel"]
+    for what, told, known, usual in (
+        ("image", image, pictures, ("image", "img")),
+        ("label", label, labels, ("label", "labels")),
+    ):
+        candidates = [told] if told else known or [name for name in usual if name in columns]
+        if len(candidates) != 1 or candidates[0] not in columns:
+            chosen = listing(candidates) if told or len(candidates) > 1 else "none is described"
+            raise ValueError(
+                f"{file} has the columns {listing(columns)}; set data.{what} to the one that holds "
+                f"the {what}s (got {chosen})"
+            )
+        image, label = (candidates[0], label) if what == "image" else (image, candidates[0])
+    assert image is not None
+    assert label is not None
+    return image, label, described.get(label, {}).get("names")
+
+
+def _refuse_other_names(files: Sequence[Path], label: str, names: Any) -> None:
+    for file in files:
+        there = _described(file).get(label, {}).get("names")
+        if there != names:
+            raise ValueError(f"{file} names other classes than {files[0]}, or in another order")
+
+
+def _labels(file: Path, image: str, label: str) -> list[int | str]:
+    columns = _schema(file)
+    if not {image, label} <= set(columns):
+        raise ValueError(
+            f"{file} has the columns {listing(columns)}; the first file has {image} and {label}"
+        )
+    found: list[int | str] = _opened(file).read(columns=[label])[label].to_pylist()
+    for row, value in enumerate(found):
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError(
+                f"{file}, row {row}: expected a whole number or a name as label, got {value!r}"
+            )
+    return found
+
+
+def _group_sizes(file: Path) -> list[int]:
+    metadata = _opened(file).metadata
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def _schema(file: Path) -> list[str]:
+    return list(_opened(file).schema_arrow.names)
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """What the writer of a file says about its columns."""
+    metadata = _opened(file).schema_arrow.metadata or {}
+    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    return {name: about for name, about in features.items() if isinstance(about, dict)}
+
+
+def _opened(file: Path) -> Any:
+    import pyarrow
+    from pyarrow import parquet as files
+
+    try:
+        return files.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is not a readable parquet file: {error}") from error

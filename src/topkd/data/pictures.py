@@ -1,0 +1,243 @@
+"""Pictures that are decoded when they are needed, wherever their bytes lie."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from topkd.data.augment import crop_and_flip, draws, normalise
+from topkd.data.base import Blocks, Faults
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as pretrained networks use
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+OnError = Literal["stop", "skip"]
+Made = TypeVar("Made")
+
+
+class StorageError(ValueError):
+    """A shard that cannot be read: unlike a single bad picture, it always stops the work."""
+
+
+class Stored(Protocol):
+    """Where pictures lie."""
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """None where pictures can be read in any order at the same cost."""
+
+    def name(self, index: int) -> str:
+        """Names a picture so that a user finds it."""
+
+    def open(self, index: int) -> Image.Image:
+        """Opens a picture, of any mode."""
+
+
+class Names(Sequence[str]):
+    """Many strings in one piece of memory, which processes share.
+
+    Examples:
+        >>> list(Names(["a.png", "ä.png"]))
+        ['a.png', 'ä.png']
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._bytes = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, place: Any) -> Any:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        return os.fsdecode(self._bytes[self._ends[place] : self._ends[place + 1]])
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Which part of a picture networks see.
+
+    Without padding, in training it is a random part of 8 to 100 % of the area at a side ratio of
+    3/4 to 4/3, and otherwise the middle square, 7/8 of the shorter side. With padding it is the
+    whole picture, scaled to the square, and in training cropped at random from a black border.
+    """
+
+    size: int  # of the square
+    padding: int | None = None
+    flip: bool = True  # mirrored half of the time in training
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or (self.padding or 0) < 0:
+            raise ValueError(
+                f"size must be 1 or more and padding 0 or more, got {self.size} and {self.padding}"
+            )
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of any kind and size, several decoded at a time.
+
+    A picture that cannot be read stops the work, or is replaced by the next readable one of its
+    class, for good: the number of images, their labels and the order stay what they are.
+    """
+
+    stored: Stored
+    target: Tensor  # (images,)
+    frame: Frame
+    mean: Sequence[float] = MEAN
+    std: Sequence[float] = STD
+    on_error: OnError = "stop"
+    faults: Faults = field(default_factory=Faults)
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """Those of the storage."""
+        return self.stored.blocks
+
+    def read_bytes(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
+        """Reads bytes (n, h, w, 3); ``augmented`` is (seed, epoch), None for plain."""
+        frame, places = self.frame, index.tolist()
+        if frame.padding is not None:
+            pixels = torch.from_numpy(np.stack(in_threads(self._whole, places)))
+            if augmented is None:
+                return pixels
+            uniform = draws(*augmented, index, 3)
+            return crop_and_flip(pixels, uniform, padding=frame.padding, flip=frame.flip)
+        if augmented is None:
+            return torch.from_numpy(np.stack(in_threads(self._middle, places)))
+        uniform = draws(*augmented, index, 5)
+        return torch.from_numpy(np.stack(in_threads(self._part, places, uniform.tolist())))
+
+    def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
+        """Reads normalised images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
+        return normalise(self.read_bytes(index, augmented), self.mean, self.std)
+
+    def _whole(self, index: int) -> np.ndarray:
+        return self._scaled(self._picture(index), None)
+
+    def _middle(self, index: int) -> np.ndarray:
+        picture = self._picture(index)
+        return self._scaled(picture, _center(picture.size))
+
+    def _part(self, index: int, uniform: list[float]) -> np.ndarray:
+        picture = self._picture(index)
+        pixels = self._scaled(picture, _random_box(picture.size, uniform))
+        return pixels[:, ::-1] if self.frame.flip and uniform[4] < 0.5 else pixels
+
+    def _scaled(
+        self, picture: Image.Image, box: tuple[float, float, float, float] | None
+    ) -> np.ndarray:
+        from PIL import Image
+
+        side = self.frame.size
+        return np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR, box))
+
+    def _picture(self, index: int) -> Image.Image:
+        from PIL import Image
+
+        for place in same_class(self.target, index):
+            try:
+                with self.stored.open(place) as opened:
+                    return in_color(opened)
+            except StorageError:
+                raise
+            except (*UNREADABLE, Image.DecompressionBombError) as error:
+                name = self.stored.name(place)
+                fault = f"{name}: not a readable image: {reason(error)}"
+                if self.on_error == "stop":
+                    raise ValueError(fault) from error
+                self.faults.unreadable[name] = fault
+        raise ValueError(
+            f"{self.stored.name(index)}: not a readable image, nor is any other of class "
+            f"{int(self.target[index])}"
+        )
+
+
+UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, IndexError, KeyError)
+"""What decoders raise when a picture is damaged, besides ``DecompressionBombError``."""
+
+
+def reason(error: Exception) -> str:
+    """Says in one line why a picture cannot be read."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "its bytes are of no known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def open_bytes(content: bytes | None) -> Image.Image:
+    """Opens a picture that lies in memory.
+
+    Raises:
+        OSError: If there is nothing, or nothing that is known.
+    """
+    from PIL import Image
+
+    if not content:
+        raise OSError("it is empty")
+    return Image.open(io.BytesIO(content))
+
+
+def same_class(target: Tensor, index: int) -> Iterator[int]:
+    """Goes through all images of the class of one, from that one on and round."""
+    yield index
+    same = (target == target[index]).nonzero()[:, 0].tolist()
+    here = same.index(index)
+    yield from same[here + 1 :] + same[:here]
+
+
+def in_threads(function: Callable[..., Made], *arguments: Iterable[Any]) -> list[Made]:
+    """Calls a function for each of many arguments, in as many threads as there are cores.
+
+    A worker process is one of many already and stays with one thread.
+    """
+    if get_worker_info() is not None:
+        return list(map(function, *arguments))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(function, *arguments))
+
+
+def in_color(picture: Image.Image) -> Image.Image:
+    """Converts a picture of any kind to red, green and blue, of eight bits each."""
+    from PIL import Image
+
+    if picture.mode.startswith("I"):  # gray of 16 bits, which PIL would clip
+        return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8)).convert("RGB")
+    if picture.mode == "P":  # a palette, perhaps with a transparent color
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")
+
+
+def _center(size: tuple[int, int]) -> tuple[float, float, float, float]:
+    width, height = size
+    side = min(size) * 7 / 8
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def _random_box(size: tuple[int, int], uniform: list[float]) -> tuple[float, float, float, float]:
+    """Chooses a part of a picture by area, side ratio and place; it never leaves the picture."""
+    width, height = size
+    area = (0.08 + 0.92 * uniform[0]) * width * height
+    ratio = (3 / 4) * (16 / 9) ** uniform[1]  # log-uniform from 3/4 to 4/3
+    box_width = min(width, (area * ratio) ** 0.5)
+    box_height = min(height, (area / ratio) ** 0.5)
+    left, top = uniform[2] * (width - box_width), uniform[3] * (height - box_height)
+    return left, top, left + box_width, top + box_height

@@ -1,0 +1,130 @@
+"""Files that hold many pictures each: which there are, of which split, and whether one is lost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from topkd.data.base import Faults, refuse_clashes
+
+JUDGED = ("validation", "valid", "val", "test")  # the first that there is is judged by
+
+
+def splits(root: Path, suffix: str) -> tuple[list[Path], list[Path]]:
+    """Finds the shards to train on and those to judge by.
+
+    A shard belongs to the split that its name tells (``train-00000-of-00002.parquet``), or else the
+    folder it lies in (``train/0000.parquet``).
+
+    Args:
+        root: Folder to search, with all folders in it.
+        suffix: Of the files.
+
+    Raises:
+        FileNotFoundError: If there is no shard of either kind, or one is missing among them.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in sorted(root.rglob(f"*{suffix}")):
+        found.setdefault(_split(path.relative_to(root)), []).append(path)
+    judge = next((name for name in JUDGED if name in found), None)
+    if "train" not in found or judge is None:
+        wanted = "train" if "train" not in found else ", ".join(JUDGED)
+        raise FileNotFoundError(
+            f"{root} has no shard to {'train on' if wanted == 'train' else 'judge by'}: "
+            f"no name of a {suffix} file, or of its folder, says {wanted}"
+        )
+    for part in ("train", judge):
+        refuse_gaps([str(path) for path in found[part]])
+    return found["train"], found[judge]
+
+
+def _split(path: Path) -> str:
+    for text in (path.stem, *reversed(path.parts[:-1])):
+        said = re.search(rf"(?<![a-z])({'|'.join(('train', *JUDGED))})(?![a-z])", text.lower())
+        if said:
+            return said[1]
+    return ""
+
+
+def refuse_gaps(paths: Sequence[str]) -> None:
+    """Refuses numbered shards among which one is missing.
+
+    A name that tells how many there are (``-00001-of-00008``) shows any that is missing. Mere
+    numbers (``-000001``) that begin with 0 or 1 show those before the last.
+
+    Raises:
+        FileNotFoundError: If one is missing; the message names the first.
+
+    Examples:
+        >>> refuse_gaps(["train-0.tar", "train-2.tar"])
+        Traceback (most recent call last):
+        FileNotFoundError: train-1.tar is missing: there are train-0.tar to train-2.tar
+    """
+    groups: dict[tuple[str, str | None, str], dict[int, str]] = {}
+    for path in paths:
+        counted = re.match(r"(.*?)(\d+)-of-(\d+)([^/]*)$", path)
+        numbered = re.match(r"(.*?)(\d+)(\D*)$", path)
+        if counted:  # a hash may follow that differs from shard to shard
+            groups.setdefault((counted[1], counted[3], ""), {})[int(counted[2])] = path
+        elif numbered and "/" not in numbered[3]:
+            groups.setdefault((numbered[1], None, numbered[3]), {})[int(numbered[2])] = path
+    for (before, count, after), there in groups.items():
+        first, last = min(there), max(there)
+        if count is None and first > 1:  # a year, say
+            continue
+        wanted = range(first, last + 1) if count is None else range(int(count))
+        missing = [number for number in wanted if number not in there]
+        if missing:
+            width = len(re.search(r"\d+", there[first][len(before) :])[0])  # type: ignore[index]
+            end = after if count is None else f"-of-{count}*"
+            more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise FileNotFoundError(
+                f"{before}{missing[0]:0{width}}{end} is missing{more}: "
+                f"there are {there[first]} to {there[last]}"
+            )
+
+
+def numbered(
+    labels: Sequence[Sequence[int | str]],
+    names: Sequence[str] | None,
+    where: str,
+    faults: Faults,
+) -> tuple[list[str], list[Tensor]]:
+    """Makes class numbers of labels, which are numbers themselves or names.
+
+    Args:
+        labels: Of the pictures to train on, and of those to judge by.
+        names: Of the classes by number, where they are known.
+        where: What the labels are of, for messages.
+        faults: Told of classes without a training picture.
+
+    Returns:
+        The names of the classes, and the labels as numbers.
+
+    Raises:
+        ValueError: If names of classes clash, or a name stands only among those to judge by.
+    """
+    if all(isinstance(label, int) for part in labels for label in part):
+        known = names or [str(number) for number in range(max(map(int, labels[0])) + 1)]
+        numbers = [[int(label) for label in part] for part in labels]
+    else:
+        known = names or sorted({str(label) for label in labels[0]})
+        place = {name: number for number, name in enumerate(known)}
+        foreign = sorted({str(label) for part in labels for label in part} - place.keys())
+        if foreign:
+            raise ValueError(f"{where}: there are no training pictures of {', '.join(foreign)}")
+        numbers = [[place[str(label)] for label in part] for part in labels]
+    refuse_clashes(known, where)
+    tensors = [torch.tensor(part, dtype=torch.long) for part in numbers]
+    there = set(tensors[0].tolist())
+    faults.empty += [name for number, name in enumerate(known) if number not in there]
+    return list(known), tensors
+
+
+def listing(values: Iterable[str]) -> str:
+    """Lists names for a message."""
+    return ", ".join(values) or "none"

@@ -1,0 +1,210 @@
+"""What describes the clouds of a teacher: fitted on them, and learnt by networks that guess it."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topkd import files
+from topkd.losses.base import Source
+from topkd.topology import Diagrams, PersistenceImage, PersistenceVector, length_unit, rips
+from topkd.topology.approximation import (
+    Approximation,
+    Exact,
+    Name,
+    Training,
+    cut_clouds,
+    fidelity,
+    train,
+)
+from topkd.topology.stored import Form
+from topkd.topology.units import Unit
+
+HELD_OUT = 256  # clouds, at least, by which an approximator is judged
+WARN_BELOW = 0.5  # R² of an approximator
+
+
+def fit(diagrams: Diagrams, form: Form, dimension: int, scale: Unit | None) -> Exact:
+    """Chooses what describes clouds, from diagrams of the teacher's.
+
+    Args:
+        diagrams: Of all dimensions up to that one.
+        form: How one is described.
+        dimension: Which of them is.
+        scale: What the lengths of each cloud are divided by, a statistic of its deaths of H0. If
+            not told, the mean for vectors and none for images.
+
+    Raises:
+        ValueError: If there is no bar of any length.
+    """
+    unit: Unit = scale or ("mean" if form == "vector" else "none")
+    scaled = diagrams.scaled(1 / length_unit(diagrams.of(0), unit)).of(dimension)
+    if dimension > 0:
+        loops = (
+            PersistenceVector.fit(scaled, unit="none")
+            if form == "vector"
+            else PersistenceImage.fit_cells(scaled)
+        )
+        return Exact(loops, dimension, unit)
+    if form == "vector":
+        return Exact(PersistenceVector.fit(diagrams, unit=unit))
+    return Exact(replace(PersistenceImage.fit(scaled), unit=unit))
+
+
+def scale_of(exact: Exact) -> Unit:
+    """What :func:`fit` was told."""
+    return exact.unit if exact.dimension > 0 else exact.vectorisation.unit
+
+
+def learn(
+    source: Source,
+    size: int,
+    form: Form,
+    network: Name,
+    training: Training,
+    dimension: int = 0,
+    scale: Unit | None = None,
+) -> Approximation:
+    """Trains an approximator on clouds of a teacher's embeddings, or loads it where that is done.
+
+    The embeddings of ``training.passes`` augmented passes are kept, 4 d bytes an image and pass;
+    each epoch cuts them into new clouds. One image in ten is in no training cloud: the clouds of
+    these judge the network.
+
+    Args:
+        source: The teacher's answers to the training images, and where to keep the result.
+        size: Points in a cloud.
+        form: What the network learns to guess.
+        network: Which it is.
+        training: How it is trained.
+        dimension: Of what it learns to guess.
+        scale: See :func:`fit`.
+    """
+    about = json.dumps([source.teacher_hash, size, form, asdict(training), dimension, scale])
+    path = source.folder / f"{network}-{files.sha256(about.encode())[:8]}.safetensors"
+    if path.exists():
+        return Approximation.from_bytes(path.read_bytes())
+    stream = _Clouds(source, size, training.passes)
+    first, held_out = stream.training(0), stream.held_out()
+    exact = fit(rips(first, max_dim=dimension), form, dimension, scale)
+    saved = path.with_suffix(".state")
+    state = torch.load(saved, weights_only=True) if saved.exists() else None
+    title = {"ripsnet": "RipsNet", "distancenet": "DistanceNet"}[network]
+    with source.progress.bar(title, training.length(network), "epochs") as advance:
+        if state is not None:
+            advance(state["epoch"], "")
+
+        def after_epoch(epoch: int, error: float, state: dict[str, Any]) -> None:
+            often = epoch % 10 == 0
+            advance(1, f"epoch {epoch}, held-out error {error:.5f}" if often else "")
+            if often:
+                content = io.BytesIO()
+                torch.save(state, content)
+                files.write(saved, content.getvalue())
+
+        trained = train(
+            stream.training,
+            held_out,
+            exact,
+            training,
+            network=network,
+            state=state,
+            after_epoch=after_epoch,
+        )
+    judged = fidelity(trained, exact, first, held_out)
+    source.progress.say(f"{title}: {judged}")
+    if judged.r2 < WARN_BELOW:
+        source.progress.say(
+            f"warning: this {title} explains {max(judged.r2, 0):.0%} of what differs between "
+            "clouds; `via: exact` explains all of it and is faster"
+        )
+    width = first.shape[-1]
+    approximation = Approximation(trained, exact, size, width, source.teacher_hash, judged)
+    files.write(path, approximation.to_bytes())
+    saved.unlink(missing_ok=True)
+    return approximation
+
+
+class _Clouds:
+    """Clouds of a teacher's embeddings, cut anew each epoch from some augmented passes."""
+
+    def __init__(self, source: Source, size: int, passes: int) -> None:
+        self.size = size
+        self.passes = []
+        with source.progress.bar("Clouds", passes * source.images, "images") as advance:
+            for epoch in range(passes):
+                answers = source.answers(epoch)
+                index, embeddings = [], []
+                for batch, features in answers:
+                    index.append(batch.index)
+                    embeddings.append(features.embedding)
+                    advance(len(batch.index), "")
+                self.passes.append((torch.cat(index), torch.cat(embeddings)))
+        order = torch.randperm(source.images, generator=torch.Generator().manual_seed(0))
+        self.kept_back = torch.zeros(source.images, dtype=torch.bool)
+        self.kept_back[order[: max(source.images // 10, 2 * size)]] = True
+        if source.images < 3 * size:
+            raise ValueError(
+                f"{source.images} training images are too few for an approximator: it needs "
+                f"clouds of {size} to learn from and two more to be judged by; use `via: exact`"
+            )
+
+    def training(self, epoch: int) -> Tensor:
+        """Clouds without the images that are kept back, (clouds, n, d)."""
+        return torch.cat(
+            [
+                cut_clouds(
+                    embeddings[~self.kept_back[index]],
+                    self.size,
+                    torch.Generator().manual_seed(epoch * len(self.passes) + number),
+                )
+                for number, (index, embeddings) in enumerate(self.passes)
+            ]
+        )
+
+    def held_out(self) -> Tensor:
+        """Clouds of the images that are kept back, at least 256, (clouds, n, d)."""
+        generator = torch.Generator().manual_seed(0)
+        clouds: list[Tensor] = []
+        while sum(map(len, clouds)) < HELD_OUT:
+            index, embeddings = self.passes[len(clouds) % len(self.passes)]
+            clouds.append(cut_clouds(embeddings[self.kept_back[index]], self.size, generator))
+        return torch.cat(clouds)
+
+
+def check_fit(
+    approximation: Approximation,
+    file: str,
+    teacher: str,
+    size: int,
+    dimension: int,
+    scale: Unit | None,
+) -> None:
+    """Refuses an approximator that was made for something else.
+
+    Raises:
+        ValueError: If it guesses another dimension or scale, or was made for another teacher or
+            clouds of another size.
+    """
+    exact = approximation.exact
+    if exact.dimension != dimension:
+        raise ValueError(
+            f"{file} guesses dimension {exact.dimension}, here it is dimension: {dimension}"
+        )
+    if scale not in (None, scale_of(exact)):
+        raise ValueError(f"{file} guesses at scale: {scale_of(exact)}, here it is scale: {scale}")
+    if approximation.teacher != teacher:
+        raise ValueError(
+            f"{file} was made for another teacher: it learnt {approximation.teacher[:8]}, "
+            f"this one is {teacher[:8]}"
+        )
+    if approximation.cloud_size != size:
+        raise ValueError(
+            f"{file} was made for clouds of {approximation.cloud_size} points, "
+            f"the batches here have {size}"
+        )

@@ -1,0 +1,294 @@
+"""Losses that look at maps and embeddings through the classifiers that read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from topkd.features import Batch, Features, Tapped
+from topkd.losses.base import Loss, Source
+from topkd.losses.logits import not_negative
+from topkd.losses.relations import directions
+from topkd.models.reused import Reused, projector
+
+
+def last_map(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Compares two maps of as many channels, the larger averaged down to the smaller.
+
+    .. math:: \frac{1}{n c h w} \lVert F^s - F^t \rVert^2
+
+    Args:
+        student: :math:`F^s`, (n, c, h, w).
+        teacher: :math:`F^t`, (n, c, h', w').
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: If images or channels differ in number.
+
+    References:
+        Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022)
+        https://arxiv.org/abs/2203.14001
+
+    Examples:
+        >>> large = torch.tensor([[[[1.0, 3.0], [5.0, 7.0]]]])
+        >>> last_map(torch.tensor([[[[6.0]]]]), large)
+        tensor(4.)
+    """
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            f"maps differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
+        )
+    size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
+    s, t = (F.adaptive_avg_pool2d(seen, size) for seen in (student, teacher))
+    return F.mse_loss(s, t)
+
+
+class ReusedClassifier(Loss):
+    """:func:`last_map` of the last maps: what SimKD trains.
+
+    It is meant for a student that answers through its teacher's classifier, a
+    :class:`~topkd.models.reused.Reused` network: its last map is the projected one, and this is the
+    only loss it needs. The teacher's map must be the one whose averages its classifier reads, such
+    as that of the tap ``avgpool:in``. A student with a classifier of its own, which this loss does
+    not train, is given the same projector where the channels differ; it then needs another term.
+
+    Args:
+        project: Makes a map of the teacher's width of the student's, where it does not have one.
+        facts: What readers of the results should know of the student's classifier.
+
+    References:
+        Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022)
+        https://arxiv.org/abs/2203.14001
+    """
+
+    reads_maps = True
+    replaces_classifier = True
+
+    def __init__(
+        self, project: nn.Module | None = None, facts: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.project = project
+        self._facts = facts or {}
+
+    @classmethod
+    def between(  # type: ignore[override]  # its options are named
+        cls, student: Features, teacher: Features, source: Source, *, factor: int = 2
+    ) -> ReusedClassifier:
+        """Builds the loss, with a projector where the student has none.
+
+        Args:
+            student: What the student makes of some batch.
+            teacher: What the teacher makes of it.
+            source: The student.
+            factor: By how much a projector of the loss is narrower inside.
+
+        Raises:
+            ValueError: If one of them has no maps.
+        """
+        channels, wide = deepest(student, "student").shape[1], deepest(teacher, "teacher").shape[1]
+        network = source.student.network
+        if isinstance(network, Reused):
+            return cls(None, {"classifier": "the teacher's", "weights_brought": network.brought})
+        own = {"classifier": "the student's own, which this term does not train"}
+        return cls(None if channels == wide else projector(channels, wide, factor), own)
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
+        own = deepest(student, "student")
+        return last_map(
+            own if self.project is None else self.project(own), deepest(teacher, "teacher")
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Tells whose classifier the student answers with, and how many weights that costs."""
+        return self._facts
+
+
+class SoftmaxRegression(Loss):
+    r"""Compares embeddings, and what the teacher's classifier makes of them (SRRL).
+
+    .. math:: \frac{1}{nd} \lVert r - f^t \rVert^2
+        + \frac{w}{nc} \lVert h^t(r) - z^t \rVert^2, \qquad
+        r = \mathrm{pool}\big(\mathrm{ReLU}(\mathrm{BN}(\mathrm{conv}(F^s)))\big)
+
+    where :math:`F^s` is the student's last map, the convolution is 1x1, pool averages every channel
+    and :math:`h^t` is the teacher's classifier, which stays as it is. The map is projected and
+    then averaged, as in the authors' code; SimKD's copy of the method projects the averages.
+
+    Args:
+        channels: Of the student's last map.
+        width: Of the teacher's embedding :math:`f^t`.
+        teacher: The network whose classifier is asked.
+        logits: w; others use 5 on CIFAR-100.
+
+    References:
+        Knowledge Distillation via Softmax Regression Representation Learning (Yang et al.,
+        ICLR 2021)
+        https://openreview.net/forum?id=ZzwDy_wiWv
+    """
+
+    reads_maps = True
+
+    def __init__(self, channels: int, width: int, teacher: Tapped, *, logits: float = 1.0) -> None:
+        super().__init__()
+        self.logits = not_negative("logits", logits)
+        self._teacher = [teacher]  # in a list: its weights are not this loss's
+        convolution = nn.Conv2d(channels, width, 1, bias=False)
+        self.project = nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
+
+    @classmethod
+    def between(
+        cls, student: Features, teacher: Features, source: Source, **options: Any
+    ) -> SoftmaxRegression:
+        """Builds the loss for the widths of two networks."""
+        assert source.teacher is not None
+        channels = deepest(student, "student").shape[1]
+        return cls(channels, teacher.embedding.shape[1], source.teacher.network, **options)
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
+        (network,) = self._teacher
+        embedding = self.project(deepest(student, "student")).mean((2, 3))
+        weight = next(network.classifier.parameters())
+        logits = network.head(embedding.to(weight.dtype)).to(embedding.dtype)
+        regression = F.mse_loss(logits, teacher.logits.to(logits.dtype))
+        return F.mse_loss(embedding, teacher.embedding) + self.logits * regression
+
+
+def class_maps(last: Tensor, classifier: nn.Module) -> Tensor:
+    r"""Computes where in an image a classifier sees each class.
+
+    .. math:: M_c = \sum_k W_{ck} F_k
+
+    Averaged over the places, and with the bias, these are the logits.
+
+    Args:
+        last: The map F whose averages the classifier reads, (n, d, h, w).
+        classifier: Linear, or a 1x1 convolution, with the weight W, (classes, d).
+
+    Returns:
+        Maps (n, classes, h, w).
+
+    Raises:
+        ValueError: If the classifier has no such weight, or does not read so many channels.
+
+    References:
+        Learning Deep Features for Discriminative Localization (Zhou et al., CVPR 2016)
+        https://arxiv.org/abs/1512.04150
+
+    Examples:
+        >>> classifier, last = nn.Linear(4, 10), torch.rand(2, 4, 3, 3)
+        >>> logits = class_maps(last, classifier).mean((2, 3)) + classifier.bias
+        >>> bool(logits.allclose(classifier(last.mean((2, 3))), atol=1e-6))
+        True
+    """
+    weight = getattr(classifier, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim not in (2, 4) or weight[0, 0].numel() != 1:
+        raise ValueError(f"class maps need a classifier of one linear layer, got {classifier}")
+    if last.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"the classifier reads {weight.shape[1]} numbers, but the last map has {last.shape[1]} "
+            "channels; tap the map whose averages it reads, such as avgpool:in"
+        )
+    return torch.einsum("kd,ndhw->nkhw", weight.flatten(1).to(last.dtype), last)
+
+
+def class_attention(
+    student: Tensor, teacher: Tensor, *, resolution: int = 2, normalise: bool = False
+) -> Tensor:
+    r"""Compares where two networks see each class, coarsely.
+
+    .. math:: \frac{1}{n c r^2} \sum_{i,c} \lVert P(M^s_{ic}) - P(M^t_{ic}) \rVert^2
+
+    where P averages a map down to r x r places and, if asked, divides the result by its norm.
+
+    Args:
+        student: Class maps :math:`M^s`, (n, classes, h, w).
+        teacher: Class maps :math:`M^t`, (n, classes, h', w').
+        resolution: r.
+        normalise: Whether each map is divided by its norm over the places.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: If images or classes differ in number.
+
+    References:
+        Class Attention Transfer Based Knowledge Distillation (Guo et al., CVPR 2023)
+        https://arxiv.org/abs/2304.12777
+    """
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            f"class maps differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
+        )
+    s, t = (F.adaptive_avg_pool2d(seen, resolution).flatten(2) for seen in (student, teacher))
+    return F.mse_loss(directions(s), directions(t)) if normalise else F.mse_loss(s, t)
+
+
+class ClassAttention(Loss):
+    """:func:`class_attention` of the :func:`class_maps` of both networks (CAT-KD).
+
+    The weight of the student's classifier is read anew each time and learns from this loss too.
+
+    Args:
+        student: The network whose classifier is read.
+        teacher: The network whose classifier is read.
+        resolution: Places on a side that the maps are averaged down to.
+        normalise: Whether each map is divided by its norm; for networks of different families.
+
+    References:
+        Class Attention Transfer Based Knowledge Distillation (Guo et al., CVPR 2023)
+        https://arxiv.org/abs/2304.12777
+    """
+
+    reads_maps = True
+
+    def __init__(
+        self, student: Tapped, teacher: Tapped, *, resolution: int = 2, normalise: bool = False
+    ) -> None:
+        super().__init__()
+        if resolution < 1:
+            raise ValueError(f"resolution must be at least 1, got {resolution}")
+        self.resolution, self.normalise = resolution, normalise
+        self._networks = [student, teacher]  # in a list: their weights are not this loss's
+
+    @classmethod
+    def between(
+        cls, student: Features, teacher: Features, source: Source, **options: Any
+    ) -> ClassAttention:
+        """Builds the loss, and tries whether the classifiers read the last maps."""
+        assert source.teacher is not None
+        networks = source.student, source.teacher.network
+        for name, made, network in zip(
+            ("student", "teacher"), (student, teacher), networks, strict=True
+        ):
+            try:
+                class_maps(deepest(made, name), network.classifier)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return cls(*networks, **options)
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
+        s, t = (
+            class_maps(made.maps[-1], network.classifier)
+            for made, network in zip((student, teacher), self._networks, strict=True)
+        )
+        return class_attention(s, t, resolution=self.resolution, normalise=self.normalise)
+
+
+def deepest(features: Features, whose: str) -> Tensor:
+    """Finds the last map of a network.
+
+    Raises:
+        ValueError: If it has none, or it is not (n, c, h, w).
+    """
+    if not features.maps:
+        raise ValueError(f"the {whose} has no maps: give the taps where they can be read")
+    if features.maps[-1].ndim != 4:
+        raise ValueError(f"the last map of the {whose} is {tuple(features.maps[-1].shape)}, no map")
+    return features.maps[-1]

@@ -1,0 +1,254 @@
+"""A student that answers through its teacher's classifier."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from topkd.features import Tapped, Teacher, _Tap
+
+
+class Reused(nn.Module):
+    r"""The body of a student, a projector, and a copy of the teacher's classifier, which is frozen.
+
+    The body is a copy of the student without the layers whose weights its last map does not depend
+    on: its own classifier, and what else stands behind the map, is neither kept nor computed. A
+    map that is larger than the teacher's is averaged down to it. The averages of the projected map
+    are what the teacher's classifier reads.
+
+    :func:`reuse` finds the sizes and takes over the teacher's weights. Built from a description,
+    the network has to be filled with weights; its state dict holds all of them.
+
+    Args:
+        student: Its network is copied and stays as it is.
+        tap: Of the student's map that is projected.
+        channels: Of this map.
+        wide: Channels of the teacher's map.
+        size: Height and width of the teacher's map.
+        classes: Width of the logits.
+        bias: Whether the teacher's classifier has one.
+        factor: By how much the projector is narrower inside.
+        dropped: Names of the student's layers that are left out.
+
+    References:
+        Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022)
+        https://arxiv.org/abs/2203.14001
+
+    Examples:
+        >>> body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...                      nn.Linear(4, 10))
+        >>> network = Reused(Tapped(body, maps=["0"], head="3"), tap="0", channels=4, wide=8,
+        ...                  size=(3, 3), classes=10, bias=True, dropped=["3"])
+        >>> network(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        student: Tapped,
+        *,
+        tap: str,
+        channels: int,
+        wide: int,
+        size: Sequence[int],
+        classes: int,
+        bias: bool,
+        factor: int = 2,
+        dropped: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.description: dict[str, Any] = {
+            "tap": tap,
+            "channels": channels,
+            "wide": wide,
+            "size": list(size),
+            "classes": classes,
+            "bias": bias,
+            "factor": factor,
+            "dropped": list(dropped),
+        }
+        self.body = _without(student, dropped, tap)
+        # Nothing but names, under which the shallower maps of the body can be tapped.
+        self.maps = nn.ModuleList(nn.Identity() for _ in student.maps[:-1])
+        self.preactivations = nn.ModuleList(nn.Identity() for _ in student.preactivations[:-1])
+        self.projector = projector(channels, wide, factor)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(wide, classes, bias).requires_grad_(False)
+
+    @property
+    def brought(self) -> int:
+        """Number of weights beyond the student's body: projector and classifier."""
+        parts = (*self.projector.parameters(), *self.classifier.parameters())
+        return sum(weight.numel() for weight in parts)
+
+    def forward(self, images: Tensor) -> Tensor:
+        made = self.body(images)
+        *shallow, last = made.maps
+        for place, seen in zip(self.maps, shallow, strict=True):
+            place(seen)
+        for place, seen in zip(self.preactivations, made.preactivations, strict=True):
+            place(seen)
+        return self.classifier(self.avgpool(self.projector(self._fitted(last))).flatten(1))
+
+    def _fitted(self, last: Tensor) -> Tensor:
+        height, width = self.description["size"]
+        return F.adaptive_avg_pool2d(last, (min(last.shape[2], height), min(last.shape[3], width)))
+
+
+def projector(channels: int, wide: int, factor: int = 2) -> nn.Sequential:
+    """Builds what makes a map of the teacher's width of the student's: 1x1, 3x3, 1x1 convolutions.
+
+    Each is followed by a normalisation and a ReLU.
+
+    Args:
+        channels: Of the student's map.
+        wide: Channels of the teacher's map.
+        factor: By how much it is narrower inside.
+
+    Raises:
+        ValueError: If the factor leaves no channel inside.
+
+    References:
+        Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022)
+        https://arxiv.org/abs/2203.14001
+    """
+    if not 1 <= factor <= wide:
+        raise ValueError(f"factor must be between 1 and the teacher's width {wide}, got {factor}")
+    inside = wide // factor
+    layers: list[nn.Module] = []
+    for entering, leaving, side in ((channels, inside, 1), (inside, inside, 3), (inside, wide, 1)):
+        convolution = nn.Conv2d(entering, leaving, side, padding=side // 2, bias=False)
+        layers += [convolution, nn.BatchNorm2d(leaving), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def reuse(
+    student: Tapped,
+    teacher: Teacher,
+    images: Tensor,
+    *,
+    factor: int = 2,
+    tap: str | None = None,
+    teacher_tap: str = "avgpool:in",
+) -> Tapped:
+    """Gives a student its teacher's classifier.
+
+    Args:
+        student: It stays as it is; the result has a copy of its weights.
+        teacher: Its classifier is copied.
+        images: Some images as both networks are shown them, from which sizes are read.
+        factor: By how much the projector is narrower inside.
+        tap: Of the student's map that is projected; its last one if not told.
+        teacher_tap: Of the map whose averages the teacher's classifier reads. All networks of
+            :data:`topkd.models.MODELS` have it under this name.
+
+    Returns:
+        A :class:`Reused` network with taps. Its last map is the projected one, its embedding the
+        averages of this, its logits those of the teacher's classifier.
+
+    Raises:
+        ValueError: If the teacher's classifier is not one linear layer on the averages of the map,
+            or the student's tap reads no map.
+    """
+    if tap is None and not student.maps:
+        raise ValueError("the student has no maps: name the tap of its last one")
+    tap = tap or student.maps[-1]
+    weight, bias, size = _classifier(teacher, images, teacher_tap)
+    channels, dropped = _explored(student, images, tap)
+    network = Reused(
+        student,
+        tap=tap,
+        channels=channels,
+        wide=weight.shape[1],
+        size=size,
+        classes=len(weight),
+        bias=bias is not None,
+        factor=factor,
+        dropped=dropped,
+    )
+    with torch.no_grad():
+        network.classifier.weight.copy_(weight)
+        if bias is not None:
+            network.classifier.bias.copy_(bias)
+    return _tapped(network)
+
+
+def rebuild(student: Tapped, description: Mapping[str, Any]) -> Tapped:
+    """Builds a network as :func:`reuse` made it, but with new weights and without the teacher.
+
+    Args:
+        student: The same kind of network, new.
+        description: :attr:`Reused.description`, which JSON can hold.
+    """
+    return _tapped(Reused(student, **description))
+
+
+def _tapped(network: Reused) -> Tapped:
+    maps = [f"maps.{place}" for place in range(len(network.maps))]
+    before = [f"preactivations.{place}" for place in range(len(network.preactivations))]
+    last = len(network.projector) - 1  # its ReLU
+    return Tapped(
+        network, [*maps, "projector"], "classifier", [*before, f"projector.{last}:in"]
+    ).train(network.training)
+
+
+def _classifier(
+    teacher: Teacher, images: Tensor, tap: str
+) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    """Reads weight and bias of a teacher's classifier, and the size of the map it averages."""
+    head = teacher.network.classifier
+    if not isinstance(head, nn.Linear | nn.Conv2d) or head.weight[0, 0].numel() != 1:
+        raise ValueError(f"the teacher's classifier must be one linear layer, got {head}")
+    asked = copy.deepcopy(teacher)  # so that the teacher does not read this tap ever after
+    asked.network.also([tap])
+    made = asked(images)
+    seen = made.others[tap]
+    averages = seen.mean((2, 3)) if seen.ndim == 4 else seen
+    if averages.shape != made.embedding.shape or not torch.allclose(
+        averages, made.embedding, rtol=1e-3, atol=1e-3 * float(made.embedding.abs().max())
+    ):
+        raise ValueError(
+            f"the teacher's classifier does not read the averages of {tap!r}, {tuple(seen.shape)}; "
+            "give the tap of the map whose averages it reads"
+        )
+    height, width = seen.shape[2:] if seen.ndim == 4 else (1, 1)
+    return head.weight.flatten(1), head.bias, (height, width)
+
+
+def _explored(student: Tapped, images: Tensor, tap: str) -> tuple[int, list[str]]:
+    """Finds the channels of a map, and the layers of whose weights it does not depend."""
+    body = _without(student, [], tap).eval().requires_grad_(True)
+    weights = dict(body.network.named_parameters())
+    with torch.enable_grad():
+        last = body(images.to(next(iter(weights.values())).device)).maps[-1]
+        if last.ndim != 4:
+            raise ValueError(
+                f"the student's tap {tap!r} reads {tuple(last.shape)}, which is no map"
+            )
+        gradients = torch.autograd.grad(last.sum(), list(weights.values()), allow_unused=True)
+    used = {id(w) for w, g in zip(weights.values(), gradients, strict=True) if g is not None}
+    dropped = [
+        name
+        for name, module in body.network.named_modules()
+        if list(module.parameters(recurse=False)) and used.isdisjoint(map(id, module.parameters()))
+    ]
+    return last.shape[1], dropped
+
+
+def _without(student: Tapped, dropped: Sequence[str], tap: str) -> Tapped:
+    """Copies a student, reads its last map at a tap, and makes layers do nothing."""
+    (head,) = (n for n, m in student.network.named_modules() if m is student.classifier)
+    network = copy.deepcopy(student.network)
+    for module in network.modules():  # the copied taps would be read by nobody, and never emptied
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Tap)]:
+                del hooks[key]
+    for name in dropped:
+        network.set_submodule(name, nn.Identity())
+    maps = [*student.maps[:-1], tap]
+    return Tapped(network, maps, head, student.preactivations[:-1], to_map=student._to_map)
