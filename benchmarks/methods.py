@@ -19,13 +19,27 @@ SHORT = {  # stages that are longer than two epochs
     "ft": ["losses.ft.epochs=1"],
     "topkd-ripsnet": ["losses.topkd.training={passes: 2, epochs: 100, pooling: mean}"],
 }
-FROM_MAPS = "ab at cat fitnet fsp ft mlkd nst ofd review simkd srrl vid".split()  # and mlkd's views
+# These read feature maps, which are not kept, or two views of each image.
+NOT_KEPT = {
+    "ab",
+    "at",
+    "cat",
+    "fitnet",
+    "fsp",
+    "ft",
+    "nst",
+    "ofd",
+    "review",
+    "simkd",
+    "srrl",
+    "vid",
+}
 
 out, root, teacher, *chosen = sys.argv[1:]
 names = [name.removeprefix(FAMILY) for name in recipe.names() if name.startswith(FAMILY)]
 for method in chosen or names:
     changes = [f"data.root={root}", f"teacher.checkpoint={teacher}", "epochs=2", "threads=1"]
-    if method not in FROM_MAPS:
+    if method not in NOT_KEPT | {"mlkd"}:
         changes += ["teacher.cache=true", "data.augmentation_seed=0"]
     command = [sys.executable, "-m", "topkd", "run", FAMILY + method, "--out", out, "--quiet"]
     print(f"{method:16}", flush=True)

@@ -413,6 +413,35 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         checkpoint.load_weights(tmp_path / "absent.pth")
 
 
+@pytest.mark.parametrize(
+    ("noted", "percent"),
+    [
+        ({"best_acc": 71.74}, 71.74),
+        ({"accuracy": np.float64(0.5)}, 50.0),
+        ({"best_acc1": torch.tensor(76.5), "acc": 3.0}, 76.5),
+        ({"epoch": 240}, None),
+        ({"accuracy": {"top1": 71.74}}, None),
+    ],
+)
+def test_the_accuracy_that_others_note_is_read(tmp_path, noted, percent):
+    torch.save({"model": WEIGHTS} | noted, tmp_path / "weights.pth")
+    assert checkpoint.read_accuracy(tmp_path / "weights.pth") == percent
+
+
+def test_no_accuracy_is_noted_beside_bare_weights(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "weights.pth")
+    assert checkpoint.read_accuracy(tmp_path / "weights.pth") is None
+    torch.save([1, 2], tmp_path / "list.pth")
+    assert checkpoint.read_accuracy(tmp_path / "list.pth") is None
+    checkpoint.save_weights(tmp_path / "own.safetensors", network(), {})
+    assert checkpoint.read_accuracy(tmp_path / "own.safetensors") is None
+
+
+def test_the_accuracy_of_a_published_student_is_read(shared):
+    path = shared("checkpoints/resnet20_cifar100_topkd.pth")
+    assert checkpoint.read_accuracy(path) == pytest.approx(71.74)
+
+
 # --- Weights of our own --------------------------------------------------------------------------
 
 

@@ -88,13 +88,61 @@ def test_run_ends_with_a_report_and_does_nothing_twice(call, tmp_path):
     assert "epoch" not in err
 
 
-def test_catalogues(call):
+def test_recipes_are_listed_by_their_folders(call):
     status, out, _ = call("list", "recipes")
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()] == recipe.names()
+    group, names = "", []
+    for line in out.splitlines():
+        if not line.startswith(" ") and line.endswith("/"):
+            group = line[:-1]
+            continue
+        names.append(line.split()[0])
+        assert names[-1].rpartition("/")[0] == group
+    assert sorted(names) == recipe.names()
+    _, out, _ = call("list", "recipes", "--json")
+    entries = {entry.pop("name"): entry for entry in json.loads(out)}
+    assert sorted(entries) == recipe.names()
+    about = recipe.about("cifar100/teachers/resnet56")
+    assert entries["cifar100/teachers/resnet56"] == {"about": about, "group": "cifar100/teachers"}
+
+
+def test_catalogues(call):
     for what, name in (("models", "resnet20"), ("losses", "topkd"), ("data", "cifar100")):
         status, out, _ = call("list", what, "--json")
+        assert status == 0
         assert name in [entry["name"] for entry in json.loads(out)]
+    _, out, _ = call("list", "losses")
+    (line,) = [line for line in out.splitlines() if line.startswith("pkt ")]
+    told = "which image of a batch would be taken for which (Passalis & Tefas, ECCV 2018); n² d"
+    assert line.removeprefix("pkt").strip() == told
+    _, out, _ = call("list", "models")
+    for kind in ("torchvision:NAME", "timm:NAME", "MODULE:CALLABLE"):
+        assert kind in out.splitlines()[-1]
+
+
+def test_a_published_teacher_is_not_trained(call, tmp_path):
+    teacher = {"model": "torchvision:resnet18", "pretrained": True}
+    (tmp_path / "published.yaml").write_text(yaml.safe_dump(TINY | {"teacher": teacher}))
+    status, out, _ = call("teacher", "published.yaml")
+    assert status == 0
+    assert out == "teacher: torchvision:resnet18, with its published weights; nothing to train\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_doctor_says_what_to_change(call, tmp_path):
+    status, out, err = call("doctor", "tiny.yaml", "--json")
+    assert status == 0, err  # a teacher that is not trained yet is no fault of the recipe
+    assert [set(finding) for finding in json.loads(out)] == [
+        {"part", "found", "verdict", "advice"} for _ in range(4)
+    ]
+    assert json.loads(out)[-1]["verdict"] == "look"
+    changes = ("teacher.recipe=null", "teacher.checkpoint=absent-[bold].pth")
+    status, out, _ = call("doctor", "tiny.yaml", *changes)
+    assert status == 1
+    assert out.splitlines()[-1] == "1 wrong: to be changed first"
+    assert max(map(len, out.splitlines())) <= 80
+    assert "absent-[bold].pth" in "".join(out.split())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_show_copy_check(call, tmp_path):

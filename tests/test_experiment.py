@@ -4,14 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 
 from topkd import checkpoint, recipe
+from topkd.answers import Answers
 from topkd.data import DATA, Data, InMemory
 from topkd.experiment import Experiment, check, evaluate_file
+from topkd.export import export
 from topkd.models import MODELS
 from topkd.progress import Progress
 from topkd.recipe import RecipeError
@@ -221,6 +224,138 @@ def test_every_recipe_can_be_trained(name, tmp_path, monkeypatch):
     result = experiment.student("student", 0)
     assert 0 <= result["last"]["top1"] <= 100
     shutil.rmtree(tmp_path / name)
+
+
+@pytest.fixture
+def taught(tiny):
+    """What a recipe needs to have the tiny teacher, and where that is."""
+    experiment, _ = tiny
+    return {"model": "resnet8", "checkpoint": str(experiment.teacher_file)}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_kept_answers_teach_the_same_to_rounding(taught, tmp_path, precision):
+    learnt = {}
+    for cache in (False, True):
+        tree = TINY | {"name": f"cache {cache}", "precision": precision, "epochs": 1}
+        tree |= {"teacher": taught | {"cache": cache}, "losses": TINY["controls"]["kd"]}
+        experiment = Experiment(recipe.parse(tree | {"controls": {}}), tmp_path, QUIET)
+        experiment.student("student", 0)
+        learnt[cache] = weights(experiment, "student")
+    # In bfloat16 the teacher's answers are rounded already.
+    tolerance = {"rtol": 0, "atol": 0 if precision == "bfloat16" else 2e-3}
+    for name, tensor in learnt[False].items():
+        torch.testing.assert_close(learnt[True][name], tensor, **tolerance, msg=name)
+
+
+def test_a_teacher_is_asked_once_for_all_arms_and_seeds(taught, tmp_path, monkeypatch):
+    tree = TINY | {"teacher": taught | {"cache": True}, "losses": TINY["controls"]["kd"]}
+    tree |= {"data": TINY["data"] | {"augmentation_seed": 0}, "controls": {"ce": [{"name": "ce"}]}}
+    experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
+    asked = []
+    call = Answers.__call__
+
+    def counting(self, batch, epoch, ask):
+        before = self.computed
+        answer = call(self, batch, epoch, ask)
+        asked.append(self.computed - before)
+        return answer
+
+    monkeypatch.setattr(Answers, "__call__", counting)
+    experiment.student("student", 0)
+    assert sum(asked) == len(asked) * 32  # every batch of the first student
+    asked.clear()
+    experiment.student("ce", 0)
+    assert sum(asked) == 0
+    asked.clear()
+    experiment.student("student", 1)  # another order: images that were left out may be missing
+    assert 0 < sum(asked) < len(asked) * 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": TINY["data"] | {"mixup": 0.2}}, "teacher.cache: answers are kept image by image"),
+        ({"data": TINY["data"] | {"views": 2}}, "teacher.cache: answers are kept image by image"),
+        ({"losses": [{"name": "ce"}, {"name": "at"}]}, "teacher.cache keeps .*; at reads maps"),
+    ],
+)
+def test_answers_that_cannot_be_kept_are_refused(taught, tmp_path, changes, message):
+    tree = TINY | {"teacher": taught | {"cache": True}, "controls": {}} | changes
+    with pytest.raises(RecipeError, match=message):
+        Experiment(recipe.parse(tree), tmp_path, QUIET).student("student", 0)
+
+
+def test_a_student_with_its_teachers_classifier_is_evaluated_from_its_file(taught, tmp_path):
+    tree = TINY | {"teacher": taught, "losses": [{"name": "simkd"}], "controls": {}}
+    tree |= {"student": {"model": "resnet8x0.25", "classifier": "teacher"}, "epochs": 1}
+    experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
+    result = experiment.student("student", 0)
+    folder = experiment.folder / "student/seed0"
+    judged = evaluate_file(folder, None, None, None, QUIET)
+    assert judged["top1"] == pytest.approx(result["last"]["top1"])
+    config = export(folder, ["safetensors", "onnx"], tmp_path / "out", QUIET)
+    assert config["files"]["model.onnx"]["largest_difference"] <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"losses": [{"name": "simkd"}]}, r"losses\[0\]: simkd needs student.classifier=teacher"),
+        (
+            {"student": {"model": "resnet8", "classifier": "teacher"}, "teacher": None},
+            "student.classifier: there is no teacher",
+        ),
+        (
+            {"teacher": {"model": "resnet8", "checkpoint": "x", "classifier": "teacher"}},
+            "teacher: classifier is an option of the student",
+        ),
+    ],
+)
+def test_a_classifier_that_nobody_has_is_refused(tmp_path, changes, message):
+    tree = TINY | {"teacher": {"model": "resnet8", "checkpoint": "unused"}}
+    tree |= {"losses": [{"name": "ce"}], "controls": {}} | changes
+    with pytest.raises(RecipeError, match=message):
+        check(recipe.parse(tree))
+
+
+def test_classes_in_another_order_than_the_teachers_are_refused(taught, tiny, tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    network = MODELS["resnet8"].build(10).network
+    names = list(tiny[0].data.classes)
+    swapped = [f"digit {name}" for name in [names[1], names[0], *names[2:]]]
+    checkpoint.save_weights(path, network, {"classes": swapped})
+    experiment = Experiment(
+        recipe.parse(TINY | {"teacher": {"model": "resnet8", "checkpoint": str(path)}}),
+        tmp_path,
+        QUIET,
+    )
+    named = [f"digit {name}" for name in names]
+    experiment.data = replace(experiment.data, classes=named)
+    with pytest.raises(ValueError, match=f"class 0 is '{named[0]}' in the data and '{named[1]}'"):
+        experiment.student("kd", 0)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"model": "intruder:build", "data": {"name": "digits"}},
+        {"model": "resnet8", "data": {"name": "dataset", "train": "intruder:a", "test": "b:c"}},
+    ],
+)
+def test_a_file_cannot_have_code_run(asked, tmp_path, monkeypatch):
+    (tmp_path / "intruder.py").write_text("raise SystemExit('ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "weights.safetensors"
+    network = MODELS["resnet8"].build(10).network
+    about = {"classes": [str(c) for c in range(10)], "mean": [0.5] * 3, "std": [0.5] * 3}
+    checkpoint.save_weights(path, network, about | asked)
+    with pytest.raises(ValueError, match="asks to run intruder:"):
+        evaluate_file(path, None, None, None, QUIET)
+    with pytest.raises(ValueError, match="asks to run intruder:"):
+        export(path, ["safetensors"], tmp_path / "out", QUIET)
+    with pytest.raises(SystemExit, match="ran"):  # the user's own word
+        evaluate_file(path, None, None, None, QUIET, trust=True)
 
 
 @pytest.mark.slow

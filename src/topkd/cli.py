@@ -38,6 +38,9 @@ Changes = Annotated[
 Seeds = Annotated[str, typer.Option(help="One run for each seed: `0 1 2`, `0,1,2` or `0-2`.")]
 Out = Annotated[Path, typer.Option(help="Where runs are kept, in a folder called as the recipe.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="The file may name code of yours, MODULE:CALLABLE, to run.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
@@ -85,6 +88,10 @@ def teacher(
 ) -> None:
     """Train the teacher of a recipe, and nothing else."""
     experiment = _experiment(recipe, changes, out, quiet)
+    section = experiment.recipe.teacher
+    if section is not None and section.pretrained:
+        typer.echo(f"teacher: {section.model}, with its published weights; nothing to train")
+        return
     if experiment.teacher is None:
         raise ValueError(f"{experiment.recipe.name} has no teacher; `topkd run` trains its network")
     typer.echo(f"teacher: {experiment.teacher_file}")
@@ -137,6 +144,7 @@ def evaluate(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Images to judge by, if other.")] = None,
     root: Annotated[str | None, typer.Option(help="Folder of the images.")] = None,
+    trust: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -147,7 +155,7 @@ def evaluate(
     from topkd.experiment import evaluate_file
     from topkd.progress import Progress
 
-    result = evaluate_file(target, model, data, root, Progress(quiet=quiet))
+    result = evaluate_file(target, model, data, root, Progress(quiet=quiet), trust=trust)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -185,6 +193,7 @@ def export(
     tolerance: Annotated[
         float, typer.Option(help="Largest difference of a logit, but for eight bits.")
     ] = 1e-4,
+    trust: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -206,6 +215,7 @@ def export(
         license=license_,
         limit=images,
         tolerance=tolerance,
+        trust=trust,
     )
     if as_json:
         typer.echo(json.dumps(config, indent=2))
@@ -284,13 +294,19 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List what recipes can name."""
-    lines = _catalogue(what)
+    entries = _catalogue(what)
     if as_json:
-        typer.echo(json.dumps([{"name": name, "about": about} for name, about in lines], indent=2))
+        typer.echo(json.dumps(entries, indent=2))
         return
-    width = max(len(name) for name, _ in lines)
-    for name, about in lines:
-        typer.echo(f"{name:<{width}}  {about}".rstrip())
+    width, group = max(len(entry["name"]) for entry in entries), ""
+    for entry in entries:
+        if entry.get("group", "") != group:
+            group = entry["group"]
+            typer.echo(f"{group}/")
+        indent = "  " if group else ""
+        typer.echo(f"{indent}{entry['name']:<{width}}  {entry['about']}".rstrip())
+    if what == "models":
+        typer.echo("and torchvision:NAME, timm:NAME, or MODULE:CALLABLE for one of your own")
 
 
 @app.command()
@@ -327,6 +343,42 @@ def check(recipe: RecipeName, changes: Changes = None) -> None:
     taught = f", taught by {loaded.teacher.model}" if loaded.teacher else ""
     arms = ", ".join(loaded.arms)
     typer.echo(f"{loaded.name} is right: {loaded.student.model}{taught}; runs {arms}")
+
+
+@app.command()
+def doctor(
+    recipe: RecipeName,
+    changes: Changes = None,
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Try a recipe for a minute, and tell what to change before hours are spent on it.
+
+    Does the teacher reach its recorded accuracy on these images? Are they normalised as it knows
+    them, and its classes in the same order? Do the taps give every loss what it needs, and is a
+    term too light to matter? How good is an approximator? How long does an epoch take here, in how
+    much memory?
+
+    `good` is as it should be, `look` deserves a thought, `wrong` spoils the runs; if anything is
+    wrong, the exit status is 1. Nothing is written. `topkd check` looks at the words of a recipe
+    alone, and needs no data.
+
+    Example: `topkd doctor cifar100/resnet20-resnet8 data.root=~/data/cifar100
+    teacher.checkpoint=resnet20.pth`
+    """
+    from dataclasses import asdict
+
+    from topkd.doctor import examine
+
+    findings = [asdict(finding) for finding in examine(_experiment(recipe, changes, out, quiet))]
+    wrong = sum(finding["verdict"] == "wrong" for finding in findings)
+    if as_json:
+        typer.echo(json.dumps(findings, indent=2))
+    else:
+        _print_findings(findings)
+        typer.echo(f"{wrong} wrong: to be changed first" if wrong else "nothing is wrong")
+    raise typer.Exit(1 if wrong else 0)
 
 
 @app.command()
@@ -372,22 +424,43 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _catalogue(what: str) -> list[tuple[str, str]]:
+def _catalogue(what: str) -> list[dict[str, str]]:
     if what == "recipes":
         from topkd import recipe as recipes
 
-        return [(name, recipes.about(name)) for name in recipes.names()]
+        groups = sorted((name.rpartition("/")[0], name) for name in recipes.names())
+        return [
+            {"name": name, "about": recipes.about(name), "group": group} for group, name in groups
+        ]
     if what == "losses":
         from topkd.losses import LOSSES
 
-        return [(name, f"{e.compares} ({e.paper})") for name, e in LOSSES.items()]
-    if what == "models":
+        about = {name: f"{e.compares} ({e.paper}); {e.cost}" for name, e in LOSSES.items()}
+    elif what == "models":
         from topkd.models import MODELS
 
-        return [(name, model.about) for name, model in MODELS.items()]
-    from topkd.data import DATA
+        about = {name: model.about for name, model in MODELS.items()}
+    else:
+        from topkd.data import DATA
 
-    return [(name, str(load.__doc__).splitlines()[0]) for name, load in DATA.items()]
+        about = {name: str(load.__doc__).splitlines()[0] for name, load in DATA.items()}
+    return [{"name": name, "about": told} for name, told in about.items()]
+
+
+def _print_findings(findings: Sequence[dict[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"good": "green", "look": "yellow", "wrong": "bold red"}
+    table = Table(box=None, pad_edge=False)
+    for title in ("part", "found", "verdict", "what to change"):
+        table.add_column(title, overflow="fold", no_wrap=title == "verdict")
+    for finding in findings:
+        verdict = Text(finding["verdict"], colours[finding["verdict"]])
+        part, found, advice = (Text(finding[key]) for key in ("part", "found", "advice"))
+        table.add_row(part, found, verdict, advice)
+    Console(highlight=False).print(table)
 
 
 def _print_results(results: Sequence[dict[str, Any]]) -> None:

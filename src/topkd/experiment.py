@@ -500,7 +500,13 @@ class Experiment:
 
 
 def evaluate_file(
-    target: Path, model: str | None, data: str | None, root: str | None, progress: Progress
+    target: Path,
+    model: str | None,
+    data: str | None,
+    root: str | None,
+    progress: Progress,
+    *,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the network in a file on test images, in float32.
 
@@ -510,13 +516,16 @@ def evaluate_file(
         data: Which images; a file of ours tells by itself.
         root: Where the images are.
         progress: Tells the user.
+        trust: Whether the file may ask for code of yours, as MODULE:CALLABLE.
 
     Raises:
         RecipeError: If a name is missing or unknown.
-        ValueError: If the weights do not fit the network.
+        ValueError: If the weights do not fit the network, or the file asks for code.
     """
     path = target / "student.safetensors" if target.is_dir() else target
     about = checkpoint.read_about(path)
+    if not trust:
+        foreign.refuse_code(about, str(path))
     model = model or about.get("model")
     tree = {"name": data} if data else about.get("data")
     if model is None or tree is None:

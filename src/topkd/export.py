@@ -19,6 +19,7 @@ from topkd.data import DATA, Data, Images, InMemory, Subset, plain_batches
 from topkd.evaluate import BATCH
 from topkd.experiment import load_data
 from topkd.formats import FORMATS, Answer, Subject, build, require
+from topkd.models.foreign import refuse_code
 from topkd.progress import Progress
 from topkd.recipe import DataSection, RecipeError, near
 
@@ -125,6 +126,7 @@ def export(
     license: str | None = None,
     limit: int | None = None,
     tolerance: float = TOLERANCE,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Writes a student in several formats and checks each; all are written, or none.
 
@@ -138,6 +140,7 @@ def export(
         license: Of the weights, as the Hugging Face hub calls it.
         limit: Check on so many test images, evenly spread; on all if not told.
         tolerance: Largest difference of a logit from the network's, but for rounded formats.
+        trust: Whether the file may ask for code of yours, as MODULE:CALLABLE.
 
     Returns:
         What ``config.json`` holds.
@@ -150,6 +153,8 @@ def export(
     """
     order = _order(to)
     student = load_student(target)
+    if not trust:
+        refuse_code(student.about, str(student.path))
     images, missing = _load(student.about, data)
     shown, told = _shown(student.about, images, size, limit, missing)
     seen = shown.read(torch.arange(1), None).shape[-1]

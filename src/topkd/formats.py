@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from topkd import checkpoint
 from topkd.data import Images
-from topkd.models.foreign import Foreign, find
+from topkd.models import foreign
+from topkd.models.reused import rebuild
 
 BATCH = 64  # images at a time; no number depends on it
 CALIBRATION = 512  # training images that set the ranges; as many others judge them
@@ -60,8 +61,12 @@ def build(about: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: If there is no such network.
     """
-    model, classes = find(about["model"]), len(about["classes"])
-    if isinstance(model, Foreign):
+    classes = len(about["classes"])
+    if about.get("reused"):
+        student = foreign.build(about["model"], classes, about["size"], **about["taps"])
+        return rebuild(student, about["reused"]).network.eval()
+    model = foreign.find(about["model"])
+    if isinstance(model, foreign.Foreign):
         return model.network(classes, about["size"], False).eval()
     return model.network(classes=classes).eval()
 

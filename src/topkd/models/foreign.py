@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -16,6 +16,7 @@ from topkd.features import Tapped
 from topkd.models import MODELS, Model
 from topkd.models.families import taps_of
 
+_ORIGINS = ("torchvision", "timm")
 _AUXILIARY = ("googlenet", "inception_v3")  # of torchvision: they answer with more than logits
 
 
@@ -68,6 +69,28 @@ def find(name: str) -> Model:
     if origin == "torchvision":
         return _of_torchvision(rest)
     return _of_timm(rest) if origin == "timm" else _of_user(origin, rest)
+
+
+def refuse_code(about: Mapping[str, Any], origin: str) -> None:
+    """Refuses a file that asks for a network or for images by MODULE:CALLABLE.
+
+    To find these means to import a module and to call what is in it, which a file of unknown origin
+    must not bring about.
+
+    Args:
+        about: What the file tells of itself.
+        origin: Its name, for the message.
+
+    Raises:
+        ValueError: If it asks for such a thing.
+    """
+    data = about.get("data", {})
+    asked = [about.get("model", ""), *(str(data.get(part, "")) for part in ("train", "test"))]
+    own = [name for name in asked if ":" in name and name.split(":")[0] not in _ORIGINS]
+    if own:
+        raise ValueError(
+            f"{origin} asks to run {', '.join(own)}; if that is code of yours, say --trust"
+        )
 
 
 def build(

@@ -1,0 +1,100 @@
+"""Where the time of exact persistence goes, and how fast it could be, on one thread.
+
+python benchmarks/kernels.py [--csv FILE]
+
+The stages of 64 points in 64-d are timed one upon the other, the least of many rounds, beside a
+bound: the multiply-adds of the distances at the rate at which this core multiplies large matrices,
+which does them as fast as they can be done.
+"""
+
+import argparse
+import csv
+import os
+import time
+
+for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ[name] = "1"  # before anything that reads it
+
+import torch  # noqa: E402
+from numba import njit  # noqa: E402
+
+from topkd.topology import _kernels, rips  # noqa: E402
+from topkd.topology.critical import critical_edges  # noqa: E402
+from topkd.topology.lengths import edge_lengths  # noqa: E402
+
+torch.set_num_threads(1)
+CLOUDS, N, D, ROUNDS = 781, 64, 64, 60
+
+
+@njit(nogil=True)
+def load(source, inside, work):
+    for cloud in range(len(source)):
+        _kernels._load_points(source[cloud], inside[cloud], work)
+
+
+@njit(nogil=True)
+def load_and_measure(source, inside, work):
+    for cloud in range(len(source)):
+        _kernels._load_points(source[cloud], inside[cloud], work)
+        _kernels._squares(N, work)
+
+
+@njit(nogil=True)
+def load_measure_and_span(source, inside, work):
+    for cloud in range(len(source)):
+        _kernels._load_points(source[cloud], inside[cloud], work)
+        _kernels._squares(N, work)
+        _kernels._prim(N, True, work)
+
+
+def least(work) -> float:
+    work()
+    seconds = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) * 1e6
+
+
+generator = torch.Generator().manual_seed(0)
+points = torch.randn(CLOUDS, N, D, generator=generator)
+inside = torch.ones(CLOUDS, N, dtype=torch.bool)
+source, there = points.numpy(), inside.numpy()
+room = _kernels.work(N, D, matrix=True)
+edges = torch.zeros(CLOUDS, N - 1, 2, dtype=torch.int64)
+gradient = points.clone().requires_grad_()
+
+matrix = torch.randn(1024, 1024, dtype=torch.float64, generator=generator)
+multiply_add = least(lambda: matrix @ matrix) / 1024**3
+stages = {
+    "read and convert the points": least(lambda: load(source, there, room)),
+    "+ squared distances": least(lambda: load_and_measure(source, there, room)),
+    "+ spanning tree": least(lambda: load_measure_and_span(source, there, room)),
+    "+ edges in order (the kernel)": least(
+        lambda: _kernels.merging_edges(source, there, False, True, 0, CLOUDS, room, edges.numpy())
+    ),
+    "+ the operator of torch": least(lambda: critical_edges(points, inside, False, 0, 0, True)),
+    "rips: + lengths, masks, counts": least(lambda: rips(points)),
+}
+backward = least(lambda: rips(gradient).deaths.sum().backward())
+one = points[:1]
+alone = least(lambda: [rips(one) for _ in range(CLOUDS)])
+rows = [(name, us / CLOUDS) for name, us in stages.items()]
+rows += [
+    ("with the backward pass", backward / CLOUDS),
+    ("one cloud at a time", alone / CLOUDS),
+    ("bound: the distances at full rate", N * (N - 1) // 2 * D * multiply_add),
+    ("lengths alone", least(lambda: edge_lengths(points, edges)) / CLOUDS),
+]
+print(f"{N} points in {D}-d, {CLOUDS} clouds, us a cloud, the least of {ROUNDS} rounds")
+for name, us in rows:
+    print(f"{name:38}{us:8.1f}")
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--csv", help="where to write them")
+asked = parser.parse_args()
+if asked.csv:
+    with open(asked.csv, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["stage", "least us"])
+        writer.writerows((name, f"{us:.2f}") for name, us in rows)

@@ -1,0 +1,331 @@
+"""What would go wrong, found before: recipes with one thing wrong each, and healthy ones."""
+
+from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from topkd import checkpoint, doctor, recipe
+from topkd.data import DATA, InMemory, digits
+from topkd.evaluate import Predictions
+from topkd.experiment import Experiment
+from topkd.models import MODELS, foreign
+from topkd.progress import Progress
+
+QUIET = Progress(quiet=True)
+RIPSNET = {"name": "topkd", "via": "ripsnet", "training": {"passes": 1, "epochs": 1}}
+TINY = {
+    "name": "tiny",
+    "data": {"name": "digits"},
+    "student": {"model": "resnet8x0.25"},
+    "losses": [{"name": "ce"}, {"name": "kd", "weight": 2.0}],
+    "epochs": 4,
+    "batch_size": 32,
+    "precision": "float32",
+}
+OWN = {"mean": [0.0] * 3, "std": [1.0] * 3}  # how the teacher's images were normalised
+
+
+def otherwise():
+    """Digits that are not normalised as digits usually are."""
+    data, (mean, std) = digits(), OWN.values()
+    train, test = (replace(images, mean=mean, std=std) for images in (data.train, data.test))
+    return replace(data, train=train, test=test, mean=mean, std=std)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """The weights of a teacher that is right on images from 0 to 1, with its results beside."""
+    out = tmp_path_factory.mktemp("teacher")
+    tree = TINY | {"student": {"model": "resnet8"}, "losses": [{"name": "ce"}], "epochs": 2}
+    tree["optimizer"] = {"lr": 0.1, "schedule": "one-cycle"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("topkd.experiment.DATA", DATA | {"digits": otherwise})
+        experiment = Experiment(recipe.parse(tree), out, QUIET)
+        assert experiment.student("student", 0)["last"]["top1"] > 80
+    return experiment.folder / "student/seed0/student.safetensors"
+
+
+def tiny(out, checkpoint=None, **changes):
+    teacher = {"model": "resnet8", "checkpoint": str(checkpoint)} | OWN
+    return Experiment(recipe.parse(TINY | {"teacher": teacher} | changes), out, QUIET)
+
+
+def told(findings, verdict):
+    return [finding for finding in findings if finding.verdict == verdict]
+
+
+def everything_in(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_a_healthy_recipe_has_nothing_wrong_and_nothing_is_written(taught, tmp_path):
+    late = {"name": "at", "start": 3, "stop": 3, "weight": 100.0}
+    share = {"name": "topkd", "share": 0.2, "start": 2, "warmup": 2}
+    losses = [*TINY["losses"], late, share]
+    controls = {"ce": [{"name": "ce"}], "none": [{"name": "ce"}, {"name": "kd", "weight": 0.0}]}
+    before = everything_in(taught.parents[3])
+    findings = doctor.examine(tiny(tmp_path, taught, losses=losses, controls=controls))
+    assert not told(findings, "look") + told(findings, "wrong")
+    parts = [finding.part for finding in findings]
+    assert parts[:4] == ["data", "batches", "normalisation", "teacher"]
+    assert parts[-2:] == ["time", "memory"]
+    assert "losses of ce" in parts
+    assert "ce, kd, at, topkd: the taps give what they need" in [f.found for f in findings]
+    assert not [*tmp_path.iterdir()]
+    assert everything_in(taught.parents[3]) == before
+
+
+def test_a_recipe_without_a_teacher_is_examined(tmp_path):
+    alone = Experiment(recipe.parse(TINY | {"losses": [{"name": "ce"}]}), tmp_path, QUIET)
+    findings = doctor.examine(alone)
+    assert not told(findings, "wrong")
+    assert "teacher" not in [finding.part for finding in findings]
+
+
+# --- The teacher ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_another_normalisation_is_found_and_the_right_one_named(taught, tmp_path, knows):
+    """By what our files say of themselves, and by the usual ones where a file says nothing."""
+    path, name = taught, "as its file says"
+    if not knows:
+        path, name = tmp_path / "bare.safetensors", "to 0 ... 1"
+        network = MODELS["resnet8"].build(10).network
+        checkpoint.fill(network, checkpoint.load_weights(taught), "taught")
+        checkpoint.save_weights(path, network, {})
+    experiment = tiny(tmp_path, teacher={"model": "resnet8", "checkpoint": str(path)})
+    wrong = told(doctor.examine(experiment), "wrong")
+    (finding,) = [finding for finding in wrong if finding.part == "teacher's normalisation"]
+    assert finding.found.startswith(f"of images normalised {name} it is right on ")
+    assert finding.advice == "set 'teacher.mean=[0,0,0]' 'teacher.std=[1,1,1]'"
+    (tmp_path / "tiny.yaml").write_text(recipe.write(experiment.recipe))
+    advised = recipe.load(str(tmp_path / "tiny.yaml"), finding.advice.split("'")[1::2])
+    again = Experiment(advised, tmp_path, QUIET)
+    assert not told(doctor.examine(again), "wrong")  # the advice is a change as it stands
+
+
+def predictions(target, guess, classes):
+    logits = torch.nn.functional.one_hot(guess, classes).float()
+    return Predictions(logits, torch.zeros(len(target), 2), target)
+
+
+def test_another_order_of_the_classes_is_found():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, 10, (500,), generator=generator)
+    right = torch.rand(500, generator=generator) < 0.7
+    guess = torch.where(right, target, torch.randint(0, 10, (500,), generator=generator))
+    classes = [f"name {number}" for number in range(10)]
+    assert not [*doctor._class_order(predictions(target, guess, 10), classes)]
+    order = torch.tensor([1, 2, 3, 4, 0, 5, 6, 7, 8, 9])  # what class i is called by the teacher
+    (finding,) = doctor._class_order(predictions(target, order[guess], 10), classes)
+    there = 100 * (guess == target)[1::2].double().mean().item()
+    assert f"in another order it is right on {there:.2f} %" in finding.found
+    named = [
+        f"class {label}, 'name {label}', is number {order[label]} to the teacher"
+        for label in range(5)
+    ]
+    assert any(name in finding.found for name in named)
+
+
+def test_what_chance_would_mend_is_no_other_order():
+    """With two images a class, the best order for all of them makes any guesses half right."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.arange(1000).repeat(2)[torch.randperm(2000, generator=generator)]
+    guess = torch.randint(0, 1000, (2000,), generator=generator)
+    assert not [*doctor._class_order(predictions(target, guess, 1000), [""] * 1000)]
+
+
+def test_a_poor_teacher_without_a_record_is_told(tmp_path):
+    checkpoint.save_weights(tmp_path / "new.safetensors", MODELS["resnet8"].build(10).network, {})
+    findings = doctor.examine(tiny(tmp_path, tmp_path / "new.safetensors"))
+    (finding,) = told(findings, "wrong")
+    assert "none is recorded, guessing gives 10.00 %" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["b", "a", *"cdefghij"], "class 0 is 'a' in the data and 'b' for"),
+        (list("abc"), "the data have 10 classes"),
+    ],
+)
+def test_a_teacher_of_other_classes_is_a_finding(tmp_path, monkeypatch, classes, message):
+    named = replace(digits(), classes=list("abcdefghij"))
+    monkeypatch.setattr("topkd.experiment.DATA", DATA | {"digits": lambda: named})
+    path = tmp_path / "teacher.safetensors"
+    checkpoint.save_weights(path, MODELS["resnet8"].build(10).network, {"classes": classes})
+    last = doctor.examine(tiny(tmp_path, path))[-1]
+    assert (last.part, last.verdict) == ("teacher", "wrong")
+    assert message in last.found
+
+
+def test_weights_that_cannot_be_had_are_a_finding(taught, tmp_path):
+    missing = doctor.examine(tiny(tmp_path, tmp_path / "absent.pth"))[-1]
+    assert (missing.part, missing.verdict) == ("teacher", "wrong")
+    assert missing.found == f"{tmp_path / 'absent.pth'}: No such file or directory"
+    other = {"model": "resnet14", "checkpoint": str(taught)}
+    misfit = doctor.examine(tiny(tmp_path, teacher=other))[-1]
+    assert (misfit.part, misfit.verdict) == ("teacher", "wrong")
+    assert "does not fit this network" in misfit.found
+
+
+def test_a_teacher_that_answers_with_nan_is_a_finding(tmp_path):
+    network = MODELS["resnet8"].build(10).network
+    network.fc.bias.data.fill_(torch.nan)
+    checkpoint.save_weights(tmp_path / "nan.safetensors", network, {})
+    last = doctor.examine(tiny(tmp_path, tmp_path / "nan.safetensors"))[-1]
+    assert (last.part, last.verdict) == ("teacher", "wrong")
+    assert "NaN" in last.found
+
+
+def test_a_teacher_that_is_not_trained_yet_is_not_trained(tmp_path):
+    model = recipe.load("digits/teacher").student.model
+    section = {"model": model, "recipe": "digits/teacher"}
+    last = doctor.examine(tiny(tmp_path, teacher=section))[-1]
+    assert (last.part, last.verdict) == ("teacher", "look")
+    assert last.found == "digits/teacher trains it first"
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_pretrained_teacher_is_asked(taught, tmp_path, monkeypatch):
+    plain = foreign.build
+
+    def build(name, classes, size=None, *, pretrained=False, **taps):
+        network = plain(name, classes, size, **taps)
+        if pretrained:
+            checkpoint.fill(network.network, checkpoint.load_weights(taught), "published")
+        return network
+
+    published = foreign.Published(10, 8, (0.0,) * 3, (1.0,) * 3)
+    monkeypatch.setattr(foreign, "published", lambda name: published)
+    monkeypatch.setattr(foreign, "build", build)
+    findings = doctor.examine(tiny(tmp_path, teacher={"model": "resnet8", "pretrained": True}))
+    assert not told(findings, "wrong")
+    (finding,) = told(findings, "look")
+    assert "none is recorded, guessing gives 10.00 %" in finding.found
+
+
+# --- Data ----------------------------------------------------------------------------------------
+
+
+def test_a_class_without_images_is_told(tmp_path, monkeypatch):
+    data = digits()
+    kept = (data.train.target != 3).nonzero().flatten()
+    train = replace(data.train, pixels=data.train.pixels[kept], target=data.train.target[kept])
+    lacking = replace(data, train=train, classes=[f"name {label}" for label in range(10)])
+    monkeypatch.setattr("topkd.experiment.DATA", DATA | {"digits": lambda: lacking})
+    findings = doctor.examine(tiny(tmp_path, tmp_path / "absent.pth"))
+    assert findings[0].verdict == "wrong"
+    assert "no student learns name 3:" in findings[0].advice
+
+
+def test_odd_images_are_told_with_what_they_are(tmp_path, monkeypatch):
+    """Half the pixels are 51 and half are 153: their mean is 0.4 and their deviation 0.2."""
+    pixels = torch.full((400, 8, 8, 3), 51, dtype=torch.uint8)
+    pixels[:, ::2] = 153
+    images = InMemory(pixels, torch.arange(400) % 10, (0.9,) * 3, (0.1,) * 3, 1, flip=False)
+    data = replace(digits(), train=images, mean=images.mean, std=images.std)
+    monkeypatch.setattr("topkd.experiment.DATA", DATA | {"digits": lambda: data})
+    finding = doctor.examine(tiny(tmp_path, tmp_path / "absent.pth"))[2]
+    assert finding.verdict == "look"
+    assert finding.found == (
+        "normalised images have mean -5.00 -5.00 -5.00 and deviation 2.00 2.00 2.00"
+    )
+    assert finding.advice.endswith("'data.mean=[0.4,0.4,0.4]' 'data.std=[0.2,0.2,0.2]'")
+
+
+def test_batches_that_cannot_be_filled_are_told(taught, tmp_path):
+    findings = doctor.examine(tiny(tmp_path, taught, batch_size=2000))
+    (finding,) = told(findings, "wrong")
+    assert finding.part == "batches"
+    assert findings[-1].part == "teacher"  # and no run is tried
+
+
+# --- The losses ----------------------------------------------------------------------------------
+
+
+def test_a_loss_that_the_taps_do_not_suit_is_told_in_its_own_words(taught, tmp_path):
+    losses = [{"name": "ce"}, {"name": "fsp", "label": "flow"}]
+    findings = doctor.examine(tiny(tmp_path, taught, losses=losses, controls={"ce": losses[:1]}))
+    (finding,) = told(findings, "wrong")
+    assert finding.part == "losses of student"
+    assert finding.found.startswith("flow: fsp needs as many channels in the student as in the te")
+    times = [finding.found for finding in findings if finding.part == "time"]
+    assert len(times) == 1
+    assert "(ce)" in times[0]
+    assert "(student)" not in times[0]
+
+
+def test_an_approximator_is_not_trained_but_its_fidelity_is_told(taught, tmp_path):
+    experiment = tiny(tmp_path, taught, losses=[{"name": "ce"}, RIPSNET])
+    (finding,) = told(doctor.examine(experiment), "look")
+    assert finding.found.startswith("topkd has to learn from the teacher first")
+    assert not [*tmp_path.iterdir()]
+    experiment.prepare()
+    before = everything_in(tmp_path)
+    findings = doctor.examine(experiment)
+    r2 = experiment.losses("student", experiment.new_student(), 0)[1].loss.facts()["fidelity"]["r2"]
+    (finding,) = [finding for finding in findings if "explains" in finding.found]
+    assert f"the approximator of topkd explains {max(r2, 0):.0%} of what" in finding.found
+    assert finding.verdict == ("look" if r2 < 0.5 else "good")
+    assert everything_in(tmp_path) == before
+
+
+def test_a_term_that_is_too_light_is_told_unless_it_is_meant_to_be(taught, tmp_path):
+    light, none = ([{"name": "ce"}, {"name": "kd", "weight": weight}] for weight in (1e-9, 0.0))
+    findings = doctor.examine(tiny(tmp_path, taught, losses=light, controls={"none": none}))
+    (finding,) = told(findings, "look")
+    assert finding.part == "losses of student"
+    assert finding.found.startswith("at the beginning kd carries 0.00% of the gradient")
+    assert finding.advice == "give it more weight, or a share"
+
+
+@pytest.mark.parametrize(
+    ("error", "found", "advice"),
+    [
+        (RuntimeError("a must match b"), "a must match b", "other taps or options, or another"),
+        (torch.OutOfMemoryError("no"), "a step of student does not fit", "make batch_size smaller"),
+    ],
+)
+def test_a_step_that_fails_is_told(taught, tmp_path, monkeypatch, error, found, advice):
+    def fail(self, student, teacher, batch):
+        raise error
+
+    monkeypatch.setattr("topkd.losses.Distillation.forward", fail)
+    (finding,) = told(doctor.examine(tiny(tmp_path, taught)), "wrong")
+    assert finding.found == found
+    assert finding.advice.startswith(advice)
+
+
+# --- Time ----------------------------------------------------------------------------------------
+
+
+def test_an_epoch_takes_its_steps_and_its_judging(taught, tmp_path, monkeypatch):
+    """Between two looks at this clock is a second: for each step, and for 500 of 540 images."""
+    clock = SimpleNamespace(perf_counter=count().__next__)
+    monkeypatch.setattr(doctor, "time", clock)
+    findings = doctor.examine(tiny(tmp_path, taught))
+    (finding,) = [finding for finding in findings if finding.part == "time"]
+    # 1257 images are 39 batches of 32: 39 + 1.08 seconds, and four times that
+    assert finding.found == (
+        "an epoch takes about 40.1 seconds (student) here; 4 epochs of each: 2.7 minutes a seed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 seconds"),
+        (119, "119.0 seconds"),
+        (150, "2.5 minutes"),
+        (3 * 3600, "3.0 hours"),
+        (36 * 3600, "36.0 hours"),
+        (60 * 3600, "2.5 days"),
+    ],
+)
+def test_durations_are_told_in_the_unit_that_suits(seconds, text):
+    assert doctor._duration(seconds) == text
