@@ -23,8 +23,8 @@ from topkd.data import (
 from topkd.data import augmented as module
 from topkd.data.augment import draws
 from topkd.data.augmented import OPERATIONS, cut_box, erase, randaugment
-from topkd.experiment import load_data
 from topkd.recipe import DataSection
+from topkd.sections import load_data
 
 HALF = ((0.5,) * 3, (0.25,) * 3)
 # Python warns of what every DataLoader does: it forks a process that has threads.

@@ -24,9 +24,9 @@ from topkd.data.parquet import parquet
 from topkd.data.pictures import MEAN, STD
 from topkd.data.shards import refuse_gaps
 from topkd.data.webdataset import webdataset
-from topkd.experiment import load_data
 from topkd.features import Tapped
 from topkd.recipe import DataSection, RecipeError
+from topkd.sections import load_data
 
 pa = pytest.importorskip("pyarrow")
 files = pytest.importorskip("pyarrow.parquet")

@@ -1,7 +1,7 @@
 """What would go wrong, found before: recipes with one thing wrong each, and healthy ones."""
 
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +42,7 @@ def taught(tmp_path_factory):
     tree = TINY | {"student": {"model": "resnet8"}, "losses": [{"name": "ce"}], "epochs": 2}
     tree["optimizer"] = {"lr": 0.1, "schedule": "one-cycle"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("topkd.experiment.DATA", DATA | {"digits": otherwise})
+        patch.setattr("topkd.sections.DATA", DATA | {"digits": otherwise})
         experiment = Experiment(recipe.parse(tree), out, QUIET)
         assert experiment.student("student", 0)["last"]["top1"] > 80
     return experiment.folder / "student/seed0/student.safetensors"
@@ -155,7 +155,7 @@ def test_a_poor_teacher_without_a_record_is_told(tmp_path):
 )
 def test_a_teacher_of_other_classes_is_a_finding(tmp_path, monkeypatch, classes, message):
     named = replace(digits(), classes=list("abcdefghij"))
-    monkeypatch.setattr("topkd.experiment.DATA", DATA | {"digits": lambda: named})
+    monkeypatch.setattr("topkd.sections.DATA", DATA | {"digits": lambda: named})
     path = tmp_path / "teacher.safetensors"
     checkpoint.save_weights(path, MODELS["resnet8"].build(10).network, {"classes": classes})
     last = doctor.examine(tiny(tmp_path, path))[-1]
@@ -217,7 +217,7 @@ def test_a_class_without_images_is_told(tmp_path, monkeypatch):
     kept = (data.train.target != 3).nonzero().flatten()
     train = replace(data.train, pixels=data.train.pixels[kept], target=data.train.target[kept])
     lacking = replace(data, train=train, classes=[f"name {label}" for label in range(10)])
-    monkeypatch.setattr("topkd.experiment.DATA", DATA | {"digits": lambda: lacking})
+    monkeypatch.setattr("topkd.sections.DATA", DATA | {"digits": lambda: lacking})
     findings = doctor.examine(tiny(tmp_path, tmp_path / "absent.pth"))
     assert findings[0].verdict == "wrong"
     assert "no student learns name 3:" in findings[0].advice
@@ -229,7 +229,7 @@ def test_odd_images_are_told_with_what_they_are(tmp_path, monkeypatch):
     pixels[:, ::2] = 153
     images = InMemory(pixels, torch.arange(400) % 10, (0.9,) * 3, (0.1,) * 3, 1, flip=False)
     data = replace(digits(), train=images, mean=images.mean, std=images.std)
-    monkeypatch.setattr("topkd.experiment.DATA", DATA | {"digits": lambda: data})
+    monkeypatch.setattr("topkd.sections.DATA", DATA | {"digits": lambda: data})
     finding = doctor.examine(tiny(tmp_path, tmp_path / "absent.pth"))[2]
     assert finding.verdict == "look"
     assert finding.found == (
@@ -305,8 +305,8 @@ def test_a_step_that_fails_is_told(taught, tmp_path, monkeypatch, error, found, 
 
 
 def test_an_epoch_takes_its_steps_and_its_judging(taught, tmp_path, monkeypatch):
-    """Between two looks at this clock is a second: for each step, and for 500 of 540 images."""
-    clock = SimpleNamespace(perf_counter=count().__next__)
+    """A step takes a second, but for the first three, and to judge 500 of 540 images another."""
+    clock = SimpleNamespace(perf_counter=chain([0, 10, 20], count(30)).__next__)
     monkeypatch.setattr(doctor, "time", clock)
     findings = doctor.examine(tiny(tmp_path, taught))
     (finding,) = [finding for finding in findings if finding.part == "time"]

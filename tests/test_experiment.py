@@ -12,8 +12,9 @@ import yaml
 
 from topkd import checkpoint, recipe
 from topkd.answers import Answers
+from topkd.checks import check
 from topkd.data import DATA, Data, InMemory
-from topkd.experiment import Experiment, check, evaluate_file
+from topkd.experiment import Experiment, evaluate_file
 from topkd.export import export
 from topkd.models import MODELS
 from topkd.progress import Progress
@@ -208,7 +209,7 @@ def is_small(name):
 )
 def test_every_recipe_can_be_trained(name, tmp_path, monkeypatch):
     read = recipe.load(name)
-    monkeypatch.setattr("topkd.experiment.DATA", DATA | {read.data.name: lambda: noise()})
+    monkeypatch.setattr("topkd.sections.DATA", DATA | {read.data.name: lambda: noise()})
     changes = ["epochs=1", "batch_size=64"]
     if read.teacher is not None:
         network = MODELS[read.teacher.model].build(100).network

@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 
 from topkd import checkpoint, cli, files, formats, recipe
 from topkd.data import DATA
-from topkd.experiment import Experiment, load_data
+from topkd.experiment import Experiment
 from topkd.export import TOLERANCE, export
 from topkd.formats import FORMATS, Subject
 from topkd.models import MODELS
 from topkd.progress import Progress
 from topkd.recipe import DataSection
+from topkd.sections import load_data
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

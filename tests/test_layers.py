@@ -13,6 +13,9 @@ ROOT = Path(topkd.__file__).parent
 LEVELS = {  # an import points to a lower number, or sideways without a circle
     "cli": 6,
     "experiment": 5,
+    "environment": 5,
+    "checks": 4,
+    "sections": 4,
     "report": 5,
     "plots": 5,
     "export": 5,

@@ -336,7 +336,7 @@ def copy(
 def check(recipe: RecipeName, changes: Changes = None) -> None:
     """Check every name and option of a recipe, without running it."""
     from topkd import recipe as recipes
-    from topkd.experiment import check as check_recipe
+    from topkd.checks import check as check_recipe
 
     loaded = recipes.load(recipe, changes or [])
     check_recipe(loaded)
@@ -384,7 +384,7 @@ def doctor(
 @app.command()
 def env(as_json: AsJson = False) -> None:
     """Print machine and versions, for reports of faults."""
-    from topkd.experiment import environment
+    from topkd.environment import environment
 
     described = environment()
     if as_json:
@@ -435,7 +435,7 @@ def _catalogue(what: str) -> list[dict[str, str]]:
     if what == "losses":
         from topkd.losses import LOSSES
 
-        about = {name: f"{e.compares} ({e.paper}); {e.cost}" for name, e in LOSSES.items()}
+        about = {name: f"{e.compares} ({e.paper}); costs {e.cost}" for name, e in LOSSES.items()}
     elif what == "models":
         from topkd.models import MODELS
 

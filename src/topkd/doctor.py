@@ -335,8 +335,8 @@ def _train(
     """Trains a few steps of a run, with each term in one of them at least.
 
     Returns:
-        What was measured in the epoch in which most terms count, and the seconds that it takes;
-        None if there is no term with a weight.
+        What was measured, and the seconds of the epoch in which most terms count; None if there is
+        no term with a weight.
     """
     recipe, data, device = experiment.recipe, experiment.data, experiment.device
     terms = [weighted.term for weighted in losses]
@@ -345,15 +345,15 @@ def _train(
         return sum(term.schedule(epoch, recipe.epochs) for term in terms if term.share is None)
 
     fullest = max(range(1, recipe.epochs + 1), key=counting)
-    first = [term.start for term in terms if counting(term.start)]
     if not counting(fullest):
         return None
-    epochs = [*first, *[fullest] * (WARM + TIMED)]
+    others = sorted({term.start for term in terms if counting(term.start)} - {fullest})
+    epochs = [*others, *[fullest] * (WARM + TIMED)]
     trainer = Trainer(
         student, experiment.teacher, losses, data, recipe, 0, device, experiment.progress
     )
     student.train()
-    sums, stamps, untimed = Sums(), [time.perf_counter()], len(first) + WARM
+    sums, stamps, untimed = Sums(), [time.perf_counter()], len(others) + WARM
     batches = training_batches(data.train, recipe.batch_size, 0, 1)
     for step, (epoch, batch) in enumerate(zip(epochs, batches, strict=False)):
         for weighted in losses:
@@ -361,7 +361,7 @@ def _train(
         rate = learning_rate(recipe.optimizer, step / trainer.steps, recipe.epochs)
         for group in trainer.optimizer.param_groups:
             group["lr"] = rate
-        trainer.step(batch, epoch, sums if epoch == fullest else Sums(), measure=step < untimed)
+        trainer.step(batch, epoch, sums, measure=step < untimed)
         stamps.append(time.perf_counter())
         if step >= untimed and stamps[-1] - stamps[0] > PATIENCE:
             break

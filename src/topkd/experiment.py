@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +13,12 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import save as save_safetensors
 
-import topkd
 from topkd import checkpoint, evaluate, files
 from topkd import recipe as recipes
 from topkd.answers import Answers
-from topkd.data import DATA, Augmentation, Data, same_order, training_batches, with_augmentation
+from topkd.checks import check, named, options_of, teacher_recipe, told
+from topkd.data import DATA, Data, same_order, training_batches
+from topkd.environment import environment
 from topkd.features import Batch, Features, Tapped, Teacher
 from topkd.losses import LOSSES, Loss, Source
 from topkd.models import foreign
@@ -32,161 +29,14 @@ from topkd.recipe import (
     DataSection,
     Recipe,
     RecipeError,
-    StudentSection,
-    TeacherSection,
     Term,
     View,
 )
+from topkd.sections import load_data, network_of, published_for, side
 from topkd.terms import Weighted, seen, taps
 from topkd.train import Device, Trainer
 
 SHOWN = 1000  # test images whose embeddings are kept for pictures
-
-
-def check(recipe: Recipe) -> None:
-    """Checks every name and option of a recipe before any work is done.
-
-    Raises:
-        RecipeError: If one is wrong; the message says where, what was got and what would be right.
-    """
-    _named(DATA, recipe.data.name, "data.name")
-    recipes.parse_options(DATA[recipe.data.name], recipe.data.options, "data")
-    _check_network(recipe.student, "student")
-    for arm, terms in recipe.arms.items():
-        place = "losses" if arm == STUDENT else f"controls.{arm}"
-        for number, term in enumerate(terms):
-            _check_term(term, f"{place}[{number}]", recipe)
-    if recipe.teacher is None and recipe.student.classifier == "teacher":
-        raise RecipeError("student.classifier: there is no teacher to take it from")
-    if recipe.teacher is not None:
-        if recipe.teacher.cache and (
-            recipe.data.views == 2 or recipe.data.mixup or recipe.data.cutmix
-        ):
-            raise RecipeError(
-                "teacher.cache: answers are kept image by image, which mixed images and two views "
-                "are not; leave out data.mixup, data.cutmix and data.views, or the cache"
-            )
-        _check_network(recipe.teacher, "teacher")
-        if recipe.teacher.checkpoint is None and not recipe.teacher.pretrained:
-            _teacher_recipe(recipe)
-
-
-def _check_network(section: StudentSection, where: str) -> None:
-    with torch.random.fork_rng(devices=[]), _told(where):
-        with _told("model"):
-            foreign.find(section.model)
-        if section.pretrained:
-            foreign.published(section.model)
-        if section.taps:
-            foreign.build(section.model, 2, **section.taps)  # finds names that are not there
-
-
-@contextmanager
-def _told(where: str) -> Iterator[None]:
-    """Says in an error where in the recipe it comes from."""
-    try:
-        yield
-    except RecipeError as error:
-        raise RecipeError(f"{where}.{error}") from error
-    except ValueError as error:
-        raise RecipeError(f"{where}: {error}") from error
-
-
-def _check_term(term: Term, where: str, recipe: Recipe) -> None:
-    _named(LOSSES, term.name, f"{where}.name")
-    loss = LOSSES[term.name].loss
-    if loss.needs_teacher and recipe.teacher is None:
-        raise RecipeError(f"{where}: {term.name} cannot be computed without a teacher")
-    options = _parsed(term, where)
-    if loss.replaces_classifier and recipe.student.classifier != "teacher":
-        raise RecipeError(f"{where}: {term.name} needs student.classifier=teacher")
-    if not _is_built_from_features(loss):
-        try:
-            loss(**options)
-        except ValueError as error:
-            raise RecipeError(f"{where}: {error}") from error
-
-
-def _parsed(term: Term, where: str) -> dict[str, Any]:
-    """Parses the options of a term by the signature of what takes them."""
-    loss = LOSSES[term.name].loss
-    names_them = "options" not in inspect.signature(loss.between).parameters
-    function = loss.between if names_them else loss.__init__
-    options: dict[str, Any] = recipes.parse_options(function, term.options, where)
-    return options
-
-
-def _is_built_from_features(loss: type[Loss]) -> bool:
-    """Tells whether a loss needs features to be built, so that it cannot be tried before."""
-    return loss.between.__func__ is not Loss.between.__func__  # type: ignore[attr-defined]
-
-
-def _named(catalogue: Mapping[str, Any], name: str, where: str) -> None:
-    if name not in catalogue:
-        raise RecipeError(f"{where}: there is no {name!r}{recipes.near(name, list(catalogue))}")
-
-
-def _teacher_recipe(recipe: Recipe) -> Recipe:
-    """The recipe that trains the teacher, on the student's images."""
-    section = recipe.teacher
-    assert section is not None
-    assert section.recipe is not None
-    teacher = recipes.load(section.recipe).model_copy(update={"data": recipe.data})
-    if teacher.student.model != section.model:
-        raise RecipeError(
-            f"teacher.recipe: {teacher.name} trains {teacher.student.model}, "
-            f"teacher.model is {section.model}"
-        )
-    return teacher
-
-
-def _network(section: StudentSection, data: Data, size: int | None = None) -> Tapped:
-    """Builds a network for the images of a data set, or for those of another size."""
-    shown = _side(data) if size is None else size
-    return foreign.build(
-        section.model, len(data.classes), shown, pretrained=section.pretrained, **section.taps
-    )
-
-
-def _published(section: TeacherSection, data: Data) -> foreign.Published:
-    """What is known of the weights of a teacher that nobody here trains."""
-    told = foreign.published(section.model)
-    if told.classes != len(data.classes):
-        raise RecipeError(
-            f"teacher.pretrained: {section.model} tells {told.classes} classes apart, "
-            f"{data.name} has {len(data.classes)}; train it on them, and give the checkpoint"
-        )
-    if section.size is None and told.size != _side(data):
-        raise RecipeError(
-            f"teacher.size: {section.model} was trained on images of {told.size} px, {data.name} "
-            f"has {_side(data)}; say which size it shall see, such as {told.size}"
-        )
-    return told
-
-
-def _side(data: Data) -> int:
-    """Pixels on a side of what networks are shown."""
-    return data.test.read(torch.arange(1), None).shape[-1]
-
-
-def load_data(section: DataSection) -> Data:
-    """Loads the images of a recipe.
-
-    Raises:
-        FileNotFoundError: If a file or folder is missing.
-        ValueError: If a file or an image cannot be read, or a label is out of range.
-    """
-    options = recipes.parse_options(DATA[section.name], section.options, "data")
-    data = DATA[section.name](**options)
-    if section.validation:
-        data = data.with_validation(section.validation)
-    if section.limit is not None:
-        data = data.with_limit(section.limit)
-    changes = section.randaugment
-    randaugment = None if changes is None else (changes.operations, changes.magnitude)
-    augmentation = Augmentation(randaugment, section.mixup, section.cutmix, section.views)
-    workers = None if section.workers == "auto" else section.workers
-    return with_augmentation(data, augmentation, workers)
 
 
 class Experiment:
@@ -226,11 +76,11 @@ class Experiment:
             return None
         own = shown = self.data.mean, self.data.std
         if section.pretrained:
-            told = _published(section, self.data)
+            told = published_for(section, self.data)
             own = told.mean, told.std
-        network = _network(section, self.data, section.size)
+        network = network_of(section, self.data, section.size)
         if section.recipe is not None and section.checkpoint is None:
-            Experiment(_teacher_recipe(self.recipe), self.out, self.progress).student(STUDENT, 0)
+            Experiment(teacher_recipe(self.recipe), self.out, self.progress).student(STUDENT, 0)
         if not section.pretrained:
             path = self.teacher_file
             checkpoint.fill(network.network, checkpoint.load_weights(path), str(path))
@@ -249,7 +99,7 @@ class Experiment:
             raise RecipeError(f"teacher: {section.model} is pretrained, no file here is it")
         if section.checkpoint is not None:
             return Path(section.checkpoint).expanduser()
-        name = _teacher_recipe(self.recipe).name
+        name = teacher_recipe(self.recipe).name
         return self.out / name / STUDENT / "seed0" / "student.safetensors"
 
     @cached_property
@@ -290,7 +140,7 @@ class Experiment:
             return [Weighted(term, self._loss(term, made, answer, source)) for term in terms]
 
     def _loss(self, term: Term, made: Features, answer: Features, source: Source) -> Loss:
-        loss, options = LOSSES[term.name].loss, _parsed(term, term.name)
+        loss, options = LOSSES[term.name].loss, options_of(term, term.name)
         views = term.taps
         source = replace(source, taps=views)
         if views.teacher != View():  # what a loss learns, it learns of what it will see
@@ -328,7 +178,7 @@ class Experiment:
 
     def new_student(self) -> Tapped:
         """Builds the student, untrained."""
-        student = _network(self.recipe.student, self.data)
+        student = network_of(self.recipe.student, self.data)
         if self.recipe.student.classifier == "own":
             return student
         assert self.teacher is not None
@@ -359,7 +209,7 @@ class Experiment:
             RecipeError: If the recipe has no such run.
             ValueError: If the folder holds runs of another recipe.
         """
-        _named(self.recipe.arms, arm, "arm")
+        named(self.recipe.arms, arm, "arm")
         self._claim_folder()
         folder = self.folder / arm / f"seed{seed}"
         if (folder / "result.json").exists():
@@ -428,7 +278,7 @@ class Experiment:
         return {
             "reused": reused,
             "model": self.recipe.student.model,
-            "size": _side(self.data),
+            "size": side(self.data),
             "taps": self.recipe.student.taps,
             "classes": list(self.data.classes),
             "mean": list(self.data.mean),
@@ -530,14 +380,14 @@ def evaluate_file(
     tree = {"name": data} if data else about.get("data")
     if model is None or tree is None:
         raise RecipeError(f"{path} does not tell which network it is: give --model and --data")
-    with _told("--model"):
+    with told("--model"):
         foreign.find(model)
-    _named(DATA, tree["name"], "--data")
+    named(DATA, tree["name"], "--data")
     section = DataSection.model_validate(tree | ({"root": root} if root else {}))
     weights = checkpoint.load_weights(path)
     images = load_data(section)
     own = about if about.get("model") == model else {}
-    size, taps = own.get("size", _side(images)), own.get("taps", {})
+    size, taps = own.get("size", side(images)), own.get("taps", {})
     network = foreign.build(model, len(images.classes), size, **taps)
     if own.get("reused"):
         network = rebuild(network, own["reused"])
@@ -550,46 +400,5 @@ def evaluate_file(
     return described | evaluate.quality(predictions)
 
 
-def environment() -> dict[str, Any]:
-    """Describes the machine and the versions that numbers were made with."""
-    return {
-        "topkd": topkd.__version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-    }
-
-
 def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value).removeprefix("torch.") for name, value in values.items()}
-
-
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the source, if it is used from a git checkout."""
-    folder = Path(__file__).resolve().parent
-    if not any((parent / ".git").exists() for parent in folder.parents[:2]):
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -17,11 +17,11 @@ import topkd
 from topkd import checkpoint, files, results
 from topkd.data import DATA, Data, Images, InMemory, Subset, plain_batches
 from topkd.evaluate import BATCH
-from topkd.experiment import load_data
 from topkd.formats import FORMATS, Answer, Subject, build, require
 from topkd.models.foreign import refuse_code
 from topkd.progress import Progress
 from topkd.recipe import DataSection, RecipeError, near
+from topkd.sections import load_data
 
 CONFIG = "config.json"
 TOLERANCE = 1e-4  # of logits: float32 computed in another order

@@ -1,0 +1,118 @@
+"""Recipes checked against what there is, before any work is done."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from topkd import recipe as recipes
+from topkd.data import DATA
+from topkd.losses import LOSSES, Loss
+from topkd.models import foreign
+from topkd.recipe import STUDENT, Recipe, RecipeError, StudentSection, Term
+
+
+def check(recipe: Recipe) -> None:
+    """Checks every name and option of a recipe before any work is done.
+
+    Raises:
+        RecipeError: If one is wrong; the message says where, what was got and what would be right.
+    """
+    named(DATA, recipe.data.name, "data.name")
+    recipes.parse_options(DATA[recipe.data.name], recipe.data.options, "data")
+    _check_network(recipe.student, "student")
+    for arm, terms in recipe.arms.items():
+        place = "losses" if arm == STUDENT else f"controls.{arm}"
+        for number, term in enumerate(terms):
+            _check_term(term, f"{place}[{number}]", recipe)
+    if recipe.teacher is None and recipe.student.classifier == "teacher":
+        raise RecipeError("student.classifier: there is no teacher to take it from")
+    if recipe.teacher is not None:
+        if recipe.teacher.cache and (
+            recipe.data.views == 2 or recipe.data.mixup or recipe.data.cutmix
+        ):
+            raise RecipeError(
+                "teacher.cache: answers are kept image by image, which mixed images and two views "
+                "are not; leave out data.mixup, data.cutmix and data.views, or the cache"
+            )
+        _check_network(recipe.teacher, "teacher")
+        if recipe.teacher.checkpoint is None and not recipe.teacher.pretrained:
+            teacher_recipe(recipe)
+
+
+def _check_network(section: StudentSection, where: str) -> None:
+    with torch.random.fork_rng(devices=[]), told(where):
+        with told("model"):
+            foreign.find(section.model)
+        if section.pretrained:
+            foreign.published(section.model)
+        if section.taps:
+            foreign.build(section.model, 2, **section.taps)  # finds names that are not there
+
+
+@contextmanager
+def told(where: str) -> Iterator[None]:
+    """Says in an error where in the recipe it comes from."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{where}.{error}") from error
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _check_term(term: Term, where: str, recipe: Recipe) -> None:
+    named(LOSSES, term.name, f"{where}.name")
+    loss = LOSSES[term.name].loss
+    if loss.needs_teacher and recipe.teacher is None:
+        raise RecipeError(f"{where}: {term.name} cannot be computed without a teacher")
+    options = options_of(term, where)
+    if loss.replaces_classifier and recipe.student.classifier != "teacher":
+        raise RecipeError(f"{where}: {term.name} needs student.classifier=teacher")
+    if not _is_built_from_features(loss):
+        try:
+            loss(**options)
+        except ValueError as error:
+            raise RecipeError(f"{where}: {error}") from error
+
+
+def options_of(term: Term, where: str) -> dict[str, Any]:
+    """Parses the options of a term by the signature of what takes them."""
+    loss = LOSSES[term.name].loss
+    names_them = "options" not in inspect.signature(loss.between).parameters
+    function = loss.between if names_them else loss.__init__
+    options: dict[str, Any] = recipes.parse_options(function, term.options, where)
+    return options
+
+
+def _is_built_from_features(loss: type[Loss]) -> bool:
+    """Tells whether a loss needs features to be built, so that it cannot be tried before."""
+    return loss.between.__func__ is not Loss.between.__func__  # type: ignore[attr-defined]
+
+
+def named(catalogue: Mapping[str, Any], name: str, where: str) -> None:
+    """Makes sure that a catalogue has a name.
+
+    Raises:
+        RecipeError: If it has not; the message tells the nearest one.
+    """
+    if name not in catalogue:
+        raise RecipeError(f"{where}: there is no {name!r}{recipes.near(name, list(catalogue))}")
+
+
+def teacher_recipe(recipe: Recipe) -> Recipe:
+    """The recipe that trains the teacher, on the student's images."""
+    section = recipe.teacher
+    assert section is not None
+    assert section.recipe is not None
+    teacher = recipes.load(section.recipe).model_copy(update={"data": recipe.data})
+    if teacher.student.model != section.model:
+        raise RecipeError(
+            f"teacher.recipe: {teacher.name} trains {teacher.student.model}, "
+            f"teacher.model is {section.model}"
+        )
+    return teacher

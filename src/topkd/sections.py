@@ -1,0 +1,60 @@
+"""What the sections of a recipe stand for: images, and networks for them."""
+
+from __future__ import annotations
+
+import torch
+
+from topkd import recipe as recipes
+from topkd.data import DATA, Augmentation, Data, with_augmentation
+from topkd.features import Tapped
+from topkd.models import foreign
+from topkd.recipe import DataSection, RecipeError, StudentSection, TeacherSection
+
+
+def network_of(section: StudentSection, data: Data, size: int | None = None) -> Tapped:
+    """Builds a network for the images of a data set, or for those of another size."""
+    shown = side(data) if size is None else size
+    return foreign.build(
+        section.model, len(data.classes), shown, pretrained=section.pretrained, **section.taps
+    )
+
+
+def published_for(section: TeacherSection, data: Data) -> foreign.Published:
+    """What is known of the weights of a teacher that nobody here trains."""
+    told = foreign.published(section.model)
+    if told.classes != len(data.classes):
+        raise RecipeError(
+            f"teacher.pretrained: {section.model} tells {told.classes} classes apart, "
+            f"{data.name} has {len(data.classes)}; train it on them, and give the checkpoint"
+        )
+    if section.size is None and told.size != side(data):
+        raise RecipeError(
+            f"teacher.size: {section.model} was trained on images of {told.size} px, {data.name} "
+            f"has {side(data)}; say which size it shall see, such as {told.size}"
+        )
+    return told
+
+
+def side(data: Data) -> int:
+    """Pixels on a side of what networks are shown."""
+    return data.test.read(torch.arange(1), None).shape[-1]
+
+
+def load_data(section: DataSection) -> Data:
+    """Loads the images of a recipe.
+
+    Raises:
+        FileNotFoundError: If a file or folder is missing.
+        ValueError: If a file or an image cannot be read, or a label is out of range.
+    """
+    options = recipes.parse_options(DATA[section.name], section.options, "data")
+    data = DATA[section.name](**options)
+    if section.validation:
+        data = data.with_validation(section.validation)
+    if section.limit is not None:
+        data = data.with_limit(section.limit)
+    changes = section.randaugment
+    randaugment = None if changes is None else (changes.operations, changes.magnitude)
+    augmentation = Augmentation(randaugment, section.mixup, section.cutmix, section.views)
+    workers = None if section.workers == "auto" else section.workers
+    return with_augmentation(data, augmentation, workers)

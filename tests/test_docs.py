@@ -1,0 +1,173 @@
+"""The documentation: what is generated is fresh, what it shows is right, what it names is there."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pydantic import BaseModel
+from typer.main import get_command
+
+from topkd import recipe
+from topkd.cli import app
+from topkd.data import DATA
+from topkd.experiment import check
+from topkd.losses import LOSSES
+from topkd.models import MODELS
+from topkd.recipe import RecipeError
+
+ROOT = Path(__file__).parent.parent
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+OWN = """
+from torch import nn
+
+
+def small(classes, size=32):
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), *pooled, nn.Linear(16, classes))
+"""
+
+if "losses.md" not in PAGES:
+    pytest.skip("the documentation is not here", allow_module_level=True)
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("docs_losses", ROOT / "docs/losses.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def entries():
+    """Each loss with its part of the page."""
+    parts = re.split(r"^### (\w+)\n", PAGES["losses.md"], flags=re.M)
+    return {name: text for name, text in zip(parts[1::2], parts[2::2]) if name in LOSSES}
+
+
+# --- The page of losses --------------------------------------------------------------------------
+
+
+def test_page_of_losses_is_fresh():
+    fresh = script().page() == PAGES["losses.md"]
+    assert fresh, "run `python docs/losses.py > docs/losses.md`"
+
+
+def test_every_loss_has_one_entry():
+    headings = re.findall(r"^### (\w+)$", PAGES["losses.md"], flags=re.M)
+    assert sorted(headings) == sorted([*LOSSES, "Controls"])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_entry_has_formula_paper_and_cost(name):
+    text = entries()[name]
+    assert LOSSES[name].url in text
+    assert LOSSES[name].cost in text
+    assert "$$ " in text or name in ("ce", "mse", "wttm")  # whose formula is another entry's
+    assert not re.search(r":\w+:`|\.\. math|``", text.replace("```", ""))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_recipes_take_the_options_of_an_entry_and_no_other(name):
+    rows = re.findall(r"^\| `([\w.]+)` \| .+? \| (?:`(.*?)`)? ?\|", entries()[name], flags=re.M)
+    term = {"name": name}
+    for option, default in rows:
+        if default:
+            section, _, field = option.rpartition(".")
+            (term.setdefault(section, {}) if section else term)[field] = yaml.safe_load(default)
+    student = {"model": "resnet8", "classifier": "teacher" if name == "simkd" else "own"}
+    tree = {
+        "data": {"name": "digits"},
+        "teacher": {"model": "resnet20", "checkpoint": "FILE"},
+        "student": student,
+    }
+    check(recipe.parse(tree | {"losses": [{"name": "ce"}, term]}))
+    with pytest.raises(RecipeError) as error:
+        check(recipe.parse(tree | {"losses": [{"name": "ce"}, term | {"nonsense": 1}]}))
+    known = {option.partition(".")[0] for option, _ in rows}
+    told = str(error.value).partition("; there are ")[2]
+    assert set(filter(None, told.split(", "))) == known
+
+
+# --- What the pages show -------------------------------------------------------------------------
+
+
+def snippets():
+    for name, text in PAGES.items():
+        found = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.M | re.S)
+        yield from (pytest.param(part, id=f"{name}-{i}") for i, part in enumerate(found))
+
+
+@pytest.mark.parametrize("snippet", snippets())
+def test_snippets_are_parts_of_recipes_that_are_right(snippet, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if "timm:" in snippet:
+        pytest.importorskip("timm")
+    whole = {
+        "data": {"name": "cifar100"},
+        "teacher": {"model": "resnet56", "recipe": "cifar100/teachers/resnet56"},
+        "student": {"model": "resnet20"},
+        "losses": [{"name": "ce"}],
+    }
+    check(recipe.parse(whole | yaml.load(snippet, recipe._Loader)))  # noqa: S506
+
+
+def test_numbers_of_parameters_are_those_of_the_networks():
+    rows = re.findall(r"^\| `(\S+)` \| ([\d,]+) \| (\d+) \|", PAGES["models.md"], flags=re.M)
+    counted = {}
+    with torch.device("meta"):
+        for name in MODELS:
+            network = MODELS[name].build(100)
+            counted[name] = sum(weight.numel() for weight in network.parameters())
+    assert {name: int(count.replace(",", "")) for name, count, _ in rows} == counted
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        recipe.Recipe,
+        recipe.DataSection,
+        recipe.RandAugment,
+        recipe.TeacherSection,
+        recipe.StudentSection,
+        recipe.Term,
+        recipe.View,
+        recipe.Optimizer,
+    ],
+)
+def test_every_key_of_a_recipe_is_told(section: type[BaseModel]):
+    pages = PAGES["recipes.md"] + PAGES["data.md"]
+    assert [key for key in section.model_fields if not re.search(rf"`[^`]*\b{key}\b", pages)] == []
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_every_source_of_data_is_told(name):
+    assert f"`{name}`" in PAGES["data.md"]
+    assert f"`{name}`" in PAGES["recipes.md"]
+
+
+# --- What the pages name -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    here = ROOT if page == "README.md" else ROOT / "docs"
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", PAGES[page]):
+        path, _, anchor = target.partition("#")
+        assert not path or (here / path).exists(), target
+        if anchor:
+            text = PAGES[Path(path).name if path else page]
+            titles = re.findall(r"^#+ (.*)$", text, flags=re.M)
+            there = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
+            assert anchor in there, target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_recipes_are_there(page):
+    commands = get_command(app).commands
+    for command, argument in re.findall(r"(?:^|`)topkd ([a-z]+)(?: ([\w/-]+))?", PAGES[page], re.M):
+        assert command in commands, command
+        if command in ("run", "show", "copy", "doctor", "check", "teacher") and "/" in argument:
+            assert argument in recipe.names(), argument
