@@ -149,7 +149,7 @@ def markdown(paragraph: str) -> str:
     """Turns a paragraph of a docstring into Markdown, in one line."""
     text = " ".join(paragraph.split())
     if text.startswith(".. math::"):
-        return f"$$ {formula(text.removeprefix('.. math::').strip())} $$"
+        return f"$${formula(text.removeprefix('.. math::'))}$$"
     text = re.sub(r":math:`(.+?)`", lambda found: f"${formula(found[1])}$", text)
     text = re.sub(r":(?:func|class|mod):`~?([^`]+)`", linked, text)
     return text.replace("``", "`")
@@ -235,14 +235,13 @@ def _settings(option: str, kind: Any) -> Iterator[str]:
     hints, source = typing.get_type_hints(kind), inspect.getsource(kind)
     for field in fields(kind):
         told = re.search(rf"^    {field.name}: .*?  # (.*)$", source, flags=re.M)[1]
+        told = f"{told[0].upper()}{told[1:]}."
         yield _row(f"{option}.{field.name}", hints[field.name], field.default, told)
 
 
 def _row(name: str, hint: Any, default: Any, told: str) -> str:
-    value = "" if default is None else f"`{json.dumps(default).strip(chr(34))}`"
-    return f"| `{name}` | {_kind(hint)} | {value} | {told[0].upper()}{told[1:]} |".replace(
-        "|  |", "| |"
-    )
+    value = "" if default is None else f" `{json.dumps(default).strip(chr(34))}`"
+    return f"| `{name}` | {_kind(hint)} |{value} | {told} |"
 
 
 def _kind(hint: Any) -> str:
@@ -262,15 +261,20 @@ def recipes_of(name: str) -> list[str]:
     """Shows the recipes in which a loss is what matters."""
     return [
         f"```yaml\n# topkd run {title}\n{_lines(title)}\n```"
-        for title in recipe.names()
-        if title.startswith(PAIR) and _matters(title) == name
+        for title, matters in _methods().items()
+        if matters == name
     ]
 
 
-def _matters(title: str) -> str:
-    """The loss that a recipe is about: not the labels, nor KD where there is another."""
-    terms = [term.name for term in recipe.load(title).losses]
-    return next((name for name in terms if name not in ("ce", "kd")), "kd")
+@cache
+def _methods() -> dict[str, str]:
+    """The loss that each recipe is about: not the labels, nor KD where there is another."""
+    found = {}
+    for title in recipe.names():
+        if title.startswith(PAIR):
+            terms = [term.name for term in recipe.load(title).losses]
+            found[title] = next((name for name in terms if name not in ("ce", "kd")), "kd")
+    return found
 
 
 def _lines(title: str) -> str:

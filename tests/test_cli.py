@@ -58,7 +58,7 @@ def test_stages_one_by_one(call, tmp_path):
     status, out, err = call("ripsnet", "tiny.yaml")
     assert status == 0, err
     assert "R² " in err
-    assert out.startswith("approximator: runs/tiny/ripsnet-")
+    assert out.startswith("learnt from the teacher: runs/tiny/ripsnet-")
     status, out, _ = call("student", "tiny.yaml", "--arm", "kd", "--seeds", "0", "1")
     assert status == 0
     assert (tmp_path / "runs/tiny/kd/seed1/result.json").exists()

@@ -88,15 +88,20 @@ def test_a_recipe_without_a_teacher_is_examined(tmp_path):
 # --- The teacher ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("knows", [True, False])
-def test_another_normalisation_is_found_and_the_right_one_named(taught, tmp_path, knows):
-    """By what our files say of themselves, and by the usual ones where a file says nothing."""
-    path, name = taught, "as its file says"
-    if not knows:
-        path, name = tmp_path / "bare.safetensors", "to 0 ... 1"
-        network = MODELS["resnet8"].build(10).network
-        checkpoint.fill(network, checkpoint.load_weights(taught), "taught")
-        checkpoint.save_weights(path, network, {})
+def without_its_record(taught, path):
+    network = MODELS["resnet8"].build(10).network
+    checkpoint.fill(network, checkpoint.load_weights(taught), "taught")
+    checkpoint.save_weights(path, network, {})
+    return path
+
+
+def test_a_file_of_ours_is_shown_images_as_it_was_trained_on_them(taught, tmp_path):
+    experiment = tiny(tmp_path, teacher={"model": "resnet8", "checkpoint": str(taught)})
+    assert not told(doctor.examine(experiment), "wrong")
+
+
+def test_another_normalisation_is_found_and_the_right_one_named(taught, tmp_path):
+    path, name = without_its_record(taught, tmp_path / "bare.safetensors"), "to 0 ... 1"
     experiment = tiny(tmp_path, teacher={"model": "resnet8", "checkpoint": str(path)})
     wrong = told(doctor.examine(experiment), "wrong")
     (finding,) = [finding for finding in wrong if finding.part == "teacher's normalisation"]

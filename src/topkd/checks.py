@@ -13,7 +13,7 @@ from topkd import recipe as recipes
 from topkd.data import DATA
 from topkd.losses import LOSSES, Loss
 from topkd.models import foreign
-from topkd.recipe import STUDENT, Recipe, RecipeError, StudentSection, Term
+from topkd.recipe import STUDENT, Recipe, RecipeError, StudentSection, Term, View
 
 
 def check(recipe: Recipe) -> None:
@@ -71,6 +71,12 @@ def _check_term(term: Term, where: str, recipe: Recipe) -> None:
     if loss.needs_teacher and recipe.teacher is None:
         raise RecipeError(f"{where}: {term.name} cannot be computed without a teacher")
     options = options_of(term, where)
+    cached = recipe.teacher is not None and recipe.teacher.cache
+    if cached and (loss.reads_maps or term.taps.teacher != View()):
+        raise RecipeError(
+            f"{where}: {term.title} reads more of the teacher than the logits and embeddings that "
+            "teacher.cache keeps"
+        )
     if loss.replaces_classifier and recipe.student.classifier != "teacher":
         raise RecipeError(f"{where}: {term.name} needs student.classifier=teacher")
     if not _is_built_from_features(loss):

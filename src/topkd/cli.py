@@ -103,17 +103,19 @@ def ripsnet(
 ) -> None:
     """Make clouds and persistence images and train RipsNet, and before it the teacher.
 
-    The same for a DistanceNet, where a loss is computed `via: distancenet`.
+    The same for a DistanceNet, where a loss is computed `via: distancenet`, and for the paraphraser
+    of factor transfer.
     """
     experiment = _experiment(recipe, changes, out, quiet)
     experiment.prepare()
-    made = sorted(experiment.folder.glob("*net-*.safetensors"))
+    made = sorted(experiment.folder.glob("*-*.safetensors"))
     if not made:
         raise ValueError(
-            f"no loss of {experiment.recipe.name} is computed `via: ripsnet` or `via: distancenet`"
+            f"no loss of {experiment.recipe.name} is computed `via: ripsnet` or "
+            "`via: distancenet`, or learns from its teacher first in another way"
         )
     for path in made:
-        typer.echo(f"approximator: {path}")
+        typer.echo(f"learnt from the teacher: {path}")
 
 
 @app.command()

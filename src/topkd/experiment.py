@@ -84,8 +84,14 @@ class Experiment:
         if not section.pretrained:
             path = self.teacher_file
             checkpoint.fill(network.network, checkpoint.load_weights(path), str(path))
-            known = checkpoint.read_about(path).get("classes", self.data.classes)
-            same_order(self.data.classes, known, str(path))
+            about: dict[str, Any] = {
+                "mean": shown[0],
+                "std": shown[1],
+                "classes": self.data.classes,
+            }
+            about |= checkpoint.read_about(path)  # a file of ours knows how it was trained
+            same_order(self.data.classes, about["classes"], str(path))
+            own = about["mean"], about["std"]
         own = section.mean or own[0], section.std or own[1]
         teacher = Teacher(network, *own, *shown, size=section.size)
         return teacher.to(self.device.device).to(memory_format=torch.channels_last)
@@ -228,7 +234,7 @@ class Experiment:
             seed,
             self.device,
             self.progress,
-            self._kept_answers(losses, seed),
+            self._kept_answers(seed),
         )
         history = trainer.run(folder)
         predictions = evaluate.predict(student.eval(), self.data.test, self.device.device)
@@ -242,20 +248,11 @@ class Experiment:
         trainer.accelerator.wait_for_everyone()
         return result
 
-    def _kept_answers(self, losses: Sequence[Weighted], seed: int) -> Answers | None:
-        """Where the teacher's answers are kept, if the recipe says so.
-
-        Raises:
-            RecipeError: If a loss needs more of the teacher than is kept.
-        """
+    def _kept_answers(self, seed: int) -> Answers | None:
+        """Where the teacher's answers are kept, if the recipe says so."""
         section, data = self.recipe.teacher, self.recipe.data
         if section is None or not section.cache:
             return None
-        for weighted in losses:
-            if weighted.loss.reads_maps or taps(weighted.term.taps.teacher):
-                raise RecipeError(
-                    f"teacher.cache keeps logits and embeddings; {weighted.term.title} reads maps"
-                )
         assert self._teacher_predictions is not None
         drawn = seed if data.augmentation_seed is None else data.augmentation_seed
         about = {

@@ -134,6 +134,11 @@ class _Clouds:
     """Clouds of a teacher's embeddings, cut anew each epoch from some augmented passes."""
 
     def __init__(self, source: Source, size: int, passes: int) -> None:
+        if source.images < 3 * size:
+            raise ValueError(
+                f"{source.images} training images are too few for an approximator: it needs "
+                f"clouds of {size} to learn from and two more to be judged by; use `via: exact`"
+            )
         self.size = size
         self.passes = []
         with source.progress.bar("Clouds", passes * source.images, "images") as advance:
@@ -148,11 +153,6 @@ class _Clouds:
         order = torch.randperm(source.images, generator=torch.Generator().manual_seed(0))
         self.kept_back = torch.zeros(source.images, dtype=torch.bool)
         self.kept_back[order[: max(source.images // 10, 2 * size)]] = True
-        if source.images < 3 * size:
-            raise ValueError(
-                f"{source.images} training images are too few for an approximator: it needs "
-                f"clouds of {size} to learn from and two more to be judged by; use `via: exact`"
-            )
 
     def training(self, epoch: int) -> Tensor:
         """Clouds without the images that are kept back, (clouds, n, d)."""
