@@ -204,7 +204,7 @@ def is_small(name):
     [
         name if is_small(name) else pytest.param(name, marks=pytest.mark.slow)
         for name in recipe.names()
-        if not name.startswith("imagenet")  # its teachers would have to be downloaded
+        if not name.startswith(("imagenet", "own"))  # their networks would have to be downloaded
     ],
 )
 def test_every_recipe_can_be_trained(name, tmp_path, monkeypatch):

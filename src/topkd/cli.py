@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -445,7 +446,7 @@ def _catalogue(what: str) -> list[dict[str, str]]:
     else:
         from topkd.data import DATA
 
-        about = {name: str(load.__doc__).splitlines()[0] for name, load in DATA.items()}
+        about = {name: _first_line(load) for name, load in DATA.items()}
     return [{"name": name, "about": told} for name, told in about.items()]
 
 
@@ -463,6 +464,11 @@ def _print_findings(findings: Sequence[dict[str, str]]) -> None:
         part, found, advice = (Text(finding[key]) for key in ("part", "found", "advice"))
         table.add_row(part, found, verdict, advice)
     Console(highlight=False).print(table)
+
+
+def _first_line(function: object) -> str:
+    """Reads what a function does off its docstring, without the marks of its markup."""
+    return re.sub(r":\w+:|`", "", str(function.__doc__).splitlines()[0])
 
 
 def _print_results(results: Sequence[dict[str, Any]]) -> None:

@@ -189,7 +189,9 @@ class Experiment:
             return student
         assert self.teacher is not None
         images = self.data.test.read(torch.arange(2), None).to(self.device.device)
-        return reuse(student.to(self.device.device), self.teacher, images)
+        named = self.recipe.teacher.maps if self.recipe.teacher else None
+        tap = named[-1] if named else "avgpool:in"
+        return reuse(student.to(self.device.device), self.teacher, images, teacher_tap=tap)
 
     def prepare(self) -> None:
         """Carries out everything that comes before the first student is trained.
@@ -253,10 +255,13 @@ class Experiment:
         section, data = self.recipe.teacher, self.recipe.data
         if section is None or not section.cache:
             return None
+        assert self.teacher is not None
         assert self._teacher_predictions is not None
         drawn = seed if data.augmentation_seed is None else data.augmentation_seed
         about = {
             "teacher": self._teacher_hash,
+            "normalisation": [self.teacher.mean, self.teacher.std],
+            "seen": section.model_dump(include={"size", "head"}),
             "images": data.model_dump(mode="json", exclude={"workers"}),
             "augmentation_seed": drawn,
             "precision": str(self.device.dtype),

@@ -235,6 +235,7 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self._network = [network.eval().requires_grad_(False)]  # in a list: not a submodule
+        self.mean, self.std = tuple(mean), tuple(std)
         own_mean, own_std = torch.tensor(mean), torch.tensor(std)
         mean_seen = own_mean if seen_mean is None else torch.tensor(seen_mean)
         std_seen = own_std if seen_std is None else torch.tensor(seen_std)

@@ -117,7 +117,7 @@ def dataset(
     std: tuple[float, float, float] = STD,
     on_error: OnError = "stop",
 ) -> Data:
-    """Loads data sets that functions of yours return; see :func:`from_dataset`.
+    """Loads data sets that functions of yours return, as MODULE:CALLABLE.
 
     Args:
         train: As ``module:function``, which is called without arguments; the module is imported.

@@ -77,8 +77,8 @@ class ReusedClassifier(Loss):
         self._facts = facts or {}
 
     @classmethod
-    def between(  # type: ignore[override]  # its options are named
-        cls, student: Features, teacher: Features, source: Source, *, factor: int = 2
+    def between(  # type: ignore[override]  # it has no options
+        cls, student: Features, teacher: Features, source: Source
     ) -> ReusedClassifier:
         """Builds the loss, with a projector where the student has none.
 
@@ -86,7 +86,6 @@ class ReusedClassifier(Loss):
             student: What the student makes of some batch.
             teacher: What the teacher makes of it.
             source: The student.
-            factor: By how much a projector of the loss is narrower inside.
 
         Raises:
             ValueError: If one of them has no maps.
@@ -96,7 +95,7 @@ class ReusedClassifier(Loss):
         if isinstance(network, Reused):
             return cls(None, {"classifier": "the teacher's", "weights_brought": network.brought})
         own = {"classifier": "the student's own, which this term does not train"}
-        return cls(None if channels == wide else projector(channels, wide, factor), own)
+        return cls(None if channels == wide else projector(channels, wide), own)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         own = deepest(student, "student")

@@ -84,9 +84,10 @@ def refuse_code(about: Mapping[str, Any], origin: str) -> None:
     Raises:
         ValueError: If it asks for such a thing.
     """
-    data = about.get("data", {})
-    asked = [about.get("model", ""), *(str(data.get(part, "")) for part in ("train", "test"))]
-    own = [name for name in asked if ":" in name and name.split(":")[0] not in _ORIGINS]
+    model, data = str(about.get("model", "")), about.get("data", {})
+    parts = [str(data.get(part, "")) for part in ("train", "test")]
+    own = [model] if ":" in model and model.split(":")[0] not in _ORIGINS else []
+    own += [part for part in parts if data.get("name") == "dataset" or "pipe:" in part]
     if own:
         raise ValueError(
             f"{origin} asks to run {', '.join(own)}; if that is code of yours, say --trust"
