@@ -70,16 +70,18 @@ digits = [
 ]
 torch.manual_seed(0)
 large = Classifier(32)
-Trainer(large, settings(5), train_dataset=digits[:1280]).train()
-small = Classifier(1)
+Trainer(large, settings(10), train_dataset=digits[:1280]).train()
+small = Classifier(2)
 Distiller(
     small,
-    settings(5),
+    settings(10),
     train_dataset=digits[:1280],
     teacher=Teacher(large.tapped, mean=[0.0], std=[1.0]),
-    losses={DecoupledDistillation(beta=2.0): 1.0, SimilarityPreserving(): 100.0},
+    losses={DecoupledDistillation(beta=2.0): 1.0, SimilarityPreserving(): 10.0},
 ).train()
 for name, network in {"teacher": large, "student": small}.items():
-    images = torch.stack([digit["images"] for digit in digits[1280:]]).to(network.tapped.classifier.weight)
+    images = torch.stack([digit["images"] for digit in digits[1280:]]).to(
+        network.tapped.classifier.weight
+    )
     right = network.tapped(images).logits.argmax(1).cpu() == torch.tensor(target[1280:])
     print(f"{name}: {right.float().mean():.1%} of the digits it has not seen")

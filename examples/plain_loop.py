@@ -43,7 +43,7 @@ def fit(learner: nn.Module, loss, epochs: int) -> float:
 
 large = network(16)
 top1 = fit(large, lambda x, y: F.cross_entropy(large(x), y), epochs=10)
-print(f"teacher                    {top1:.1%}")
+print(f"teacher{top1:31.1%}")
 
 teacher = Teacher(Tapped(large, maps=["4"], head="6"), mean=[0.0], std=[1.0])
 describe = PersistenceVector.fit(rips(teacher(images[train]).embedding.view(20, 64, -1)))
@@ -66,4 +66,4 @@ for name, method in methods.items():
     small = network(1)
     student = Tapped(small, maps=["4"], head="6")
     top1 = fit(small, lambda x, y, m=method, s=student: m(s(x), teacher(x), y), epochs=10)
-    print(f"student, {name:22}{top1:.1%}")
+    print(f"student, {name:24}{top1:.1%}")
