@@ -197,3 +197,20 @@ def test_change_of_layout_reaches_the_teacher():
     teacher = Teacher(small(), *OTHER, *IMAGENET).to(memory_format=torch.channels_last)
     expected = Teacher(teacher.network, *OTHER, *IMAGENET)(images())
     torch.testing.assert_close(teacher(images()).logits, expected.logits)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "shufflev2"])
+def test_taps_are_compiled_in_one_graph(name):
+    network = MODELS[name].build(10).eval()
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for found, expected in zip(
+            compiled(images).tensors(), network(images).tensors(), strict=True
+        ):
+            torch.testing.assert_close(found, expected)
+
+
+def test_taps_are_read_in_inference_mode():
+    with torch.inference_mode():
+        assert MODELS["resnet8"].build(10).eval()(torch.zeros(1, 3, 8, 8)).logits.shape == (1, 10)

@@ -77,7 +77,7 @@ class _Tap:
             raise ValueError(f"the tap {self.name!r} reads {_kind(kept)} where a tensor is needed")
         if self.name.endswith(INPUT) and getattr(module, "inplace", False):
             kept = kept.clone()
-        self.seen[self.name] = kept, kept._version
+        self.seen[self.name] = kept, _version(kept)
 
 
 class Tapped(nn.Module):
@@ -183,12 +183,19 @@ class Tapped(nn.Module):
         if tap not in self._seen:
             raise ValueError(f"the network did not use the module {tap!r} that a tap names")
         tensor, version = self._seen[tap]
-        if tensor._version != version:
+        if _version(tensor) != version:
             raise ValueError(
                 f"what the tap {tap!r} read was overwritten later by an in-place operation; "
                 "tap the module that does it instead"
             )
         return tensor
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was overwritten; always 0 where torch does not count."""
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return 0
+    return tensor._version
 
 
 def _kind(answer: Any) -> str:
