@@ -35,7 +35,7 @@ torch.set_num_threads(asked.threads)
 torch.manual_seed(0)
 IMAGES, CLASSES, ROUNDS = 50_000, 100, 15
 GLANCE = 64  # batches of the teacher's answers, for terms that learn from them: it changes no time
-OPTIONS = {"ft": {"epochs": 1}}
+OPTIONS = {"ft": {"epochs": 1, "lr": 1e-3}}
 
 pixels = torch.randint(256, (IMAGES, 32, 32, 3), dtype=torch.uint8)
 memory = InMemory(pixels, torch.arange(IMAGES) % CLASSES, (0.5,) * 3, (0.25,) * 3, 4, True)
