@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
+from reference import networks
 from torch import nn
 
-from tests.reference import networks
 from tests.reference.networks import FAMILIES, NETWORKS, family
 from topkd import checkpoint, evaluate
 from topkd.data.cifar import cifar100
