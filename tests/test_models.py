@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 from reference import networks
+from reference.networks import FAMILIES, NETWORKS, family
 from torch import nn
 
-from tests.reference.networks import FAMILIES, NETWORKS, family
 from topkd import checkpoint, evaluate
 from topkd.data.cifar import cifar100
 from topkd.features import Tapped
