@@ -7,14 +7,16 @@ import torch
 from turns import in_turn
 
 from topkd.data import Data, InMemory
+from topkd.device import Device
 from topkd.features import Batch, Teacher
 from topkd.losses import CrossEntropy, Distillation, TopKD
+from topkd.metrics import Sums
 from topkd.models import MODELS
 from topkd.progress import Progress
 from topkd.recipe import parse
 from topkd.terms import Weighted
 from topkd.topology import PersistenceVector, rips
-from topkd.train import Device, Sums, Trainer
+from topkd.train import Trainer
 
 SIZE = 64
 

@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from turns import in_turn
 
 from topkd.data import Data, InMemory
+from topkd.device import Device
 from topkd.features import Batch
 from topkd.losses import CrossEntropy
+from topkd.metrics import Sums
 from topkd.models import MODELS
 from topkd.progress import Progress
 from topkd.recipe import parse
 from topkd.terms import Weighted
-from topkd.train import Device, Sums, Trainer
+from topkd.train import Trainer
 
 SIZE = int(sys.argv[1]) if len(sys.argv) > 1 else 128
 

@@ -25,8 +25,9 @@ from topkd.data.pictures import MEAN, STD
 from topkd.data.shards import refuse_gaps
 from topkd.data.webdataset import webdataset
 from topkd.features import Tapped
-from topkd.recipe import DataSection, RecipeError
+from topkd.recipe import DataSection
 from topkd.sections import load_data
+from topkd.strict import RecipeError
 
 pa = pytest.importorskip("pyarrow")
 files = pytest.importorskip("pyarrow.parquet")

@@ -15,7 +15,7 @@ from topkd.cli import app
 from topkd.data import DATA
 from topkd.losses import LOSSES
 from topkd.models import MODELS
-from topkd.recipe import RecipeError
+from topkd.strict import RecipeError
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}

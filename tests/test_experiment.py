@@ -16,9 +16,11 @@ from topkd.checks import check
 from topkd.data import DATA, Data, InMemory
 from topkd.experiment import Experiment, evaluate_file
 from topkd.export import export
+from topkd.losses import LOSSES
 from topkd.models import MODELS
 from topkd.progress import Progress
-from topkd.recipe import RecipeError
+from topkd.strict import RecipeError
+from topkd.topology.approximation import Approximation
 
 QUIET = Progress(quiet=True)
 TINY = {
@@ -271,6 +273,49 @@ def test_a_teacher_is_asked_once_for_all_arms_and_seeds(taught, tmp_path, monkey
     asked.clear()
     experiment.student("student", 1)  # another order: images that were left out may be missing
     assert 0 < sum(asked) < len(asked) * 32
+
+
+def test_answers_of_a_teacher_that_sees_otherwise_are_kept_apart(taught, tmp_path):
+    folders = set()
+    for changes in ({}, {"mean": [0.1] * 3, "std": [0.5] * 3}, {"size": 16}):
+        teacher = taught | {"cache": True} | changes
+        tree = TINY | {"teacher": teacher, "controls": {}, "losses": TINY["controls"]["kd"]}
+        experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
+        folders |= {experiment._kept_answers(seed).folder for seed in (0, 1)}
+    assert len(folders) == 6
+
+
+def test_a_loss_learns_from_what_it_will_see(taught, tmp_path, monkeypatch):
+    asked = {}
+
+    def between(cls, student, teacher, source, **options):
+        asked[len(asked)] = source, teacher
+        return cls(**options)
+
+    monkeypatch.setattr(LOSSES["kd"].loss, "between", classmethod(between))
+    early = {"teacher": {"embedding": "layer1", "maps": ["layer2"]}}
+    terms = [{"name": "ce"}, {"name": "kd"}, {"name": "kd", "label": "early", "taps": early}]
+    tree = TINY | {"teacher": taught, "controls": {}, "losses": terms}
+    experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
+    experiment.losses("student", experiment.new_student(), 0)
+    (usual, shown), (own, seen) = asked.values()
+    assert (shown.embedding.shape, seen.embedding.shape) == ((32, 64), (32, 16))
+    for source, width, maps in ((usual, 64, 4), (own, 16, 1)):
+        _, answer = next(iter(source.answers(0)))
+        assert answer.embedding.shape == (32, width)
+        assert len(answer.maps) == maps
+    assert usual.teacher_hash != own.teacher_hash  # nothing that was learnt is taken for the other
+    assert own.taps.teacher.maps == ("layer2",)
+
+
+def test_a_loss_is_built_for_batches_as_they_are_with_two_views(taught, tmp_path):
+    tree = TINY | {"teacher": taught, "controls": {}, "data": TINY["data"] | {"views": 2}}
+    experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
+    experiment.prepare()
+    (path,) = experiment.folder.glob("ripsnet-*.safetensors")
+    assert (
+        Approximation.from_bytes(path.read_bytes()).cloud_size == 2 * experiment.recipe.batch_size
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from topkd.features import Features, Tapped, Teacher
 from topkd.models import MODELS, foreign
 from topkd.models.families import fold_tokens, taps_of
 from topkd.progress import Progress
-from topkd.recipe import RecipeError
+from topkd.strict import RecipeError
 
 QUIET = Progress(quiet=True)
 CLASSES = 7

@@ -12,6 +12,7 @@ import topkd
 ROOT = Path(topkd.__file__).parent
 LEVELS = {  # an import points to a lower number, or sideways without a circle
     "cli": 6,
+    "printing": 6,
     "experiment": 5,
     "environment": 5,
     "checks": 4,
@@ -25,6 +26,8 @@ LEVELS = {  # an import points to a lower number, or sideways without a circle
     "results": 5,
     "chapters": 5,
     "train": 4,
+    "device": 3,
+    "metrics": 3,
     "terms": 3,
     "answers": 3,
     "checkpoint": 4,
@@ -36,6 +39,7 @@ LEVELS = {  # an import points to a lower number, or sideways without a circle
     "features": 1,
     "topology": 1,
     "recipe": 1,
+    "strict": 1,
     "files": 1,
     "progress": 1,
 }

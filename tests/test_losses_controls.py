@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 from topkd.features import Batch, Features
 from topkd.losses import LOSSES
 from topkd.losses.controls import batch_tree, random_tree, tree_diagram
-from topkd.recipe import parse_options
+from topkd.strict import parse_options
 
 LABEL_FREE = {
     "topkd": ("topkd", {}),

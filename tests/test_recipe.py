@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from topkd import recipe
-from topkd.recipe import RecipeError, load, names, parse, parse_options, write
+from topkd.recipe import load, names, parse, write
+from topkd.strict import RecipeError, parse_options
 
 SMALL = {
     "name": "small",

@@ -7,11 +7,14 @@ from reference.features import Recorder, features, tapped
 from test_train import a_batch, data, trainer
 from torch import multiprocessing, nn
 
+from topkd.device import Device
 from topkd.features import Tapped
 from topkd.losses import CrossEntropy, Distillation, Loss
-from topkd.recipe import RecipeError, Term, View, parse
+from topkd.metrics import Sums
+from topkd.recipe import Term, View, parse
+from topkd.strict import RecipeError
 from topkd.terms import Balance, Weighted, cosines, gradients, seen, taps, warnings
-from topkd.train import Device, Sums, Trainer
+from topkd.train import Trainer
 
 
 def terms(*trees):

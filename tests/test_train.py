@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from topkd.data import Data, InMemory
-from topkd.features import Batch, Features, Teacher
+from topkd.device import Device
+from topkd.features import Batch, Features, Tapped, Teacher
 from topkd.losses import CrossEntropy, Distillation, Loss
+from topkd.metrics import Sums
 from topkd.models import MODELS
 from topkd.progress import Progress
 from topkd.recipe import Optimizer, parse
 from topkd.terms import Weighted
-from topkd.train import Device, Diverged, Sums, Trainer, learning_rate
+from topkd.train import Diverged, Trainer, learning_rate
 
 STATISTICS = ((0.5,) * 3, (0.25,) * 3)
 
@@ -55,6 +57,34 @@ def trainer(made=None, **changes) -> Trainer:
 def a_batch() -> Batch:
     index = torch.arange(16)
     return Batch(data().train.read(index, None), data().train.target[index], index)
+
+
+class TwoHeads(torch.nn.Module):
+    """A network with a head of its own that learns from teachers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc, self.other = (
+            torch.nn.Linear(i, o) for i, o in ((192, 5), (5, 10), (5, 10))
+        )
+
+    def forward(self, images):
+        embedding = self.body(images.flatten(1))
+        self.other(embedding)
+        return self.fc(embedding)
+
+
+def test_a_head_that_no_term_trains_is_told():
+    settings = recipe(teacher=None, losses=[{"name": "ce"}])
+    losses = [Weighted(settings.losses[0], CrossEntropy())]
+    student = Tapped(TwoHeads(), [], "fc", distilled="other")
+    one = Trainer(
+        student, None, losses, data(), settings, 0, Device.of(settings, 64), Progress(quiet=True)
+    )
+    with pytest.raises(
+        ValueError, match="has a distillation head, which judges along, and no term"
+    ):
+        one.step(a_batch(), 1, Sums(), measure=False)
 
 
 def test_a_step_is_the_step_of_a_plain_loop():

@@ -13,7 +13,8 @@ from topkd import recipe as recipes
 from topkd.data import DATA
 from topkd.losses import LOSSES, Loss
 from topkd.models import foreign
-from topkd.recipe import STUDENT, Recipe, RecipeError, StudentSection, Term, View
+from topkd.recipe import STUDENT, Recipe, StudentSection, Term, View
+from topkd.strict import RecipeError, near, parse_options
 
 
 def check(recipe: Recipe) -> None:
@@ -23,7 +24,7 @@ def check(recipe: Recipe) -> None:
         RecipeError: If one is wrong; the message says where, what was got and what would be right.
     """
     named(DATA, recipe.data.name, "data.name")
-    recipes.parse_options(DATA[recipe.data.name], recipe.data.options, "data")
+    parse_options(DATA[recipe.data.name], recipe.data.options, "data")
     _check_network(recipe.student, "student")
     for arm, terms in recipe.arms.items():
         place = "losses" if arm == STUDENT else f"controls.{arm}"
@@ -91,7 +92,7 @@ def options_of(term: Term, where: str) -> dict[str, Any]:
     loss = LOSSES[term.name].loss
     names_them = "options" not in inspect.signature(loss.between).parameters
     function = loss.between if names_them else loss.__init__
-    options: dict[str, Any] = recipes.parse_options(function, term.options, where)
+    options: dict[str, Any] = parse_options(function, term.options, where)
     return options
 
 
@@ -107,7 +108,7 @@ def named(catalogue: Mapping[str, Any], name: str, where: str) -> None:
         RecipeError: If it has not; the message tells the nearest one.
     """
     if name not in catalogue:
-        raise RecipeError(f"{where}: there is no {name!r}{recipes.near(name, list(catalogue))}")
+        raise RecipeError(f"{where}: there is no {name!r}{near(name, list(catalogue))}")
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from topkd.printing import catalogue, print_files, print_findings, print_results
 
 # The package is imported inside the commands: `topkd --help` should not have to load torch.
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ Changes = Annotated[
 Seeds = Annotated[str, typer.Option(help="One run for each seed: `0 1 2`, `0,1,2` or `0-2`.")]
 Out = Annotated[Path, typer.Option(help="Where runs are kept, in a folder called as the recipe.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Endpoint = Annotated[str | None, typer.Option(help="Address of the hub, if it is another one.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="The file may name code of yours, MODULE:CALLABLE, to run.")
 ]
@@ -79,7 +81,7 @@ def run(
         return
     page = experiment.folder / "report.html"
     write_report(experiment.folder, page, experiment.progress)
-    _print_results(results)
+    print_results(results)
     typer.echo(f"report: {page}")
 
 
@@ -134,7 +136,7 @@ def student(
     experiment = _experiment(recipe, changes, out, quiet)
     results = [experiment.student(arm, seed) for seed in _numbers(seeds)]
     if _is_first_process():
-        _print_results(results)
+        print_results(results)
 
 
 @app.command()
@@ -223,7 +225,7 @@ def export(
     if as_json:
         typer.echo(json.dumps(config, indent=2))
         return
-    _print_files(config)
+    print_files(config)
     typer.echo(f"export: {out}")
 
 
@@ -231,9 +233,7 @@ def export(
 def push(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `topkd export` wrote.")],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where to.")],
-    endpoint: Annotated[
-        str | None, typer.Option(help="Address of the hub, if it is another one.")
-    ] = None,
+    endpoint: Endpoint = None,
     private: Annotated[
         bool, typer.Option("--private", help="Let nobody else see the repository.")
     ] = False,
@@ -248,9 +248,7 @@ def push(
 def pull(
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where from.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write to.")],
-    endpoint: Annotated[
-        str | None, typer.Option(help="Address of the hub, if it is another one.")
-    ] = None,
+    endpoint: Endpoint = None,
     revision: Annotated[
         str | None, typer.Option(help="A branch, tag or commit, if not the newest.")
     ] = None,
@@ -297,7 +295,7 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List what recipes can name."""
-    entries = _catalogue(what)
+    entries = catalogue(what)
     if as_json:
         typer.echo(json.dumps(entries, indent=2))
         return
@@ -379,7 +377,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(findings, indent=2))
     else:
-        _print_findings(findings)
+        print_findings(findings)
         typer.echo(f"{wrong} wrong: to be changed first" if wrong else "nothing is wrong")
     raise typer.Exit(1 if wrong else 0)
 
@@ -425,94 +423,6 @@ def _experiment(recipe: str, changes: list[str] | None, out: Path, quiet: bool) 
 def _is_first_process() -> bool:
     """Tells whether this is the one of several processes that speaks."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _catalogue(what: str) -> list[dict[str, str]]:
-    if what == "recipes":
-        from topkd import recipe as recipes
-
-        groups = sorted((name.rpartition("/")[0], name) for name in recipes.names())
-        return [
-            {"name": name, "about": recipes.about(name), "group": group} for group, name in groups
-        ]
-    if what == "losses":
-        from topkd.losses import LOSSES
-
-        about = {name: f"{e.compares} ({e.paper}); costs {e.cost}" for name, e in LOSSES.items()}
-    elif what == "models":
-        from topkd.models import MODELS
-
-        about = {name: model.about for name, model in MODELS.items()}
-    else:
-        from topkd.data import DATA
-
-        about = {name: _first_line(load) for name, load in DATA.items()}
-    return [{"name": name, "about": told} for name, told in about.items()]
-
-
-def _print_findings(findings: Sequence[dict[str, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    colours = {"good": "green", "look": "yellow", "wrong": "bold red"}
-    table = Table(box=None, pad_edge=False)
-    for title in ("part", "found", "verdict", "what to change"):
-        table.add_column(title, overflow="fold", no_wrap=title == "verdict")
-    for finding in findings:
-        verdict = Text(finding["verdict"], colours[finding["verdict"]])
-        part, found, advice = (Text(finding[key]) for key in ("part", "found", "advice"))
-        table.add_row(part, found, verdict, advice)
-    Console(highlight=False).print(table)
-
-
-def _first_line(function: object) -> str:
-    """Reads what a function does off its docstring, without the marks of its markup."""
-    return re.sub(r":\w+:|`", "", str(function.__doc__).splitlines()[0])
-
-
-def _print_results(results: Sequence[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("run", "seed", "top-1 %", "agreement %", "topological distance", box=None)
-    taught_by = results[0].get("teacher")
-    if taught_by:
-        table.add_row("teacher", "", f"{taught_by['top1']:.2f}", "", "")
-    for result in results:
-        like = result.get("likeness", {})
-        numbers = (
-            f"{like[key]:.{digits}f}" if key in like else ""
-            for key, digits in (("agreement", 2), ("topological_distance", 4))
-        )
-        row = (result["arm"], str(result["seed"]), f"{result['last']['top1']:.2f}", *numbers)
-        table.add_row(*row)
-    console = Console(highlight=False)
-    console.print(f"last epoch, on the {results[0]['judged_on']} images")
-    console.print(table)
-
-
-def _print_files(config: dict[str, Any]) -> None:
-    """Prints the files of an export, and how they compare with the network."""
-    titles = ("file", "bytes", "top-1 %", "agreement %", "largest difference")
-    rows, told = [titles], ""
-    for name, file in config["files"].items():
-        if file["checked_on"] != told:
-            told = file["checked_on"]
-            rows.append(("", "", "", "", ""))
-            rows.append((f"the network, on {told}", "", _percent(file["network_top1"]), "", ""))
-        numbers = _percent(file["top1"]), _percent(file["agreement"])
-        rows.append((name, f"{file['bytes']:,}", *numbers, f"{file['largest_difference']:.1e}"))
-    widths = [max(len(row[place]) for row in rows) for place in range(len(titles))]
-    for row in rows:
-        rest = "  ".join(
-            f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)
-        )
-        typer.echo(f"{row[0]:<{widths[0]}}  {rest}".rstrip())
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
 
 
 def _join_seeds(arguments: Sequence[str]) -> list[str]:

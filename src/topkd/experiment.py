@@ -18,23 +18,18 @@ from topkd import recipe as recipes
 from topkd.answers import Answers
 from topkd.checks import check, named, options_of, teacher_recipe, told
 from topkd.data import DATA, Data, same_order, training_batches
+from topkd.device import Device
 from topkd.environment import environment
 from topkd.features import Batch, Features, Tapped, Teacher
 from topkd.losses import LOSSES, Loss, Source
 from topkd.models import foreign
 from topkd.models.reused import Reused, rebuild, reuse
 from topkd.progress import Progress
-from topkd.recipe import (
-    STUDENT,
-    DataSection,
-    Recipe,
-    RecipeError,
-    Term,
-    View,
-)
+from topkd.recipe import STUDENT, DataSection, Recipe, Term, View
 from topkd.sections import load_data, network_of, published_for, side
+from topkd.strict import RecipeError
 from topkd.terms import Weighted, seen, taps
-from topkd.train import Device, Trainer
+from topkd.train import Trainer
 
 SHOWN = 1000  # test images whose embeddings are kept for pictures
 
@@ -131,7 +126,8 @@ class Experiment:
 
     def build(self, terms: Sequence[Term], source: Source, seed: int) -> list[Weighted]:
         """Builds some losses; :meth:`losses` tells the rest."""
-        images = self.data.train.read(torch.arange(self.recipe.batch_size), None)
+        shown = torch.arange(self.recipe.batch_size).repeat(self.recipe.data.views)
+        images = self.data.train.read(shown, None)  # as many as a batch of training has
         images = images.to(self.device.device)
         student, teacher = source.student, source.teacher
         for term in terms:

@@ -20,8 +20,9 @@ from topkd.evaluate import BATCH
 from topkd.formats import FORMATS, Answer, Subject, build, require
 from topkd.models.foreign import refuse_code
 from topkd.progress import Progress
-from topkd.recipe import DataSection, RecipeError, near
+from topkd.recipe import DataSection
 from topkd.sections import load_data
+from topkd.strict import RecipeError, near
 
 CONFIG = "config.json"
 TOLERANCE = 1e-4  # of logits: float32 computed in another order

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import re
-import typing
-from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from topkd.strict import Loader, RecipeError, Section, change_by, near, validated
 
 STUDENT = "student"  # the name of the run with the recipe's own losses, beside its controls
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be used; it says where, what was got and what would be right."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class _Open(_Section):
+class _Open(Section):
     """A section with options of its own, which belong to whatever it names."""
 
     model_config = ConfigDict(extra="allow")
@@ -38,7 +29,7 @@ class _Open(_Section):
         return dict(self.model_extra or {})
 
 
-class RandAugment(_Section):
+class RandAugment(Section):
     """How strongly images are changed by operations chosen at random."""
 
     operations: Annotated[int, Field(ge=1)] = 2
@@ -70,7 +61,7 @@ class DataSection(_Open):
     depends on it."""
 
 
-class StudentSection(_Section):
+class StudentSection(Section):
     """Which network learns."""
 
     model: str
@@ -127,7 +118,7 @@ class TeacherSection(StudentSection):
         return self
 
 
-class View(_Section):
+class View(Section):
     """Which taps of one network a term reads, in place of those that all terms read."""
 
     maps: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
@@ -136,7 +127,7 @@ class View(_Section):
     """A tap; of a map, every channel is averaged."""
 
 
-class Taps(_Section):
+class Taps(Section):
     """What a term reads of both networks."""
 
     student: View = View()
@@ -194,7 +185,7 @@ class Term(_Open):
         return min(1.0, rise, fall)
 
 
-class Optimizer(_Section):
+class Optimizer(Section):
     """SGD and how its rate changes."""
 
     lr: Annotated[float, Field(gt=0)] = 0.05
@@ -209,7 +200,7 @@ class Optimizer(_Section):
     """Share of a one-cycle schedule in which the rate rises."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything that changes the outcome of a run, except for its seed."""
 
     name: str = ""
@@ -308,7 +299,7 @@ def load(name: str, changes: Sequence[str] = ()) -> Recipe:
         RecipeError: If the recipe or a change is wrong.
     """
     try:
-        tree = yaml.load(text(name), _Loader)  # noqa: S506  (a SafeLoader)
+        tree = yaml.load(text(name), Loader)  # noqa: S506  (a SafeLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{name} is not YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -316,7 +307,7 @@ def load(name: str, changes: Sequence[str] = ()) -> Recipe:
     default = Path(name).stem if Path(name).is_file() else name
     tree.setdefault("name", default)
     for change in changes:
-        _change(tree, change)
+        change_by(tree, change)
     return parse(tree)
 
 
@@ -326,162 +317,9 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: If a key or a value is wrong; the message tells all that are.
     """
-    return _validated(Recipe, tree, "recipe")
+    return validated(Recipe, tree, "recipe")
 
 
 def write(recipe: Recipe) -> str:
     """Writes a recipe so that reading it gives the same again."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def parse_options(function: Callable[..., Any], options: Mapping[str, Any], where: str) -> Any:
-    """Checks options against the keyword-only arguments of a function.
-
-    Args:
-        function: What will be called with them.
-        options: From a recipe.
-        where: Their place in the recipe, for messages.
-
-    Returns:
-        The options as keyword arguments, parsed.
-
-    Raises:
-        RecipeError: If an option is unknown, missing or of the wrong type.
-    """
-    hints = typing.get_type_hints(function)
-    fields: dict[str, Any] = {
-        parameter.name: (
-            hints[parameter.name],
-            ... if parameter.default is parameter.empty else parameter.default,
-        )
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    model = create_model("Options", __base__=_Section, **fields)
-    parsed = _validated(model, options, where)
-    return {name: getattr(parsed, name) for name in parsed.model_fields_set}
-
-
-def _validated(model: type[BaseModel], tree: Mapping[str, Any], where: str) -> Any:
-    try:
-        # As JSON, strict checking takes lists for tuples and mappings for dataclasses.
-        return model.model_validate_json(json.dumps(tree, default=str))
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-        # A list whose only item is wrong counts as empty: the item's own message is enough.
-        inner = [e for e in errors if e["type"] != "too_short"] or errors
-        lines = [_explain(model, tree, where, dict(e)) for e in inner]
-        raise RecipeError("\n".join(lines)) from None
-
-
-def _explain(model: Any, tree: Any, where: str, error: dict[str, Any]) -> str:
-    """Says where an error is, what was got and what would be right."""
-    path, known, got = ("" if where == "recipe" else where), _fields(model), tree
-    steps = list(error["loc"])
-    for number, step in enumerate(steps):
-        if _has(got, step):
-            last = number == len(steps) - 1
-            path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
-            got = got[step]
-            if not last:
-                model = _inside(model, step)
-                known = _fields(model)
-        elif error["type"] == "missing":
-            path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{path}: unknown key{near(str(steps[-1]), known)}"
-    if error["type"] == "missing":
-        return f"{path}: missing"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if error["type"] == "value_error":
-        return f"{path}: {message}" if path else message
-    return f"{path or 'recipe'}: expected {message.removeprefix('a valid ')}, got {got!r}"
-
-
-def _has(got: Any, step: Any) -> bool:
-    if isinstance(got, Mapping):
-        return step in got
-    return isinstance(got, list) and isinstance(step, int) and step < len(got)
-
-
-def _fields(model: Any) -> list[str]:
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        return list(model.model_fields)
-    return list(getattr(model, "__dataclass_fields__", ()))
-
-
-def _inside(model: Any, step: Any) -> Any:
-    """Finds the type of one part of a type: of a field, or of the items of a container."""
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        model = model.model_fields[step].annotation if step in model.model_fields else None
-    else:
-        model = next((a for a in typing.get_args(model)[::-1] if a is not ...), None)
-    while typing.get_origin(model) is Annotated:
-        model = typing.get_args(model)[0]
-    options = [a for a in typing.get_args(model) if isinstance(a, type) and _fields(a)]
-    is_union = type(None) in typing.get_args(model)
-    return options[0] if is_union and options else model
-
-
-def near(word: str, words: Sequence[str]) -> str:
-    """Ends a message about a wrong word with the right one, or with all there are."""
-    near = get_close_matches(word, words, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; there are {', '.join(words)}" if words else ""
-
-
-def _change(tree: dict[str, Any], change: str) -> None:
-    key, equals, value = change.partition("=")
-    steps = re.findall(r"[^.\[\]]+", key)
-    if not equals or not steps:
-        raise RecipeError(f"a change is written key=value, got {change!r}")
-    try:
-        new = yaml.load(value, _Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{change}: the value is not YAML: {error}") from error
-    here: Any = tree
-    for step in steps[:-1]:
-        if isinstance(here, list):
-            here = here[_place(here, step, change)]
-        else:
-            if here.get(step) is None:
-                here[step] = {}
-            here = here[step]
-        if not isinstance(here, dict | list):
-            raise RecipeError(f"{change}: {step} has no keys, it is {here!r}")
-    if isinstance(here, list):
-        here[_place(here, steps[-1], change)] = new
-    else:
-        here[steps[-1]] = new
-
-
-def _place(items: list[Any], step: str, change: str) -> int:
-    """Finds an item of a list by its number or by its name."""
-    found = [item.get("name") if isinstance(item, dict) else item for item in items]
-    if step in found:
-        return found.index(step)
-    if step.isdigit() and int(step) < len(items):
-        return int(step)
-    raise RecipeError(f"{change}: there is no {step!r}; there are {', '.join(map(str, found))}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-4 as a number, as people mean it, and takes no key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        doubled = [key for number, key in enumerate(keys) if key in keys[:number]]
-        if doubled:
-            line = node.start_mark.line + 1
-            raise yaml.YAMLError(
-                f"the key {doubled[0]!r} stands twice in what begins in line {line}"
-            )
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from topkd import recipe as recipes
 from topkd.data import DATA, Augmentation, Data, with_augmentation
 from topkd.features import Tapped
 from topkd.models import foreign
-from topkd.recipe import DataSection, RecipeError, StudentSection, TeacherSection
+from topkd.recipe import DataSection, StudentSection, TeacherSection
+from topkd.strict import RecipeError, parse_options
 
 
 def network_of(section: StudentSection, data: Data, size: int | None = None) -> Tapped:
@@ -47,7 +47,7 @@ def load_data(section: DataSection) -> Data:
         FileNotFoundError: If a file or folder is missing.
         ValueError: If a file or an image cannot be read, or a label is out of range.
     """
-    options = recipes.parse_options(DATA[section.name], section.options, "data")
+    options = parse_options(DATA[section.name], section.options, "data")
     data = DATA[section.name](**options)
     if section.validation:
         data = data.with_validation(section.validation)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +16,19 @@ from torch import Tensor, distributed, nn
 from topkd import checkpoint, evaluate, files
 from topkd.answers import Answers
 from topkd.data import Data, training_batches
+from topkd.device import Device
 from topkd.features import Batch, Features, Tapped, Teacher
+from topkd.metrics import Sums, summary, tensorboard, write_scalars
 from topkd.progress import Progress
 from topkd.recipe import Optimizer, Recipe
 from topkd.terms import Balance, Weighted, cosines, gradients, warnings
 
 MEASURED = 8  # steps of an epoch at which the gradient of each term is measured
 BALANCED = 32  # the same where shares depend on it
-LONG = 500_000  # training images from which compiling pays for itself
 
 
 class Diverged(ValueError):
     """Training that has left the numbers; the message names the term."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where and in which numbers networks are computed."""
-
-    device: torch.device
-    dtype: torch.dtype  # of the networks; losses are always float32
-    compile: bool
-
-    @classmethod
-    def of(cls, recipe: Recipe, images: int) -> Device:
-        """Chooses what the recipe leaves open.
-
-        Args:
-            recipe: May ask for a precision and for compiling.
-            images: In the training set.
-        """
-        device = Accelerator().device
-        precision = recipe.precision
-        if precision == "auto":
-            precision = "bfloat16" if _gains_from_bfloat16(device) else "float32"
-        # Measured on CPUs: what compiling gains on a network it loses to the convolutions around.
-        pays = device.type == "cuda" and images * recipe.epochs >= LONG
-        compile = pays if recipe.compile == "auto" else recipe.compile
-        return cls(device, getattr(torch, precision), compile)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Computes networks in :attr:`dtype` inside the ``with``."""
-        half = self.dtype is not torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=half)
-
-
-def _gains_from_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        able = torch.cpu.get_capabilities()
-        return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
-    return False
 
 
 def learning_rate(optimizer: Optimizer, done: float, epochs: int) -> float:
@@ -95,27 +55,6 @@ def learning_rate(optimizer: Optimizer, done: float, epochs: int) -> float:
     if share < rise:
         return optimizer.lr * share / rise
     return optimizer.lr * 0.5 * (1 + math.cos(math.pi * (share - rise) / (1 - rise)))
-
-
-@dataclass
-class Sums:
-    """Running means over the steps of an epoch, kept on the device."""
-
-    totals: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, name: str, value: Tensor) -> None:
-        """Adds one value."""
-        self.totals[name] = self.totals.get(name, 0) + value.detach()
-        self.counts[name] = self.counts.get(name, 0) + 1
-
-    def means(self, prefix: str) -> dict[str, float]:
-        """Computes the means of the names that begin with ``prefix``, which is taken off."""
-        return {
-            name.removeprefix(prefix): (total / self.counts[name]).item()
-            for name, total in self.totals.items()
-            if name.startswith(prefix)
-        }
 
 
 class Trainer:
@@ -186,7 +125,7 @@ class Trainer:
         """
         self._resume(checkpoint.load_state(folder / "checkpoint"))
         told = self._say_faults([])
-        board = _tensorboard(folder) if self.accelerator.is_main_process else None
+        board = tensorboard(folder) if self.accelerator.is_main_process else None
         left = range(len(self.history) + 1, self.recipe.epochs + 1)
         title = f"{folder.parent.name} seed {self.seed}"
         images = self.recipe.epochs * self.steps * self.recipe.batch_size
@@ -198,9 +137,9 @@ class Trainer:
                 if self.accelerator.is_main_process:
                     self._save(folder)
                 if board is not None:
-                    _write_scalars(board, entry)
+                    write_scalars(board, entry)
                 told = self._say_faults(told)
-                advance(0, f"epoch {epoch}/{self.recipe.epochs}, {_summary(entry)}")
+                advance(0, f"epoch {epoch}/{self.recipe.epochs}, {summary(entry)}")
         if board is not None:
             board.close()
         return self.history
@@ -303,7 +242,10 @@ class Trainer:
         values, own, several = {}, (features, answer, batch), self.accelerator.num_processes > 1
         gathered = own
         if several and any(w.term.batch == "gathered" for w in self.losses):
-            gathered = features.apply(_gather), answer.apply(_gather), batch.apply(_gather)
+            soft = None if batch.soft is None else _gather(batch.soft)
+            # The pixels stay where they are: no loss looks at them, and they are many.
+            labels = Batch(batch.images, _gather(batch.target), _gather(batch.index), soft)
+            gathered = features.apply(_gather), answer.apply(_gather), labels
         for weighted in self.losses:
             title = weighted.term.title
             if not weighted.counts(epoch, self.recipe.epochs):
@@ -426,28 +368,3 @@ def _carry_back(made: Features, features: Features) -> None:
         if copy.grad is not None
     ]
     torch.autograd.backward([output for output, _ in reached], [grad for _, grad in reached])
-
-
-def _summary(entry: Mapping[str, Any]) -> str:
-    judged = next(key for key in entry if key.endswith("_top1") and key != "train_top1")
-    losses = ", ".join(f"{name} {value:.4g}" for name, value in entry["losses"].items())
-    accuracy = f"{judged.removesuffix('_top1')} {entry[judged]:.2f} %"
-    return f"{accuracy}, train {entry['train_top1']:.2f} %, {losses}, {entry['seconds']:.1f} s"
-
-
-def _tensorboard(folder: Path) -> Any:
-    """Opens a TensorBoard log where the extra is installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"))
-
-
-def _write_scalars(board: Any, entry: Mapping[str, Any]) -> None:
-    for key, value in entry.items():
-        if isinstance(value, list):  # of warnings
-            continue
-        parts = value.items() if isinstance(value, Mapping) else [("", value)]
-        for name, number in parts:
-            board.add_scalar(f"{key}/{name}" if name else key, number, entry["epoch"])

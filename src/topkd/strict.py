@@ -1,0 +1,192 @@
+"""Settings read strictly: YAML, changes as ``key=value``, and errors that say where."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; it says where, what was got and what would be right."""
+
+
+class Section(BaseModel):
+    """Settings that cannot be changed, and take no key and no type that they do not know."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def parse_options(function: Callable[..., Any], options: Mapping[str, Any], where: str) -> Any:
+    """Checks options against the keyword-only arguments of a function.
+
+    Args:
+        function: What will be called with them.
+        options: From a recipe.
+        where: Their place in the recipe, for messages.
+
+    Returns:
+        The options as keyword arguments, parsed.
+
+    Raises:
+        RecipeError: If an option is unknown, missing or of the wrong type.
+    """
+    hints = typing.get_type_hints(function)
+    fields: dict[str, Any] = {
+        parameter.name: (
+            hints[parameter.name],
+            ... if parameter.default is parameter.empty else parameter.default,
+        )
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    model = create_model("Options", __base__=Section, **fields)
+    parsed = validated(model, options, where)
+    return {name: getattr(parsed, name) for name in parsed.model_fields_set}
+
+
+def validated(model: type[BaseModel], tree: Mapping[str, Any], where: str) -> Any:
+    """Makes a section of plain values.
+
+    Args:
+        model: The section.
+        tree: The values.
+        where: Their place in the recipe, for messages.
+
+    Raises:
+        RecipeError: If a key or a value is wrong; the message tells all that are.
+    """
+    try:
+        # As JSON, strict checking takes lists for tuples and mappings for dataclasses.
+        return model.model_validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        # A list whose only item is wrong counts as empty: the item's own message is enough.
+        inner = [e for e in errors if e["type"] != "too_short"] or errors
+        lines = [_explain(model, tree, where, dict(e)) for e in inner]
+        raise RecipeError("\n".join(lines)) from None
+
+
+def _explain(model: Any, tree: Any, where: str, error: dict[str, Any]) -> str:
+    """Says where an error is, what was got and what would be right."""
+    path, known, got = ("" if where == "recipe" else where), _fields(model), tree
+    steps = list(error["loc"])
+    for number, step in enumerate(steps):
+        if _has(got, step):
+            last = number == len(steps) - 1
+            path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
+            got = got[step]
+            if not last:
+                model = _inside(model, step)
+                known = _fields(model)
+        elif error["type"] == "missing":
+            path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{path}: unknown key{near(str(steps[-1]), known)}"
+    if error["type"] == "missing":
+        return f"{path}: missing"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if error["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path or 'recipe'}: expected {message.removeprefix('a valid ')}, got {got!r}"
+
+
+def _has(got: Any, step: Any) -> bool:
+    if isinstance(got, Mapping):
+        return step in got
+    return isinstance(got, list) and isinstance(step, int) and step < len(got)
+
+
+def _fields(model: Any) -> list[str]:
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return list(model.model_fields)
+    return list(getattr(model, "__dataclass_fields__", ()))
+
+
+def _inside(model: Any, step: Any) -> Any:
+    """Finds the type of one part of a type: of a field, or of the items of a container."""
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        model = model.model_fields[step].annotation if step in model.model_fields else None
+    else:
+        model = next((a for a in typing.get_args(model)[::-1] if a is not ...), None)
+    while typing.get_origin(model) is Annotated:
+        model = typing.get_args(model)[0]
+    options = [a for a in typing.get_args(model) if isinstance(a, type) and _fields(a)]
+    is_union = type(None) in typing.get_args(model)
+    return options[0] if is_union and options else model
+
+
+def near(word: str, words: Sequence[str]) -> str:
+    """Ends a message about a wrong word with the right one, or with all there are."""
+    near = get_close_matches(word, words, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; there are {', '.join(words)}" if words else ""
+
+
+def change_by(tree: dict[str, Any], change: str) -> None:
+    """Carries out a change ``key=value``, in place.
+
+    Raises:
+        RecipeError: If it is not of that form, or there is no such place.
+    """
+    key, equals, value = change.partition("=")
+    steps = re.findall(r"[^.\[\]]+", key)
+    if not equals or not steps:
+        raise RecipeError(f"a change is written key=value, got {change!r}")
+    try:
+        new = yaml.load(value, Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{change}: the value is not YAML: {error}") from error
+    here: Any = tree
+    for step in steps[:-1]:
+        if isinstance(here, list):
+            here = here[_place(here, step, change)]
+        else:
+            if here.get(step) is None:
+                here[step] = {}
+            here = here[step]
+        if not isinstance(here, dict | list):
+            raise RecipeError(f"{change}: {step} has no keys, it is {here!r}")
+    if isinstance(here, list):
+        here[_place(here, steps[-1], change)] = new
+    else:
+        here[steps[-1]] = new
+
+
+def _place(items: list[Any], step: str, change: str) -> int:
+    """Finds an item of a list by its number or by its name."""
+    found = [item.get("name") if isinstance(item, dict) else item for item in items]
+    if step in found:
+        return found.index(step)
+    if step.isdigit() and int(step) < len(items):
+        return int(step)
+    raise RecipeError(f"{change}: there is no {step!r}; there are {', '.join(map(str, found))}")
+
+
+class Loader(yaml.SafeLoader):
+    """YAML that reads 1e-4 as a number, as people mean it, and takes no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        doubled = [key for number, key in enumerate(keys) if key in keys[:number]]
+        if doubled:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(
+                f"the key {doubled[0]!r} stands twice in what begins in line {line}"
+            )
+        return super().construct_mapping(node, deep=deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
