@@ -87,6 +87,25 @@ def test_a_head_that_no_term_trains_is_told():
         one.step(a_batch(), 1, Sums(), measure=False)
 
 
+@pytest.mark.parametrize("augmentation_seed", [None, 3])
+def test_an_augmentation_seed_shows_every_run_the_same_images(augmentation_seed):
+    drawn = []
+    for seed in (0, 1):
+        one = trainer(data={"name": "digits", "augmentation_seed": augmentation_seed})
+        one.seed, seen = seed, {}
+
+        def keep(batch, epoch, sums, *, measure, seen=seen, step=one.step):
+            seen |= dict(zip(batch.index.tolist(), batch.images, strict=True))
+            step(batch, epoch, sums, measure=measure)
+
+        one.step = keep
+        one._epoch(1, lambda amount, news: None)
+        drawn.append(seen)
+    assert list(drawn[0]) != list(drawn[1])  # the order is each run's own
+    same = [torch.equal(image, drawn[1][index]) for index, image in drawn[0].items()]
+    assert all(same) == (augmentation_seed is not None)
+
+
 def test_a_step_is_the_step_of_a_plain_loop():
     ours, plain, batch = trainer(), trainer(), a_batch()
     ours.student.train()
