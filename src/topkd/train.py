@@ -213,14 +213,14 @@ class Trainer:
         weights = self._weights(epoch)
         total = torch.stack([weights[title] * value for title, value in values.items()]).sum()
         self.optimizer.zero_grad()
-        total.backward()
+        direct = self._pull_back(total, features)
         if features.distilled is not None and features.distilled.grad is None:
             raise ValueError(
                 "the student has a distillation head, which judges along, and no term trains it; "
                 "add the loss deit, or take a network without that head"
             )
         _carry_back(made, features)
-        self._share_among_processes()
+        self._share_among_processes(direct)
         if self.recipe.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.weights, self.recipe.gradient_clip)
         self.optimizer.step()
@@ -291,12 +291,31 @@ class Trainer:
                 self.progress.say(f"warning: epoch {epoch}: {line}")
         return lines
 
-    def _share_among_processes(self) -> None:
-        """Averages the gradients of the losses' own weights; those of the student are already."""
-        if self.accelerator.num_processes > 1:
-            for weight in self.adapters.parameters():
-                if weight.grad is not None:
-                    weight.grad = self.accelerator.reduce(weight.grad, "mean")
+    def _pull_back(self, total: Tensor, features: Features) -> list[tuple[nn.Parameter, Tensor]]:
+        """Leaves gradients at the features and at the losses' own weights.
+
+        Returns:
+            Weights of the student that a loss used by itself, beside its features, with their
+            gradients: where processes share a student, its weights take one gradient a step.
+        """
+        leaves = [*features.tensors(), *self.adapters.parameters()]
+        leaves = [leaf for leaf in leaves if leaf.requires_grad]
+        weights = [weight for weight in self.student.parameters() if weight.requires_grad]
+        found = torch.autograd.grad(total, [*leaves, *weights], allow_unused=True)
+        for leaf, grad in zip(leaves, found, strict=False):
+            leaf.grad = grad
+        used = zip(weights, found[len(leaves) :], strict=True)
+        return [(weight, grad) for weight, grad in used if grad is not None]
+
+    def _share_among_processes(self, direct: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """Averages the gradients that have not passed through the student."""
+        reduce = self.accelerator.reduce  # does nothing where there is one process
+        for weight in self.adapters.parameters():
+            if weight.grad is not None:
+                weight.grad = reduce(weight.grad, "mean")
+        for weight, grad in direct:
+            averaged = reduce(grad, "mean")
+            weight.grad = averaged if weight.grad is None else weight.grad + averaged
 
     def _compiled(self, network: nn.Module) -> Callable[[Tensor], Features]:
         """Compiles a network, or says in a line why it is used as it is."""
