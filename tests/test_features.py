@@ -64,10 +64,77 @@ def test_weights_keep_their_names(resnet18):
     assert len(list(resnet18.parameters())) == len(list(resnet18.network.parameters()))
 
 
-def test_nothing_is_kept_of_a_batch():
+@pytest.mark.parametrize("directly", [False, True])
+def test_nothing_is_kept_of_a_batch(directly):
     network = small()
-    network(images())
+    (network.network if directly else network)(images())
+    copy.deepcopy(network)  # which tensors in a graph would not allow
     assert not network._seen
+
+
+def test_nothing_is_kept_of_a_batch_that_failed():
+    network = small()
+    with pytest.raises(RuntimeError):
+        network(torch.zeros(1, 5, 8, 8))
+    copy.deepcopy(network)
+    assert not network._seen
+
+
+class Moody(nn.Module):
+    """Uses its first layer if told, and overwrites what it made of it if told."""
+
+    def __init__(self, *, is_used=True, overwrites=False):
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 10)
+        self.is_used, self.overwrites = is_used, overwrites
+
+    def forward(self, shown):
+        made = self.first(shown) if self.is_used else shown[:, [0, 1, 2, 0]]
+        made = made.relu_() if self.overwrites else made.relu()
+        return self.head(made.mean((2, 3)))
+
+
+def test_a_tap_that_was_not_used_is_told_whoever_used_it_before():
+    network = Tapped(Moody(), ["first"], "head")
+    network(images())
+    network.network(images())
+    network.network.is_used = False
+    with pytest.raises(ValueError, match="did not use the module 'first' that a tap names"):
+        network(images())
+
+
+def test_a_tap_that_was_overwritten_is_told():
+    network = Tapped(Moody(overwrites=True), ["first"], "head")
+    with pytest.raises(ValueError, match="the tap 'first' read was overwritten later by an in-pl"):
+        network(images())
+
+
+def test_what_enters_a_relu_in_place_is_read():
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Flatten(1), nn.Linear(4096, 5)
+    )
+    before, logits = network[0](images()), network(images())
+    made = Tapped(network, ["1"], "3", ["1:in"])(images())
+    assert torch.equal(made.preactivations[0], before)
+    assert torch.equal(made.maps[0], before.relu())
+    assert torch.equal(made.logits, logits)
+
+
+def test_a_copy_is_read_elsewhere_and_leaves_layers_out():
+    network = small().eval()
+    network.also(["avgpool"])
+    before = network(images())
+    other = network.retapped(["layer2"], ["relu:in"], without=["layer3", "fc"])
+    made = other(images())
+    assert torch.equal(made.maps[0], before.maps[2])
+    assert torch.equal(made.preactivations[0], before.preactivations[0])
+    assert torch.equal(made.embedding, before.maps[2].mean((2, 3)))
+    assert torch.equal(made.logits, made.embedding)
+    assert made.others == {}
+    for weight in other.parameters():
+        weight.data.zero_()
+    for seen, again in zip(before.tensors(), network(images()).tensors(), strict=True):
+        assert torch.equal(seen, again)
 
 
 def test_gradients_pass_through_what_is_tapped():

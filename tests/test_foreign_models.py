@@ -315,10 +315,16 @@ def test_what_is_no_logits_is_refused():
 
 
 def test_a_tap_that_reads_no_tensor_is_refused():
-    attention = nn.MultiheadAttention(4, 1)
-    network = Tapped(nn.Sequential(attention), ["0"], "0.out_proj")
+    network = Tapped(nn.Sequential(nn.LSTM(4, 5)), ["0"], "0")
     with pytest.raises(ValueError, match="the tap '0' reads 2 values .* where a tensor is needed"):
-        network.network[0](*[torch.zeros(3, 2, 4)] * 3)
+        network(torch.zeros(3, 2, 4))
+
+
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "torchvision:vit_b_32"])
+def test_images_of_another_size_than_a_transformer_is_built_for_are_told(name):
+    network = foreign.build(name, CLASSES, 64).eval()
+    with pytest.raises(ValueError, match=r"^VisionTransformer refuses images of 3 x 32 x 32: .*64"):
+        network(images(2, 32))
 
 
 # --- names ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from topkd.models.foreign import refuse_code
 from topkd.progress import Progress
 from topkd.recipe import DataSection
 from topkd.sections import load_data
-from topkd.strict import RecipeError, near
+from topkd.strict import RecipeError, change_by, near
 
 CONFIG = "config.json"
 TOLERANCE = 1e-4  # of logits: float32 computed in another order
@@ -218,12 +219,9 @@ def _make(
 
 def _load(about: Mapping[str, Any], changes: Sequence[str]) -> tuple[Data | None, str]:
     """Loads the images of a run, or says why there are none."""
-    tree = dict(about["data"])
+    tree = copy.deepcopy(about["data"])
     for change in changes:
-        key, equals, value = change.partition("=")
-        if not (key and equals):
-            raise RecipeError(f"--data: a change is written key=value, got {change!r}")
-        tree[key] = yaml.safe_load(value)
+        change_by(tree, change)
     if tree["name"] not in DATA:
         raise RecipeError(f"data.name: there is no {tree['name']!r}{near(tree['name'], [*DATA])}")
     try:

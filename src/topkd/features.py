@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -66,26 +67,27 @@ INPUT = ":in"  # ends the name of a tap that reads what a module is given
 
 @dataclass
 class _Tap:
-    """A hook that keeps one tensor; unlike a closure, it is copied with its network."""
+    """A hook that keeps one tensor where it is waited for; unlike a closure, it can be copied."""
 
-    seen: dict[str, tuple[Tensor, int]]
+    seen: dict[str, tuple[Tensor, int] | None]
     name: str
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Any = None) -> None:
+        if self.name not in self.seen:  # somebody else asked the network
+            return
         kept = args[0] if self.name.endswith(INPUT) else output
         if not isinstance(kept, Tensor):
             raise ValueError(f"the tap {self.name!r} reads {_kind(kept)} where a tensor is needed")
-        if self.name.endswith(INPUT) and getattr(module, "inplace", False):
-            kept = kept.clone()
         self.seen[self.name] = kept, _version(kept)
 
 
 class Tapped(nn.Module):
     """A classifier that also returns what chosen modules computed on the way.
 
-    The network is read through hooks and is not changed. A tap is the name of a module, whose
-    output is read; with ``:in`` after the name, its input is. A network that answers with a pair
-    has two heads: its logits come first, those of the head that learns from teachers second.
+    The network is read through hooks and computes what it did. A tap is the name of a module, whose
+    output is read; with ``:in`` after the name, its input is, which the module then overwrites no
+    longer. A network that answers with a pair has two heads: its logits come first, those of the
+    head that learns from teachers second.
 
     Args:
         network: Any classifier, wherever it comes from.
@@ -121,10 +123,10 @@ class Tapped(nn.Module):
         self.network, self._to_map = network, to_map
         self.maps, self.preactivations = tuple(maps), tuple(preactivations)
         self.others: tuple[str, ...] = ()
-        self._seen: dict[str, tuple[Tensor, int]] = {}
+        self._seen: dict[str, tuple[Tensor, int] | None] = {}
         self._embedding = head + INPUT
         self._distilled = () if distilled is None else (distilled,)
-        for tap in dict.fromkeys((*maps, *preactivations, self._embedding, *self._distilled)):
+        for tap in self._taps:
             self._hook(tap)
         self._head = [_module(network, head)]  # in a list: it is a part of the network already
 
@@ -134,18 +136,47 @@ class Tapped(nn.Module):
         Raises:
             ValueError: If the network has no module of one of these names.
         """
-        known = {*self.maps, *self.preactivations, self._embedding, *self.others, *self._distilled}
         for tap in dict.fromkeys(taps):
-            if tap not in known:
+            if tap not in self._taps:
                 self._hook(tap)
         self.others = tuple(dict.fromkeys((*self.others, *taps)))
 
+    def retapped(
+        self, maps: Sequence[str], preactivations: Sequence[str], *, without: Sequence[str] = ()
+    ) -> Tapped:
+        """Copies the network to read it elsewhere.
+
+        Args:
+            maps: Taps of the copy.
+            preactivations: Taps of the copy.
+            without: Names of modules that do nothing in it.
+
+        Raises:
+            ValueError: If the network has no module of one of these names.
+        """
+        network = copy.deepcopy(self.network)
+        for module in network.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, hook in hooks.items() if isinstance(hook, _Tap)]:
+                    del hooks[key]
+        for name in without:
+            network.set_submodule(name, nn.Identity())
+        head = self._embedding.removesuffix(INPUT)
+        return Tapped(network, maps, head, preactivations, to_map=self._to_map)
+
+    @property
+    def _taps(self) -> tuple[str, ...]:
+        own = (*self.maps, *self.preactivations, self._embedding, *self._distilled)
+        return tuple(dict.fromkeys((*own, *self.others)))
+
     def _hook(self, tap: str) -> None:
         module, hook = _module(self.network, tap.removesuffix(INPUT)), _Tap(self._seen, tap)
-        if tap.endswith(INPUT):
-            module.register_forward_pre_hook(hook)
-        else:
+        if not tap.endswith(INPUT):
             module.register_forward_hook(hook)
+            return
+        module.register_forward_pre_hook(hook)
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]  # else it overwrites what is read
 
     def head(self, embedding: Tensor) -> Tensor:
         """Computes the logits of embeddings (n, d) without being noticed by the taps."""
@@ -159,18 +190,25 @@ class Tapped(nn.Module):
         return self._head[0]
 
     def forward(self, images: Tensor) -> Features:
-        logits, distilled = self._answer(images)
-        maps = [self._to_map(self._read(tap)) for tap in self.maps]
-        preactivations = [self._to_map(self._read(tap)) for tap in self.preactivations]
-        embedding = self._read(self._embedding).flatten(1)
-        others = {tap: self._to_map(self._read(tap)) for tap in self.others}
-        for tap in self._distilled:
-            distilled = self._read(tap)
-        self._seen.clear()
+        self._seen.update(dict.fromkeys(self._taps))
+        try:
+            logits, distilled = self._answer(images)
+            maps = [self._to_map(self._read(tap)) for tap in self.maps]
+            preactivations = [self._to_map(self._read(tap)) for tap in self.preactivations]
+            embedding = self._read(self._embedding).flatten(1)
+            others = {tap: self._to_map(self._read(tap)) for tap in self.others}
+            for tap in self._distilled:
+                distilled = self._read(tap)
+        finally:
+            self._seen.clear()
         return Features(logits, embedding, maps, preactivations, others, distilled)
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        answer = self.network(images)
+        try:
+            answer = self.network(images)
+        except AssertionError as error:  # so say transformers that are built for another size
+            shown, name = " x ".join(map(str, images.shape[1:])), type(self.network).__name__
+            raise ValueError(f"{name} refuses images of {shown}: {error}") from error
         heads = answer if isinstance(answer, tuple) else (answer, None)
         if len(heads) != 2 or not isinstance(heads[0], Tensor):
             raise ValueError(
@@ -180,9 +218,10 @@ class Tapped(nn.Module):
         return heads
 
     def _read(self, tap: str) -> Tensor:
-        if tap not in self._seen:
+        seen = self._seen[tap]
+        if seen is None:
             raise ValueError(f"the network did not use the module {tap!r} that a tap names")
-        tensor, version = self._seen[tap]
+        tensor, version = seen
         if _version(tensor) != version:
             raise ValueError(
                 f"what the tap {tap!r} read was overwritten later by an in-place operation; "

@@ -61,14 +61,10 @@ def build(about: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: If there is no such network.
     """
-    classes = len(about["classes"])
-    if about.get("reused"):
-        student = foreign.build(about["model"], classes, about["size"], **about["taps"])
-        return rebuild(student, about["reused"]).network.eval()
-    model = foreign.find(about["model"])
-    if isinstance(model, foreign.Foreign):
-        return model.network(classes, about["size"], False).eval()
-    return model.network(classes=classes).eval()
+    classes, taps = len(about["classes"]), about.get("taps") or {}
+    student = foreign.build(about["model"], classes, about["size"], **taps)
+    tapped = rebuild(student, about["reused"]) if about.get("reused") else student
+    return tapped.network.eval()
 
 
 def require(package: str) -> ModuleType:

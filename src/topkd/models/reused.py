@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topkd.features import Tapped, Teacher, _Tap
+from topkd.features import Tapped, Teacher
 
 
 class Reused(nn.Module):
@@ -72,7 +72,8 @@ class Reused(nn.Module):
             "factor": factor,
             "dropped": list(dropped),
         }
-        self.body = _without(student, dropped, tap)
+        maps, before = [*student.maps[:-1], tap], student.preactivations[:-1]
+        self.body = student.retapped(maps, before, without=dropped)
         # Nothing but names, under which the shallower maps of the body can be tapped.
         self.maps = nn.ModuleList(nn.Identity() for _ in student.maps[:-1])
         self.preactivations = nn.ModuleList(nn.Identity() for _ in student.preactivations[:-1])
@@ -222,7 +223,7 @@ def _classifier(
 
 def _explored(student: Tapped, images: Tensor, tap: str) -> tuple[int, list[str]]:
     """Finds the channels of a map, and the layers of whose weights it does not depend."""
-    body = _without(student, [], tap).eval().requires_grad_(True)
+    body = student.retapped([tap], []).eval().requires_grad_(True)
     weights = dict(body.network.named_parameters())
     with torch.enable_grad():
         last = body(images.to(next(iter(weights.values())).device)).maps[-1]
@@ -238,17 +239,3 @@ def _explored(student: Tapped, images: Tensor, tap: str) -> tuple[int, list[str]
         if list(module.parameters(recurse=False)) and used.isdisjoint(map(id, module.parameters()))
     ]
     return last.shape[1], dropped
-
-
-def _without(student: Tapped, dropped: Sequence[str], tap: str) -> Tapped:
-    """Copies a student, reads its last map at a tap, and makes layers do nothing."""
-    (head,) = (n for n, m in student.network.named_modules() if m is student.classifier)
-    network = copy.deepcopy(student.network)
-    for module in network.modules():  # the copied taps would be read by nobody, and never emptied
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Tap)]:
-                del hooks[key]
-    for name in dropped:
-        network.set_submodule(name, nn.Identity())
-    maps = [*student.maps[:-1], tap]
-    return Tapped(network, maps, head, student.preactivations[:-1], to_map=student._to_map)
