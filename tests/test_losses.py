@@ -143,6 +143,18 @@ def test_a_saved_loss_is_the_same_loss(make):
     )
 
 
+@pytest.mark.parametrize("make", LOSSES, indirect=True)
+def test_a_compiled_loss_is_the_same_loss(make):
+    torch.compiler.reset()  # or graphs of other losses count, of which only so many are kept
+    loss, student, teacher = make(WIDTH)
+    inputs = [t.requires_grad_() for t in student.tensors()]
+    made = []
+    for compared in (loss, torch.compile(loss, backend="aot_eager")):
+        value = compared(student, teacher, batch())
+        made.append([value, *torch.autograd.grad(value, inputs, allow_unused=True)])
+    torch.testing.assert_close(*made, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_catalogue_tells_what_a_loss_compares_and_whose_it_is(name):
     entry = LOSSES[name]

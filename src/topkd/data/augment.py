@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def draws(seed: int, epoch: int, index: Tensor, count: int) -> Tensor:
-    """Draws uniform numbers for images: a hash of (seed, epoch, index, which of them).
+    """Draws uniform numbers for images: :func:`whole_draws` / 2^53.
 
     Args:
         seed: Of the run.
@@ -26,28 +26,51 @@ def draws(seed: int, epoch: int, index: Tensor, count: int) -> Tensor:
     Returns:
         Numbers in [0, 1), (n, count), float64.
 
-    References:
-        SplitMix64: Fast Splittable Pseudorandom Number Generators (Steele et al., OOPSLA 2014)
-        https://doi.org/10.1145/2660193.2660195
-
     Examples:
         >>> some, more = torch.tensor([7]), torch.tensor([3, 7])
         >>> bool((draws(0, 1, some, 2) == draws(0, 1, more, 2)[1]).all())
         True
     """
-    state = _mix(_mix(np.uint64(seed)) + np.uint64(epoch))
-    image = _mix(state + index.numpy().astype(np.uint64))
-    number = _mix(image[:, None] + np.arange(count, dtype=np.uint64))
-    return torch.from_numpy((number >> np.uint64(11)) * 2.0**-53)
+    return whole_draws(seed, epoch, index, count).double() * 2.0**-53
 
 
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
+def whole_draws(seed: int | Tensor, epoch: int, index: Tensor, count: int) -> Tensor:
+    """Draws whole numbers for images: a hash of (seed, epoch, index, which of them).
+
+    Args:
+        seed: Of the run.
+        epoch: Of the run.
+        index: Which images, (n,).
+        count: How many numbers an image needs.
+
+    Returns:
+        Numbers in [0, 2^53), (n, count), int64.
+
+    References:
+        SplitMix64: Fast Splittable Pseudorandom Number Generators (Steele et al., OOPSLA 2014)
+        https://doi.org/10.1145/2660193.2660195
+    """
+    state = _mix(_mix(torch.as_tensor(seed, device=index.device)) + epoch)
+    image = _mix(state + index)
+    return _shifted(_mix(image[:, None] + torch.arange(count, device=index.device)), 11)
+
+
+def _mix(x: Tensor) -> Tensor:
     """One step of SplitMix64: neighbouring inputs have unrelated outputs."""
-    with np.errstate(over="ignore"):
-        x = np.asarray(x) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Moves the bits of int64 to the right as those of uint64, on which torch has no arithmetic."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(number: int) -> int:
+    """The int64 of the bits of a uint64."""
+    return number - (1 << 64) if number >> 63 else number
 
 
 def crop_and_flip(pixels: Tensor, uniform: Tensor, *, padding: int, flip: bool) -> Tensor:

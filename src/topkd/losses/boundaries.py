@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
 from topkd.losses.hints import regressor
-from topkd.losses.maps import paired
+from topkd.losses.maps import deeper_counts_double, paired
+from topkd.losses.refusals import check_shapes, positive
 
 
 def activation_boundaries(
@@ -39,6 +39,7 @@ def activation_boundaries(
         (Heo et al., AAAI 2019) https://arxiv.org/abs/1811.03233
 
     Examples:
+        >>> import torch
         >>> aim = torch.tensor([-0.1, 0.1]).view(1, 2, 1, 1)
         >>> activation_boundaries([30 * aim], [aim]).item()  # the right sides, and far enough
         0.0
@@ -47,13 +48,10 @@ def activation_boundaries(
     """
     values = []
     for s, t in paired(student, teacher, kind="pre-activations"):
-        if s.shape != t.shape:
-            raise ValueError(
-                f"pre-activations differ: student {tuple(s.shape)}, teacher {tuple(t.shape)}"
-            )
-        wrong = torch.where(t > 0, margin - s, s + margin).relu()
-        values.append(wrong.square().sum() / len(s))
-    return torch.stack([value / 2**back for back, value in enumerate(values[::-1])]).sum()
+        check_shapes("pre-activations", s, t)
+        side = (t > 0).to(s.dtype).mul_(2).sub_(1)  # numbers: to choose by booleans takes longer
+        values.append((margin - side * s).relu_().square().sum() / len(s))
+    return deeper_counts_double(values)
 
 
 class ActivationBoundaries(Loss):
@@ -80,10 +78,8 @@ class ActivationBoundaries(Loss):
         self, connectors: Sequence[nn.Module], *, skip: int = 1, margin: float = 1.0
     ) -> None:
         super().__init__()
-        if not margin > 0:
-            raise ValueError(f"margin must be positive, got {margin}")
         self.connectors = nn.ModuleList(connectors)
-        self.skip, self.margin = skip, margin
+        self.skip, self.margin = skip, positive("margin", margin)
 
     @classmethod
     def between(  # type: ignore[override]  # its options are named

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from topkd.features import Batch, Features, Tapped
 from topkd.losses.base import Loss, Source
-from topkd.losses.logits import not_negative
+from topkd.losses.maps import deepest, to_smaller
+from topkd.losses.refusals import check_shapes, not_negative
 from topkd.losses.relations import directions
 from topkd.models.reused import Reused, projector
 
@@ -39,13 +40,8 @@ def last_map(student: Tensor, teacher: Tensor) -> Tensor:
         >>> last_map(torch.tensor([[[[6.0]]]]), large)
         tensor(4.)
     """
-    if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            f"maps differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
-        )
-    size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
-    s, t = (F.adaptive_avg_pool2d(seen, size) for seen in (student, teacher))
-    return F.mse_loss(s, t)
+    check_shapes("maps", student, teacher, 2)
+    return F.mse_loss(*to_smaller(student, teacher))
 
 
 class ReusedClassifier(Loss):
@@ -221,10 +217,7 @@ def class_attention(
         Class Attention Transfer Based Knowledge Distillation (Guo et al., CVPR 2023)
         https://arxiv.org/abs/2304.12777
     """
-    if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            f"class maps differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
-        )
+    check_shapes("class maps", student, teacher, 2)
     s, t = (F.adaptive_avg_pool2d(seen, resolution).flatten(2) for seen in (student, teacher))
     return F.mse_loss(directions(s), directions(t)) if normalise else F.mse_loss(s, t)
 
@@ -273,21 +266,9 @@ class ClassAttention(Loss):
         return cls(*networks, **options)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
+        # A classifier reads averages as it reads places, and these are fewer.
         s, t = (
-            class_maps(made.maps[-1], network.classifier)
+            class_maps(F.adaptive_avg_pool2d(made.maps[-1], self.resolution), network.classifier)
             for made, network in zip((student, teacher), self._networks, strict=True)
         )
         return class_attention(s, t, resolution=self.resolution, normalise=self.normalise)
-
-
-def deepest(features: Features, whose: str) -> Tensor:
-    """Finds the last map of a network.
-
-    Raises:
-        ValueError: If it has none, or it is not (n, c, h, w).
-    """
-    if not features.maps:
-        raise ValueError(f"the {whose} has no maps: give the taps where they can be read")
-    if features.maps[-1].ndim != 4:
-        raise ValueError(f"the last map of the {whose} is {tuple(features.maps[-1].shape)}, no map")
-    return features.maps[-1]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topkd.data.augment import draws
+from topkd.data.augment import whole_draws
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
-from topkd.losses.logits import positive
+from topkd.losses.refusals import one_of, positive
 from topkd.losses.relations import directions
 
 Positives = Literal["exact", "relaxed"]
@@ -103,7 +103,7 @@ class Choice(nn.Module):
         }.items():
             self.register_buffer(name, tensor, persistent=False)
 
-    def forward(self, seed: int, epoch: int, index: Tensor) -> Tensor:
+    def forward(self, seed: int | Tensor, epoch: int, index: Tensor) -> Tensor:
         """Chooses for images (n,): first the one that belongs to each, then the negatives.
 
         Returns:
@@ -112,12 +112,12 @@ class Choice(nn.Module):
         Raises:
             ValueError: If there is no such image.
         """
-        here, images = index.cpu(), len(self.order)
-        if not 0 <= int(here.min()) <= int(here.max()) < images:
-            wrong = next(i for i in here.tolist() if not 0 <= i < images)
-            raise ValueError(f"there is no image {wrong} among the {images} of the memory")
-        drawn = (draws(seed, epoch, here, 4) * 2**53).long().to(index.device)
-        start, step, turn, other = drawn.T[..., None]
+        images = len(self.order)
+        if not torch.compiler.is_compiling():  # a graph must not ask for numbers
+            wrong = index[(index < 0) | (index >= images)].tolist()
+            if wrong:
+                raise ValueError(f"there is no image {wrong[0]} among the {images} of the memory")
+        start, step, turn, other = whole_draws(seed, epoch, index, 4).T[..., None]
         first, count, prime = (t[index, None] for t in (self.first, self.count, self.prime))
         steps = torch.arange(self.negatives, device=index.device) * (1 + step % (prime - 1))
         place = (start % prime + steps) % prime
@@ -183,8 +183,7 @@ class Contrastive(Loss):
         positives: Positives = "exact",
     ) -> None:
         super().__init__()
-        if positives not in get_args(Positives):
-            raise ValueError(f"positives must be exact or relaxed, got {positives}")
+        one_of("positives", positives, Positives)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         positive("size", size)
@@ -215,7 +214,7 @@ class Contrastive(Loss):
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         s = directions(self.student(student.embedding).to(self.of_student.dtype))
         t = directions(self.teacher(teacher.embedding).to(self.of_teacher.dtype))
-        chosen = self.choose(int(self.seed), self.epoch, batch.index)
+        chosen = self.choose(self.seed, self.epoch, batch.index)
         # All rows at once: for a batch, far less memory than to gather those of each image.
         similar = [
             (anchor @ memory.T).gather(1, chosen)

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss
 from topkd.losses.decoupled import decoupled_distillation
-from topkd.losses.logits import distillation, not_negative, positive
+from topkd.losses.logits import distillation
+from topkd.losses.refusals import not_negative, one_of, positive
+
+Of = Literal["kd", "dkd"]
 
 
 def adversity(epoch: int, rise: int = 10) -> float:
@@ -71,7 +74,7 @@ class CurriculumTemperature(Loss):
     def __init__(
         self,
         *,
-        of: Literal["kd", "dkd"] = "kd",
+        of: Of = "kd",
         lowest: float = 1.0,
         spread: float = 20.0,
         rise: int = 10,
@@ -79,12 +82,11 @@ class CurriculumTemperature(Loss):
         beta: float | None = None,
     ) -> None:
         super().__init__()
-        if of not in ("kd", "dkd"):
-            raise ValueError(f"of must be kd or dkd, got {of}")
+        self.of = one_of("of", of, Of)
         if of == "kd" and not alpha is beta is None:
             raise ValueError("alpha and beta are options of dkd; set of to dkd, or leave them out")
         positive("rise", rise)
-        self.of, self.rise = of, rise
+        self.rise = rise
         self.lowest, self.spread = positive("lowest", lowest), positive("spread", spread)
         self.alpha = not_negative("alpha", 1.0 if alpha is None else alpha)
         self.beta = not_negative("beta", 2.0 if beta is None else beta)

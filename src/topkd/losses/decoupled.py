@@ -6,7 +6,8 @@ from torch import Tensor
 
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss
-from topkd.losses.logits import check_logits, not_negative, positive, standardised
+from topkd.losses.logits import standardised
+from topkd.losses.refusals import check_shapes, not_negative, positive
 
 
 def others(logits: Tensor, target: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ def decoupled_distillation(
         >>> decoupled_distillation(student, teacher, torch.tensor([2]), alpha=0.0).item()
         0.0
     """
-    check_logits(student, teacher)
+    check_shapes("logits", student, teacher)
     scaled = [z / temperature for z in (student, teacher)]
     rests = [others(z, target) for z in scaled]
     log_b = []
@@ -166,7 +167,7 @@ def normalized_distillation(
         >>> round(loss.exp().item(), 4)
         3.0
     """
-    check_logits(student, teacher)
+    check_shapes("logits", student, teacher)
     label = target[:, None]
     log_s, log_t = (z.log_softmax(1).gather(1, label) for z in (student, teacher))
     rest_s, rest_t = (others(z, target) / temperature for z in (student, teacher))

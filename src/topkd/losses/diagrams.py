@@ -14,10 +14,12 @@ from torch import Tensor
 from topkd.features import Batch, Features, Tapped
 from topkd.losses.base import Source
 from topkd.losses.controls import Edges, LabelFree, Target, check_tree, tree_diagram
+from topkd.losses.refusals import one_of, positive
 from topkd.topology import Diagrams, length_unit, rips, wasserstein
 from topkd.topology.units import Unit
 
 Form = Literal["pce", "em-pce"]
+Norm = Literal["maximum", "euclidean"]
 
 CALIBRATED_ON = 8  # batches
 
@@ -62,7 +64,7 @@ class Wasserstein(LabelFree):
         *,
         dimension: Literal[0, 1] = 0,
         order: float = 1.0,
-        ground_norm: Literal["maximum", "euclidean"] = "maximum",
+        ground_norm: Norm = "maximum",
         diagonal: bool = False,
         scale: Unit = "mean",
         edges: Edges = "persistent",
@@ -78,7 +80,8 @@ class Wasserstein(LabelFree):
         if not order >= 1:
             raise ValueError(f"order must be at least 1, got {order}")
         self.dimension, self.order, self.diagonal, self.scale = dimension, order, diagonal, scale
-        self.ground_norm = {"maximum": math.inf, "euclidean": 2.0}[ground_norm]
+        one_of("ground_norm", ground_norm, Norm)
+        self.ground_norm = math.inf if ground_norm == "maximum" else 2.0
 
     def described(self, points: Tensor, tree: Tensor | None) -> Tensor:
         """Births and deaths in units of the cloud, (bars, 2)."""
@@ -239,10 +242,8 @@ class PersistentCrossEntropy(LabelFree):
     ) -> None:
         super().__init__(edges, target)
         for name, value in {"bandwidth": bandwidth, "tolerance": tolerance}.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive, got {value}")
-            self.register_buffer(name, torch.tensor(float(value)))
-        self.form: Form = form
+            self.register_buffer(name, torch.tensor(float(positive(name, value))))
+        self.form: Form = one_of("form", form, Form)
 
     @classmethod
     def between(  # type: ignore[override]  # its options are named

@@ -19,6 +19,7 @@ from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
 from topkd.losses.hints import mean_square
 from topkd.losses.maps import paired, to_smaller
+from topkd.losses.refusals import check_shapes, one_of
 
 SLOPE = 0.1  # of the leaky ReLUs
 
@@ -57,10 +58,7 @@ def factor_transfer(student: Tensor, teacher: Tensor, *, form: Form = "map") -> 
         >>> factor_transfer(left, right).item()
         1.0
     """
-    if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            f"factors differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
-        )
+    check_shapes("factors", student, teacher, 2)
     factors = to_smaller(student, teacher)
     numbers = [f.square().mean(1) if form == "map" else f for f in factors]
     own, aim = (F.normalize(q.flatten(1), dim=1) for q in numbers)
@@ -148,7 +146,7 @@ class FactorTransfer(Loss):
     ) -> None:
         super().__init__()
         self.paraphrase, self.translate = paraphrase.requires_grad_(False), translate
-        self.form, self._facts = form, facts or {}
+        self.form, self._facts = one_of("form", form, Form), facts or {}
 
     @classmethod
     def between(  # type: ignore[override]  # its options are named

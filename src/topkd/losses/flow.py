@@ -12,6 +12,7 @@ from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
 from topkd.losses.hints import mean_square
 from topkd.losses.maps import paired, to_smaller
+from topkd.losses.refusals import one_of
 
 Pooling = Literal["average", "maximum"]
 
@@ -69,7 +70,7 @@ class SolutionFlow(Loss):
 
     def __init__(self, *, skip: int = 0, pooling: Pooling = "average") -> None:
         super().__init__()
-        self.skip, self.pooling = skip, pooling
+        self.skip, self.pooling = skip, one_of("pooling", pooling, Pooling)
 
     @classmethod
     def between(cls, student: Features, teacher: Features, source: Source, **options: Any) -> Loss:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
 from topkd.losses.maps import paired, to_smaller
+from topkd.losses.refusals import check_shapes
 
 FLOOR = 1e-5  # of the variances of VID
 
@@ -76,10 +77,7 @@ def mean_square(student: Tensor, teacher: Tensor) -> Tensor:
         >>> mean_square(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]])).item()
         2.0
     """
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"features differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
-        )
+    check_shapes("features", student, teacher)
     return F.mse_loss(student, teacher)
 
 
@@ -202,12 +200,9 @@ def surprise(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
         >>> surprise(maps + 3, torch.tensor([1.0]), maps).item()
         4.5
     """
-    if mean.shape != teacher.shape:
-        raise ValueError(
-            f"maps differ: student's guess {tuple(mean.shape)}, teacher {tuple(teacher.shape)}"
-        )
-    variance = variance[:, None, None]
-    return 0.5 * ((mean - teacher).square() / variance + variance.log()).mean()
+    check_shapes("maps", mean, teacher)
+    errors = (mean - teacher).square().mean((0, 2, 3))  # of each channel
+    return 0.5 * (errors / variance + variance.log()).mean()
 
 
 class VariationalInformation(Loss):

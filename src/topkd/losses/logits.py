@@ -1,46 +1,11 @@
 """Losses on the logits."""
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss
-
-
-def positive(name: str, value: float) -> float:
-    """Passes on an option that must be above 0 and finite.
-
-    Raises:
-        ValueError: If it is not; the message names the option.
-    """
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive, got {value}")
-    return value
-
-
-def not_negative(name: str, value: float) -> float:
-    """Passes on an option that must be 0 or above, and finite.
-
-    Raises:
-        ValueError: If it is not; the message names the option.
-    """
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must not be negative, got {value}")
-    return value
-
-
-def check_logits(student: Tensor, teacher: Tensor) -> None:
-    """Checks that both networks know the same classes of the same images.
-
-    Raises:
-        ValueError: If the logits differ in shape.
-    """
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"logits differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
-        )
+from topkd.losses.refusals import check_shapes, not_negative, positive
 
 
 class CrossEntropy(Loss):
@@ -123,7 +88,7 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float | Tenso
         >>> distillation(logits + 5, logits).abs().item() < 1e-6  # it sees only differences
         True
     """
-    check_logits(student, teacher)
+    check_shapes("logits", student, teacher)
     log_s, log_t = ((z / temperature).log_softmax(1) for z in (student, teacher))
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
@@ -199,7 +164,7 @@ def correlation_distillation(
         >>> correlation_distillation(fainter, logits).abs().item() < 1e-5
         True
     """
-    check_logits(student, teacher)
+    check_shapes("logits", student, teacher)
     s, t = ((z / temperature).softmax(1) for z in (student, teacher))
     images, classes = _correlation(s, t, damping), _correlation(s.T, t.T, damping)
     return temperature**2 * (beta * (1 - images.mean()) + gamma * (1 - classes.mean()))
@@ -285,7 +250,7 @@ def transformed_teacher_matching(
         >>> transformed_teacher_matching(teacher / 10, teacher).item() < 1e-6  # exactly as soft
         True
     """
-    check_logits(student, teacher)
+    check_shapes("logits", student, teacher)
     log_power = exponent * teacher.log_softmax(1)
     log_weight = log_power.logsumexp(1, keepdim=True)
     log_s, log_q = student.log_softmax(1), log_power - log_weight
@@ -306,15 +271,19 @@ class TransformedTeacherMatching(Loss):
         https://arxiv.org/abs/2402.11148
     """
 
+    weighted = False
+
     def __init__(self, *, exponent: float = 0.1) -> None:
         super().__init__()
         self.exponent = positive("exponent", exponent)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        return transformed_teacher_matching(student.logits, teacher.logits, exponent=self.exponent)
+        return transformed_teacher_matching(
+            student.logits, teacher.logits, exponent=self.exponent, weighted=self.weighted
+        )
 
 
-class WeightedTransformedTeacherMatching(Loss):
+class WeightedTransformedTeacherMatching(TransformedTeacherMatching):
     """:func:`transformed_teacher_matching` in which images weigh differently, WTTM.
 
     Published with weight 4 beside CRD with 0.8.
@@ -327,11 +296,7 @@ class WeightedTransformedTeacherMatching(Loss):
         https://arxiv.org/abs/2402.11148
     """
 
-    def __init__(self, *, exponent: float = 0.2) -> None:
-        super().__init__()
-        self.exponent = positive("exponent", exponent)
+    weighted = True
 
-    def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        return transformed_teacher_matching(
-            student.logits, teacher.logits, exponent=self.exponent, weighted=True
-        )
+    def __init__(self, *, exponent: float = 0.2) -> None:
+        super().__init__(exponent=exponent)

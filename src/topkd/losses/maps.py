@@ -12,6 +12,7 @@ from torch import Tensor
 
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
+from topkd.losses.refusals import one_of
 
 
 def paired(
@@ -58,6 +59,24 @@ def to_smaller(
         return first, second
     height, width = (min(sides) for sides in zip(first.shape[2:], second.shape[2:], strict=True))
     return pool(first, (height, width)), pool(second, (height, width))
+
+
+def deeper_counts_double(values: Sequence[Tensor]) -> Tensor:
+    """Adds values of L stages, shallow to deep: the last whole, each before it half of the next."""
+    return torch.stack([value / 2**back for back, value in enumerate(values[::-1])]).sum()
+
+
+def deepest(features: Features, whose: str) -> Tensor:
+    """Finds the last map of a network.
+
+    Raises:
+        ValueError: If it has none, or it is not (n, c, h, w).
+    """
+    if not features.maps:
+        raise ValueError(f"the {whose} has no maps: give the taps where they can be read")
+    if features.maps[-1].ndim != 4:
+        raise ValueError(f"the last map of the {whose} is {tuple(features.maps[-1].shape)}, no map")
+    return features.maps[-1]
 
 
 class MapLoss(Loss):
@@ -135,7 +154,8 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, form: AttentionForm 
         1.0
     """
     maps = to_smaller(student, teacher)
-    seen, aim = (F.normalize(m.square().mean(1).flatten(1), dim=1) for m in maps)
+    energies = (torch.linalg.vecdot(m, m, dim=1) / m.shape[1] for m in maps)
+    seen, aim = (F.normalize(energy.flatten(1), dim=1) for energy in energies)
     if form == "paper":
         return torch.linalg.vector_norm(seen - aim, dim=1).mean()
     return F.mse_loss(seen, aim)
@@ -155,7 +175,7 @@ class AttentionTransfer(MapLoss):
 
     def __init__(self, *, skip: int = 1, form: AttentionForm = "mean") -> None:
         super().__init__(skip=skip)
-        self.form = form
+        self.form = one_of("form", form, AttentionForm)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return attention_transfer(student, teacher, form=self.form)

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss
-from topkd.losses.logits import check_logits, standardised
+from topkd.losses.logits import standardised
+from topkd.losses.refusals import check_shapes, one_of
+
+Views = Literal[1, 2]
 
 TEMPERATURES = (2.0, 3.0, 4.0, 5.0, 6.0)
 OUTER = (2.0, 6.0)  # at which the authors' code takes weak logits for strong ones
@@ -81,7 +84,7 @@ def multi_level_distillation(
     student: Tensor,
     teacher: Tensor,
     *,
-    views: Literal[1, 2] = 1,
+    views: Views = 1,
     faithful: bool = True,
     standardise: bool = False,
 ) -> Tensor:
@@ -121,7 +124,7 @@ def multi_level_distillation(
         >>> multi_level_distillation(logits + 5, logits).item() < 1e-6
         True
     """
-    check_logits(student, teacher)
+    check_shapes("logits", student, teacher)
     if len(student) % views:
         raise ValueError(f"two views need an even number of rows, got {len(student)}")
     pairs = list(zip(student.chunk(views), teacher.chunk(views), strict=True))
@@ -169,12 +172,10 @@ class MultiLevelDistillation(Loss):
     """
 
     def __init__(
-        self, *, views: Literal[1, 2] = 1, faithful: bool = True, standardise: bool = False
+        self, *, views: Views = 1, faithful: bool = True, standardise: bool = False
     ) -> None:
         super().__init__()
-        if views not in (1, 2):
-            raise ValueError(f"views must be 1 or 2, got {views}")
-        self.views: Literal[1, 2] = views
+        self.views: Views = one_of("views", views, Views)
         self.faithful, self.standardise = faithful, standardise
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:

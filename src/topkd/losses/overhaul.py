@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from topkd.features import INPUT, Batch, Features, Teacher
 from topkd.losses.base import Loss, Source
-from topkd.losses.maps import paired, to_smaller
+from topkd.losses.maps import deeper_counts_double, paired, to_smaller
+from topkd.losses.refusals import check_shapes
 
 RARE = 0.001  # a channel that is negative less often has no mean of its negative responses
 MEASURED_ON = 16  # batches, where no normalisation tells
@@ -83,14 +84,11 @@ def partial_distance(
     values = []
     pairs = paired(student, teacher, kind="pre-activations")
     for (s, t), margin in zip(pairs, margins, strict=True):
-        if s.shape != t.shape:
-            raise ValueError(
-                f"pre-activations differ: student {tuple(s.shape)}, teacher {tuple(t.shape)}"
-            )
-        aim = torch.maximum(t, margin[:, None, None])
-        heard = (s > aim) | (t > 0)
-        values.append(((s - aim).square() * heard).sum() / len(s))
-    return torch.stack([value / 2**back for back, value in enumerate(values[::-1])]).sum()
+        check_shapes("pre-activations", s, t)
+        gap = s - torch.maximum(t, margin[:, None, None])
+        heard = ((gap > 0) | (t > 0)).to(gap.dtype)  # numbers: to multiply by booleans takes longer
+        values.append(gap.mul_(heard).square().sum() / len(s))
+    return deeper_counts_double(values)
 
 
 class Overhaul(Loss):

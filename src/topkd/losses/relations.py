@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
-from topkd.losses.logits import not_negative, positive
+from topkd.losses.maps import deepest
+from topkd.losses.refusals import check_shapes, not_negative, one_of, positive
 
 Form = Literal["products", "kernel"]
 
@@ -26,16 +27,6 @@ def directions(vectors: Tensor) -> Tensor:
     """
     norm = vectors.norm(dim=-1, keepdim=True)
     return vectors / norm.masked_fill(norm == 0, 1)
-
-
-def check_sizes(student: Tensor, teacher: Tensor) -> None:
-    """Checks that two networks saw equally many samples.
-
-    Raises:
-        ValueError: If they did not.
-    """
-    if len(student) != len(teacher):
-        raise ValueError(f"batches differ: student {len(student)}, teacher {len(teacher)}")
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
@@ -67,7 +58,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
         >>> similarity_preserving(torch.ones(2, 1), rows)  # both samples the same
         tensor(0.2929)
     """
-    check_sizes(student, teacher)
+    check_shapes("batches", student, teacher, 1)
     s, t = student.flatten(1), teacher.flatten(1)
     return F.mse_loss(directions(s @ s.T), directions(t @ t.T))
 
@@ -83,10 +74,7 @@ class SimilarityPreserving(Loss):
     reads_maps = True
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        for name, made in (("student", student), ("teacher", teacher)):
-            if not made.maps:
-                raise ValueError(f"the {name} has no maps: give the taps where they can be read")
-        return similarity_preserving(student.maps[-1], teacher.maps[-1])
+        return similarity_preserving(deepest(student, "student"), deepest(teacher, "teacher"))
 
 
 def correlation_products(student: Tensor, teacher: Tensor) -> Tensor:
@@ -153,7 +141,7 @@ def correlation_kernel(
         Correlation Congruence for Knowledge Distillation (Peng et al., ICCV 2019)
         https://arxiv.org/abs/1904.01802
     """
-    check_sizes(student, teacher)
+    check_shapes("batches", student, teacher, 1)
     return F.mse_loss(_kernel(student, gamma, order), _kernel(teacher, gamma, order))
 
 
@@ -194,10 +182,9 @@ class CorrelationCongruence(Loss):
         order: int = 2,
     ) -> None:
         super().__init__()
-        if form not in get_args(Form):
-            raise ValueError(f"form must be products or kernel, got {form}")
+        self.form, self.gamma = one_of("form", form, Form), positive("gamma", gamma)
         positive("order", order)
-        self.form, self.order, self.gamma = form, order, positive("gamma", gamma)
+        self.order = order
         if form == "products":
             positive("size", size)
             self.student, self.teacher = nn.Linear(student, size), nn.Linear(teacher, size)
@@ -242,7 +229,7 @@ def relational_distances(student: Tensor, teacher: Tensor) -> Tensor:
         >>> relational_distances(10 - 5 * line, line)
         tensor(0.)
     """
-    check_sizes(student, teacher)
+    check_shapes("batches", student, teacher, 1)
     return F.smooth_l1_loss(_scaled_distances(student), _scaled_distances(teacher))
 
 
@@ -280,7 +267,7 @@ def relational_angles(student: Tensor, teacher: Tensor) -> Tensor:
         >>> relational_angles(10 - 5 * corner.flip(1), corner).item() < 1e-9
         True
     """
-    check_sizes(student, teacher)
+    check_shapes("batches", student, teacher, 1)
     return F.smooth_l1_loss(_cosines(student), _cosines(teacher))
 
 
@@ -341,7 +328,7 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor, *, epsilon: float =
         >>> probabilistic_transfer(7 * rows, rows)  # it sees no lengths
         tensor(0.)
     """
-    check_sizes(student, teacher)
+    check_shapes("batches", student, teacher, 1)
     units = (directions(embedding) for embedding in (student, teacher))
     similar = ((1 + unit @ unit.T) / 2 for unit in units)
     s, t = (rows / rows.sum(1, keepdim=True) for rows in similar)

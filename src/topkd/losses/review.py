@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
-from topkd.losses.logits import positive
+from topkd.losses.refusals import check_shapes, positive
 
 
 def hierarchical(student: Tensor, teacher: Tensor) -> Tensor:
@@ -40,17 +40,14 @@ def hierarchical(student: Tensor, teacher: Tensor) -> Tensor:
         >>> hierarchical(apart, torch.zeros(1, 1, 2, 2))  # 1 as they are, 0 averaged
         tensor(0.6667)
     """
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"maps differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
-        )
-    value, weight, whole = F.mse_loss(student, teacher), 1.0, 1.0
+    check_shapes("maps", student, teacher)
+    gap, weight, whole = student - teacher, 1.0, 1.0
+    value = gap.square().mean()
     for side in (4, 2, 1):
-        if side < student.shape[2]:
+        if side < gap.shape[2]:
             weight /= 2
             whole += weight
-            s, t = (F.adaptive_avg_pool2d(seen, side) for seen in (student, teacher))
-            value = value + weight * F.mse_loss(s, t)
+            value = value + weight * F.adaptive_avg_pool2d(gap, side).square().mean()
     return value / whole
 
 

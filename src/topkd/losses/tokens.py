@@ -9,7 +9,8 @@ from torch import Tensor
 
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
-from topkd.losses.logits import check_logits, distillation, positive
+from topkd.losses.logits import distillation
+from topkd.losses.refusals import check_shapes, one_of, positive
 
 Kind = Literal["hard", "soft"]
 
@@ -39,7 +40,7 @@ def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
         >>> round(loss.exp().item(), 4)
         4.0
     """
-    check_logits(student, teacher)
+    check_shapes("logits", student, teacher)
     return F.cross_entropy(student, teacher.argmax(1))
 
 
@@ -69,11 +70,9 @@ class TokenDistillation(Loss):
         self, *, kind: Kind = "hard", temperature: float = 1.0, legacy: bool = False
     ) -> None:
         super().__init__()
-        if kind not in ("hard", "soft"):
-            raise ValueError(f"kind must be hard or soft, got {kind}")
+        self.kind, self.legacy = one_of("kind", kind, Kind), legacy
         if kind == "hard" and (temperature != 1 or legacy):
             raise ValueError("temperature and legacy are options of the kind soft")
-        self.kind, self.legacy = kind, legacy
         self.temperature = positive("temperature", temperature)
 
     @classmethod
