@@ -21,7 +21,7 @@ from topkd.data.augment import crop_and_flip, draws, normalise
 from topkd.data.cifar import cifar10, cifar100
 from topkd.data.digits import digits
 from topkd.data.folder import Files, folder
-from topkd.data.pictures import MEAN, STD, Frame, Names, Pictures
+from topkd.data.pictures import MEAN, STD, Frame, Names, Pictures, open_bytes
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -543,18 +543,29 @@ def test_a_corrupt_image_is_named_with_its_row(small_cifar, content):
         cifar100(root=with_row(small_cifar[0], content))
 
 
+class OneOf:
+    """A picture of these bytes."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def name(self, index):
+        return "here"
+
+    def open(self, index):
+        return open_bytes(self.content)
+
+
 @given(st.data())
 def test_damage_never_surprises(data):
-    from topkd.data.cifar import _decode
-
     damaged = bytearray(GOOD)
     for place in data.draw(st.lists(st.integers(0, len(GOOD) - 1), min_size=1, max_size=8)):
         damaged[place] = data.draw(st.integers(0, 255))
     try:
-        outcome = str(_decode({"bytes": bytes(damaged)}, "here").shape)
+        outcome = str(read_all(Pictures(OneOf(bytes(damaged)), torch.zeros(1), Frame(32))).shape)
     except ValueError as error:
         outcome = str(error)
-    assert outcome == "(32, 32, 3)" or outcome.startswith("here: ")
+    assert outcome == "torch.Size([1, 3, 32, 32])" or outcome.startswith("here: ")
 
 
 def test_a_corrupt_image_is_replaced_by_the_next_of_its_class_where_told(small_cifar):
@@ -572,7 +583,7 @@ def test_a_corrupt_image_is_replaced_by_the_next_of_its_class_where_told(small_c
 
 def test_a_class_without_a_readable_image_is_refused(small_cifar):
     root = with_row(small_cifar[0], b"no image", label=77)
-    with pytest.raises(ValueError, match="no training image of class 77 can be read"):
+    with pytest.raises(ValueError, match="row 2: not a readable image, nor is any other of class"):
         cifar100(root=root, on_error="skip")
 
 
@@ -592,7 +603,7 @@ def test_a_shard_that_is_lost_in_the_middle_is_named(small_cifar):
 
 
 def test_an_image_of_the_wrong_size_is_named(small_cifar):
-    message = "row 2: expected 32 x 32 pixels, got 16 x 24"
+    message = "row 2: not a readable image: expected 32 x 32 pixels, got 16 x 24"
     with pytest.raises(ValueError, match=message):
         cifar100(root=with_row(small_cifar[0], pixels(1, 24, 16)[0]))
 
@@ -621,11 +632,18 @@ def test_a_label_beyond_the_classes_is_named(small_cifar):
         cifar100(root=with_row(small_cifar[0], pixels(1)[0], label=100))
 
 
-@pytest.mark.parametrize("labels", [[0, None], [0.0, 1.5], ["cat", "dog"]])
-def test_labels_that_are_no_whole_numbers_are_named(small_cifar, labels):
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, None], "train-00001-of-00002.parquet, row 1: .* got None"),
+        ([0.0, 1.5], "train-00001-of-00002.parquet, row 0: .* got 0.0"),
+        (["cat", "dog"], "fine_label needs whole numbers, got 'cat'"),
+    ],
+)
+def test_labels_that_are_no_whole_numbers_are_named(small_cifar, labels, message):
     root, _, _ = small_cifar
     write_shard(root / "train-00001-of-00002.parquet", pixels(2), labels)
-    with pytest.raises(ValueError, match="train-00001-of-00002.parquet"):
+    with pytest.raises(ValueError, match=message):
         cifar100(root=str(root))
 
 

@@ -39,7 +39,7 @@ def in_memory(count=24, size=16, classes=4, flip=True):
 
 
 def augmented(images=None, workers=0, **options):
-    return Augmented(images or in_memory(), Augmentation(**options), 4, workers)
+    return Augmented(images or in_memory(), Augmentation(**options), 4, *HALF, workers)
 
 
 # --- RandAugment ---------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def test_shares_are_drawn_from_the_beta_distribution():
     white = torch.zeros(400, 2, 2, 3, dtype=torch.uint8)
     white[::2] = 255
     images = InMemory(white, torch.arange(400) % 2, (0.0,) * 3, (1.0,) * 3, padding=0, flip=False)
-    mixed, found = Augmented(images, Augmentation(mixup=0.4), 2), []
+    mixed, found = Augmented(images, Augmentation(mixup=0.4), 2, images.mean, images.std), []
     for first in range(0, 400, 2):
         for epoch in (1, 2):
             batch = mixed.batch(torch.tensor([first, first + 1]), (0, epoch))
@@ -289,7 +289,6 @@ def test_processes_read_what_threads_read():
 class Broken:
     """Images of which one cannot be read, or is noted as replaced."""
 
-    mean, std = HALF
     blocks, target = None, torch.arange(8)
 
     def __init__(self, faults=None):
@@ -305,7 +304,7 @@ class Broken:
 
 @FORKS
 def test_an_error_of_a_process_is_told_in_one_line():
-    images = Augmented(Broken(), Augmentation(), 8, workers=1)
+    images = Augmented(Broken(), Augmentation(), 8, *HALF, workers=1)
     with pytest.raises(ValueError, match=r"^image 5 is broken$"):
         list(training_batches(images, 4, 0, 1))
 
@@ -313,7 +312,7 @@ def test_an_error_of_a_process_is_told_in_one_line():
 @FORKS
 def test_what_processes_replace_is_known_to_all():
     faults = Faults()
-    images = Augmented(Broken(faults), Augmentation(), 8, workers=2, faults=faults)
+    images = Augmented(Broken(faults), Augmentation(), 8, *HALF, workers=2, faults=faults)
     assert len(list(training_batches(images, 4, 0, 1))) == 2
     assert faults.unreadable == {"5": "image 5 is broken"}
 
@@ -359,7 +358,7 @@ def test_a_recipe_s_options_arrive():
 
 @pytest.mark.parametrize(("cores", "expected"), [(2, 0), (4, 3), (64, 8)])
 def test_processes_are_chosen_where_they_pay(monkeypatch, cores, expected):
-    monkeypatch.setattr(module, "_cores", lambda: cores)
+    monkeypatch.setattr(module, "cores", lambda: cores)
     data = Data("some", in_memory(), in_memory(), list("abcd"), *HALF)
     assert with_augmentation(data, Augmentation()) is data
     assert with_augmentation(data, Augmentation(mixup=1.0)).train.workers == 0

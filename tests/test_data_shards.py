@@ -333,7 +333,7 @@ def test_a_shard_with_classes_in_another_order_is_named(rows):
 
 @pytest.mark.parametrize("label", [None, 1.5, True])
 def test_labels_that_are_none_are_named(rows, label):
-    write_parquet(second(rows[0]), [png(pixels(1)[0])] * 2, [label, label])
+    write_parquet(second(rows[0]), [png(pixels(1)[0])] * 2, [label, label], names=NAMES)
     with pytest.raises(ValueError, match=r"00001.*, row 0: expected a whole number or a name"):
         parquet(root=str(rows[0]), image="image", label="label")
 

@@ -7,7 +7,6 @@ another thread at the same time: every number is a hash of (seed, epoch, index) 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from topkd.data.augment import draws, normalise
 from topkd.data.base import Blocks, Data, Faults, Images
-from topkd.data.pictures import in_threads
+from topkd.data.pictures import cores, stacked
 from topkd.features import Batch
 
 if TYPE_CHECKING:
@@ -69,6 +68,8 @@ class Augmented:
     images: Images
     augmentation: Augmentation
     classes: int
+    mean: Sequence[float]
+    std: Sequence[float]
     workers: int = 0  # processes that read; 0 for threads
     faults: Faults = field(default_factory=Faults)
 
@@ -76,16 +77,6 @@ class Augmented:
     def target(self) -> Tensor:
         """(images,)."""
         return self.images.target
-
-    @property
-    def mean(self) -> Sequence[float]:
-        """Of each channel."""
-        return self.images.mean
-
-    @property
-    def std(self) -> Sequence[float]:
-        """Of each channel."""
-        return self.images.std
 
     @property
     def blocks(self) -> Blocks | None:
@@ -153,19 +144,11 @@ def with_augmentation(data: Data, augmentation: Augmentation, workers: int | Non
     if workers is None:
         # RandAugment is Python between many small steps: threads wait for each other there. With
         # two or three cores a process for it takes away what the training itself needs.
-        workers = min(8, _cores() - 1) if by_python and _cores() >= 4 else 0
+        workers = min(8, cores() - 1) if by_python and cores() >= 4 else 0
     if augmentation == Augmentation() and not workers:
         return data
-    count = len(data.classes)
-    return replace(
-        data, train=Augmented(data.train, augmentation, count, workers, faults=data.faults)
-    )
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    about = (len(data.classes), data.mean, data.std)
+    return replace(data, train=Augmented(data.train, augmentation, *about, workers, data.faults))
 
 
 def _randaugmented(pixels: Tensor, uniform: Tensor, magnitude: int) -> Tensor:
@@ -175,7 +158,7 @@ def _randaugmented(pixels: Tensor, uniform: Tensor, magnitude: int) -> Tensor:
     def one(image: np.ndarray, numbers: list[float]) -> np.ndarray:
         return np.asarray(randaugment(Image.fromarray(image), numbers, magnitude=magnitude))
 
-    return torch.from_numpy(np.stack(in_threads(one, pixels.numpy(), uniform.tolist())))
+    return stacked(pixels.shape[1], one, pixels.numpy(), uniform.tolist())
 
 
 def randaugment(picture: Image.Image, uniform: Sequence[float], *, magnitude: int) -> Image.Image:

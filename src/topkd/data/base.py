@@ -29,14 +29,6 @@ class Images(Protocol):
         """(images,)."""
 
     @property
-    def mean(self) -> Sequence[float]:
-        """Of each channel."""
-
-    @property
-    def std(self) -> Sequence[float]:
-        """Of each channel."""
-
-    @property
     def blocks(self) -> Blocks | None:
         """None where images can be read in any order at the same cost."""
 
@@ -104,16 +96,6 @@ class Subset:
     def target(self) -> Tensor:
         """(images,)."""
         return self.images.target[self.index]
-
-    @property
-    def mean(self) -> Sequence[float]:
-        """Of each channel."""
-        return self.images.mean
-
-    @property
-    def std(self) -> Sequence[float]:
-        """Of each channel."""
-        return self.images.std
 
     @property
     def blocks(self) -> Blocks | None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from topkd.data.base import Data, Faults, InMemory
-from topkd.data.pictures import UNREADABLE, OnError, in_color, open_bytes, reason, same_class
-from topkd.data.shards import refuse_gaps
+from topkd.data.parquet import Rows, labels_of, schema
+from topkd.data.pictures import Frame, OnError, Pictures
+from topkd.data.shards import listing, refuse_gaps
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,8 @@ def _load(kind: _Kind, root: Path, download: bool, on_error: OnError) -> Data:
             raise FileNotFoundError(f"{root} has no {missing[0]}-*.parquet: is it half copied?")
         for files in shards.values():
             refuse_gaps([str(file) for file in files])
-        train, classes = _parquet(kind, shards["train"], faults if on_error == "skip" else None)
-        test, _ = _parquet(kind, shards["test"], None)
+        train, classes = _parquet(kind, shards["train"], on_error, faults)
+        test, _ = _parquet(kind, shards["test"], "stop", faults)
     else:
         (train, classes), (test, _) = (_torchvision(kind, root, t, download) for t in (True, False))
     if len(classes) != kind.classes:
@@ -93,9 +96,8 @@ def _load(kind: _Kind, root: Path, download: bool, on_error: OnError) -> Data:
     return Data(kind.name, train, test, classes, kind.mean, kind.std, faults=faults)
 
 
-def _images(kind: _Kind, pixels: np.ndarray, target: Sequence[int]) -> InMemory:
-    images, labels = torch.from_numpy(pixels), torch.tensor(target, dtype=torch.long)
-    return InMemory(images, labels, kind.mean, kind.std, padding=4, flip=True)
+def _images(kind: _Kind, pixels: Tensor, target: Tensor) -> InMemory:
+    return InMemory(pixels, target, kind.mean, kind.std, padding=4, flip=True)
 
 
 def _torchvision(
@@ -113,76 +115,38 @@ def _torchvision(
             f"of torchvision's {source.base_folder}; set data.root to the folder that does, "
             "or data.download=true to fetch it"
         ) from error
-    return _images(kind, dataset.data, dataset.targets), dataset.classes
+    pixels, target = torch.from_numpy(dataset.data), torch.tensor(dataset.targets)
+    return _images(kind, pixels, target), dataset.classes
+
+
+class _Rows(Rows):
+    """Rows of which every picture is to have the one size of CIFAR."""
+
+    def open(self, index: int) -> Image.Image:
+        picture = super().open(index)
+        if picture.size != (32, 32):
+            raise ValueError(f"expected 32 x 32 pixels, got {picture.width} x {picture.height}")
+        return picture
 
 
 def _parquet(
-    kind: _Kind, files: Sequence[Path], faults: Faults | None
+    kind: _Kind, files: Sequence[Path], on_error: OnError, faults: Faults
 ) -> tuple[InMemory, Sequence[str]]:
-    """Reads a split; where faults are taken, they are noted and do not stop the work."""
-    pixels: list[np.ndarray | None] = []
-    target: list[int] = []
     names: Sequence[str] = [str(label) for label in range(kind.classes)]
     for file in files:
-        table, names = _read_table(kind, file, names)
-        column = "img" if "img" in table.column_names else "image"
-        for row, (image, label) in enumerate(
-            zip(table[column].to_pylist(), table[kind.label].to_pylist(), strict=True)
-        ):
-            try:
-                pixels.append(_decode(image, f"{file}, row {row}"))
-            except ValueError as error:
-                if faults is None:
-                    raise
-                pixels.append(None)
-                faults.unreadable[f"{file}, row {row}"] = str(error)
-            if not isinstance(label, int):
-                raise ValueError(
-                    f"{file}, row {row}: expected a whole number as label, got {label!r}"
-                )
-            target.append(label)
-    if not pixels:
-        raise ValueError(f"{files[0].parent}: the parquet files hold no image")
-    return _images(kind, np.stack(_replaced(pixels, target)), target), names
-
-
-def _replaced(pixels: list[np.ndarray | None], target: list[int]) -> list[np.ndarray]:
-    """Puts the next image of the same class in the place of each that could not be read."""
-    labels, whole = torch.tensor(target), []
-    for row, image in enumerate(pixels):
-        same = iter([row]) if image is not None else same_class(labels, row)
-        found = next((there for there in map(pixels.__getitem__, same) if there is not None), None)
-        if found is None:
-            raise ValueError(f"no training image of class {target[row]} can be read")
-        whole.append(found)
-    return whole
-
-
-def _read_table(kind: _Kind, file: Path, names: Sequence[str]) -> tuple[Any, Sequence[str]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a readable parquet file: {error}") from error
-    wanted = {"img", kind.label} if "img" in table.column_names else {"image", kind.label}
-    if not wanted <= set(table.column_names):
-        raise ValueError(
-            f"{file} has the columns {', '.join(table.column_names)}; "
-            f"{kind.name} needs img (or image) and {kind.label}"
-        )
-    described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = described.get("info", {}).get("features", {})
-    return table, features.get(kind.label, {}).get("names", names)
-
-
-def _decode(image: dict[str, bytes], where: str) -> np.ndarray:
-    try:
-        with open_bytes(image["bytes"]) as picture:
-            pixels = np.asarray(in_color(picture))
-    except UNREADABLE as error:
-        raise ValueError(f"{where}: not a readable image: {reason(error)}") from error
-    if pixels.shape != (32, 32, 3):
-        raise ValueError(f"{where}: expected 32 x 32 pixels, got {pixels.shape[1]} x {len(pixels)}")
-    return pixels
+        columns, described = schema(file)
+        image = "img" if "img" in columns else "image"
+        if not {image, kind.label} <= set(columns):
+            raise ValueError(
+                f"{file} has the columns {listing(columns)}; "
+                f"{kind.name} needs img (or image) and {kind.label}"
+            )
+        names = described.get(kind.label, {}).get("names", names)
+    labels = labels_of(files, kind.label)
+    foreign = next((label for label in labels if isinstance(label, str)), None)
+    if foreign is not None:
+        raise ValueError(f"{files[0].parent}: {kind.label} needs whole numbers, got {foreign!r}")
+    target = torch.tensor(labels)
+    rows = _Rows(files, image, buffer=0)  # read once, in order
+    pictures = Pictures(rows, target, Frame(32, padding=0), on_error, faults)
+    return _images(kind, pictures.read_bytes(torch.arange(len(target)), None), target), names

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from topkd.data.base import Data, Faults
-from topkd.data.pictures import MEAN, STD, Frame, OnError, Pictures, StorageError
+from topkd.data.pictures import MEAN, STD, Frame, OnError, StorageError, picture_data
 from topkd.data.shards import numbered
 
 if TYPE_CHECKING:
@@ -91,18 +91,13 @@ def from_dataset(
         >>> data.classes, data.test.read(torch.arange(2), None).shape
         (['0', '1'], torch.Size([2, 3, 8, 8]))
     """
-    faults, frame = Faults(), Frame(size, padding, flip)
+    faults, frame = Faults(), Frame(size, padding, flip, mean, std)
     names = classes or getattr(train, "classes", None)
     origins = [f"{part} {type(d).__name__}" for part, d in (("train", train), ("test", test))]
     labels = [_labels(d, origin) for d, origin in zip((train, test), origins, strict=True)]
     known, target = numbered(labels, None if names is None else list(names), origins[0], faults)
-    parts = [
-        Pictures(Items(dataset, origin), numbers, frame, mean, std, error, faults)
-        for dataset, origin, numbers, error in zip(
-            (train, test), origins, target, (on_error, "stop"), strict=True
-        )
-    ]
-    return Data(type(train).__name__, parts[0], parts[1], known, mean, std, faults=faults)
+    items = [Items(d, origin) for d, origin in zip((train, test), origins, strict=True)]
+    return picture_data(type(train).__name__, items, target, known, frame, on_error, faults)
 
 
 def dataset(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from topkd.data.base import Data, Faults, refuse_clashes
-from topkd.data.pictures import EXTENSIONS, MEAN, STD, Frame, Names, OnError, Pictures
+from topkd.data.pictures import EXTENSIONS, MEAN, STD, Frame, Names, OnError, picture_data
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,7 +76,8 @@ def folder(
         Going Deeper with Convolutions (Szegedy et al., CVPR 2015), for the random part
         https://arxiv.org/abs/1409.4842
     """
-    top, faults, frame = Path(root).expanduser(), Faults(), Frame(size, padding, flip)
+    frame = Frame(size, padding, flip, mean, std)
+    top, faults = Path(root).expanduser(), Faults()
     judge = next((name for name in ("val", "test") if (top / name).is_dir()), "val")
     trees = [top / "train", top / judge]
     for tree in trees:
@@ -86,11 +87,8 @@ def folder(
     if classes != judged:
         odd = sorted(set(classes) ^ set(judged))
         raise ValueError(f"{root}: train/ and {judge}/ differ in the classes {', '.join(odd)}")
-    parts = [
-        Pictures(*_pictures(tree, classes, faults), frame, mean, std, error, faults)
-        for tree, error in zip(trees, (on_error, "stop"), strict=True)
-    ]
-    return Data(f"folder {top.name}", parts[0], parts[1], classes, mean, std, faults=faults)
+    files, target = zip(*(_pictures(tree, classes, faults) for tree in trees), strict=True)
+    return picture_data(f"folder {top.name}", files, target, classes, frame, on_error, faults)
 
 
 def _classes(tree: Path, faults: Faults) -> list[str]:

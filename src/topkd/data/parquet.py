@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from topkd.data.base import Blocks, Data, Faults
-from topkd.data.pictures import MEAN, STD, Frame, OnError, Pictures, StorageError, open_bytes
+from topkd.data.pictures import MEAN, STD, Frame, OnError, StorageError, open_bytes, picture_data
 from topkd.data.shards import listing, numbered, splits
 
 if TYPE_CHECKING:
@@ -138,25 +139,20 @@ def parquet(
         FileNotFoundError: If there are no files to train on or to judge by, or one is missing.
         ValueError: If a file cannot be read, or has no such columns, or labels that are no classes.
     """
-    top, faults, frame = Path(root).expanduser(), Faults(), Frame(size, padding, flip)
+    frame = Frame(size, padding, flip, mean, std)
+    top, faults = Path(root).expanduser(), Faults()
     parts = splits(top, ".parquet")
     image, label, names = _columns(parts[0][0], image, label)
-    labels = [[x for file in files for x in _labels(file, image, label)] for files in parts]
-    for files, found in zip(parts, labels, strict=True):
-        if not found:
-            raise ValueError(f"{files[0].parent}: the parquet files hold no picture")
-    _refuse_other_names(parts[0] + parts[1], label, names)
+    _refuse_unlike(parts[0] + parts[1], image, label, names)
+    labels = [labels_of(files, label) for files in parts]
     classes, target = numbered(labels, names, str(top), faults)
-    train, test = (
-        Pictures(Rows(files, image, buffer), numbers, frame, mean, std, error, faults)
-        for files, numbers, error in zip(parts, target, (on_error, "stop"), strict=True)
-    )
-    return Data(f"parquet {top.name}", train, test, classes, mean, std, faults=faults)
+    rows = [Rows(files, image, buffer) for files in parts]
+    return picture_data(f"parquet {top.name}", rows, target, classes, frame, on_error, faults)
 
 
 def _columns(file: Path, image: str | None, label: str | None) -> tuple[str, str, Any]:
     """Finds the columns of pictures and labels, and the names of the classes where they stand."""
-    columns, described = _schema(file), _described(file)
+    columns, described = schema(file)
     pictures = [name for name, about in described.items() if about.get("_type") == "Image"]
     labels = [name for name, about in described.items() if about.get("_type") == "ClassLabel"]
     for what, told, known, usual in (
@@ -176,49 +172,65 @@ def _columns(file: Path, image: str | None, label: str | None) -> tuple[str, str
     return image, label, described.get(label, {}).get("names")
 
 
-def _refuse_other_names(files: Sequence[Path], label: str, names: Any) -> None:
+def _refuse_unlike(files: Sequence[Path], image: str, label: str, names: Any) -> None:
     for file in files:
-        there = _described(file).get(label, {}).get("names")
-        if there != names:
+        columns, described = schema(file)
+        if not {image, label} <= set(columns):
+            raise ValueError(
+                f"{file} has the columns {listing(columns)}; the first file has {image} and {label}"
+            )
+        if described.get(label, {}).get("names") != names:
             raise ValueError(f"{file} names other classes than {files[0]}, or in another order")
 
 
-def _labels(file: Path, image: str, label: str) -> list[int | str]:
-    columns = _schema(file)
-    if not {image, label} <= set(columns):
-        raise ValueError(
-            f"{file} has the columns {listing(columns)}; the first file has {image} and {label}"
-        )
-    found: list[int | str] = _opened(file).read(columns=[label])[label].to_pylist()
-    for row, value in enumerate(found):
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise ValueError(
-                f"{file}, row {row}: expected a whole number or a name as label, got {value!r}"
-            )
-    return found
+def labels_of(files: Sequence[Path], column: str) -> list[int | str]:
+    """Reads the labels of all rows.
+
+    Raises:
+        ValueError: If a file cannot be read, a label is neither a whole number nor a name, or there
+            is none.
+    """
+    labels: list[int | str] = []
+    for file in files:
+        with _opened(file) as table:
+            found = table.read(columns=[column])[column].to_pylist()
+        for row, value in enumerate(found):
+            if isinstance(value, bool) or not isinstance(value, int | str):
+                raise ValueError(
+                    f"{file}, row {row}: expected a whole number or a name as label, got {value!r}"
+                )
+        labels += found
+    if not labels:
+        raise ValueError(f"{files[0].parent}: the parquet files hold no picture")
+    return labels
+
+
+def schema(file: Path) -> tuple[list[str], dict[str, Any]]:
+    """Reads the names of the columns, and what the writer of a file says about them.
+
+    Raises:
+        ValueError: If the file cannot be read.
+    """
+    with _opened(file) as table:
+        told = table.schema_arrow
+    about = json.loads((told.metadata or {}).get(b"huggingface", b"{}"))
+    features = about.get("info", {}).get("features", {})
+    return list(told.names), {n: told for n, told in features.items() if isinstance(told, dict)}
 
 
 def _group_sizes(file: Path) -> list[int]:
-    metadata = _opened(file).metadata
-    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    with _opened(file) as table:
+        groups = range(table.metadata.num_row_groups)
+        return [table.metadata.row_group(group).num_rows for group in groups]
 
 
-def _schema(file: Path) -> list[str]:
-    return list(_opened(file).schema_arrow.names)
-
-
-def _described(file: Path) -> dict[str, Any]:
-    """What the writer of a file says about its columns."""
-    metadata = _opened(file).schema_arrow.metadata or {}
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return {name: about for name, about in features.items() if isinstance(about, dict)}
-
-
-def _opened(file: Path) -> Any:
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     import pyarrow
     from pyarrow import parquet as files
 
     try:
-        return files.ParquetFile(file)
+        with files.ParquetFile(file) as table:
+            yield table
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a readable parquet file: {error}") from error

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from topkd.data.augment import crop_and_flip, draws, normalise
-from topkd.data.base import Blocks, Faults
+from topkd.data.base import Blocks, Data, Faults
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as pretrained networks use
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
+SMALL = 128  # pixels a side: up to there, threads wait for each other longer than they work
+
 OnError = Literal["stop", "skip"]
-Made = TypeVar("Made")
 
 
 class StorageError(ValueError):
@@ -69,7 +70,7 @@ class Names(Sequence[str]):
 
 @dataclass(frozen=True)
 class Frame:
-    """Which part of a picture networks see.
+    """What networks see of a picture: which part, and on which scale.
 
     Without padding, in training it is a random part of 8 to 100 % of the area at a side ratio of
     3/4 to 4/3, and otherwise the middle square, 7/8 of the shorter side. With padding it is the
@@ -79,6 +80,8 @@ class Frame:
     size: int  # of the square
     padding: int | None = None
     flip: bool = True  # mirrored half of the time in training
+    mean: Sequence[float] = MEAN
+    std: Sequence[float] = STD
 
     def __post_init__(self) -> None:
         if self.size < 1 or (self.padding or 0) < 0:
@@ -98,8 +101,6 @@ class Pictures:
     stored: Stored
     target: Tensor  # (images,)
     frame: Frame
-    mean: Sequence[float] = MEAN
-    std: Sequence[float] = STD
     on_error: OnError = "stop"
     faults: Faults = field(default_factory=Faults)
 
@@ -112,19 +113,19 @@ class Pictures:
         """Reads bytes (n, h, w, 3); ``augmented`` is (seed, epoch), None for plain."""
         frame, places = self.frame, index.tolist()
         if frame.padding is not None:
-            pixels = torch.from_numpy(np.stack(in_threads(self._whole, places)))
+            pixels = stacked(frame.size, self._whole, places)
             if augmented is None:
                 return pixels
             uniform = draws(*augmented, index, 3)
             return crop_and_flip(pixels, uniform, padding=frame.padding, flip=frame.flip)
         if augmented is None:
-            return torch.from_numpy(np.stack(in_threads(self._middle, places)))
+            return stacked(frame.size, self._middle, places)
         uniform = draws(*augmented, index, 5)
-        return torch.from_numpy(np.stack(in_threads(self._part, places, uniform.tolist())))
+        return stacked(frame.size, self._part, places, uniform.tolist())
 
     def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
         """Reads normalised images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
-        return normalise(self.read_bytes(index, augmented), self.mean, self.std)
+        return normalise(self.read_bytes(index, augmented), self.frame.mean, self.frame.std)
 
     def _whole(self, index: int) -> np.ndarray:
         return self._scaled(self._picture(index), None)
@@ -167,6 +168,21 @@ class Pictures:
         )
 
 
+def picture_data(
+    name: str,
+    stored: Sequence[Stored],
+    target: Sequence[Tensor],
+    classes: Sequence[str],
+    frame: Frame,
+    on_error: OnError,
+    faults: Faults,
+) -> Data:
+    """Makes data of what is stored to train on, and of what to judge by; that is never replaced."""
+    train = Pictures(stored[0], target[0], frame, on_error, faults)
+    test = Pictures(stored[1], target[1], frame, "stop", faults)
+    return Data(name, train, test, classes, frame.mean, frame.std, faults=faults)
+
+
 UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, IndexError, KeyError)
 """What decoders raise when a picture is damaged, besides ``DecompressionBombError``."""
 
@@ -203,15 +219,24 @@ def same_class(target: Tensor, index: int) -> Iterator[int]:
     yield from same[here + 1 :] + same[:here]
 
 
-def in_threads(function: Callable[..., Made], *arguments: Iterable[Any]) -> list[Made]:
-    """Calls a function for each of many arguments, in as many threads as there are cores.
+def stacked(side: int, make: Callable[..., np.ndarray], *arguments: Iterable[Any]) -> Tensor:
+    """Makes pictures of a size, in as many threads as there are cores if that is faster.
 
     A worker process is one of many already and stays with one thread.
     """
-    if get_worker_info() is not None:
-        return list(map(function, *arguments))
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return list(threads.map(function, *arguments))
+    if side <= SMALL or get_worker_info() is not None:
+        made = list(map(make, *arguments))
+    else:
+        with ThreadPoolExecutor(cores()) as threads:
+            made = list(threads.map(make, *arguments))
+    return torch.from_numpy(np.stack(made))
+
+
+def cores() -> int:
+    """Counts the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def in_color(picture: Image.Image) -> Image.Image:

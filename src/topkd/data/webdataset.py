@@ -25,9 +25,9 @@ from topkd.data.pictures import (
     Frame,
     Names,
     OnError,
-    Pictures,
     StorageError,
     open_bytes,
+    picture_data,
 )
 from topkd.data.shards import numbered, splits
 
@@ -205,7 +205,8 @@ def webdataset(
     References:
         https://github.com/webdataset/webdataset
     """
-    top, faults, frame = Path(root).expanduser(), Faults(), Frame(size, padding, flip)
+    frame = Frame(size, padding, flip, mean, std)
+    top, faults = Path(root).expanduser(), Faults()
     parts = _shards(top, train, test)
     if any(is_elsewhere(shard) for part in parts for shard in part) and cache is None:
         raise ValueError("shards from elsewhere need data.cache, a folder to fetch them to")
@@ -218,9 +219,7 @@ def webdataset(
     names = None if classes is None else Path(classes).expanduser().read_text().splitlines()
     known, target = numbered(labels, names, str(top), faults)
     members = [Members(part, found, shelf) for part, found in zip(parts, entries, strict=True)]
-    judged = Pictures(members[1], target[1], frame, mean, std, "stop", faults)
-    learnt = Pictures(members[0], target[0], frame, mean, std, on_error, faults)
-    return Data(f"webdataset {top.name}", learnt, judged, known, mean, std, faults=faults)
+    return picture_data(f"webdataset {top.name}", members, target, known, frame, on_error, faults)
 
 
 def is_elsewhere(shard: str) -> bool:
