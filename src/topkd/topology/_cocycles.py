@@ -31,21 +31,45 @@ PATIENCE = 8  # moves for each key that the last pass of the sort may take
 Words = NDArray[np.uint64]
 
 
-class Sorting(NamedTuple):
-    """What a thread needs to order the edges of clouds of up to n points."""
+class Room(NamedTuple):
+    """What a thread needs to find the classes of clouds of up to n points, beside its ``Work``."""
 
-    length: Floats  # of the edges up to the enclosing radius, row by row
-    ends: Integers  # i << 32 | j of each
-    order: Integers
-    spare: Integers
+    # The edges up to the enclosing radius, row by row:
+    length: Floats  # (edges)
+    ends: Integers  # (edges), i << 32 | j
+    order: Integers  # (edges), where they stand by length
+    spare: Integers  # (edges)
     starts: Integers  # (256)
+    # The H1 classes that are alive, in the order of birth, each at a place of its own:
+    slot: Integers  # (store), that place
+    birth: Integers  # (store), the edge that began it
+    cocycle: Words  # (store, n, words)
+    bad: Words  # (store, words), which triangles it violates
+    bars: Integers  # (2 store, 2), the edges that began and ended those that are over
+    key: Floats  # (2 store), how long these lived
+    # The graph so far:
+    adjacent: Words  # (n, words)
+    lune: Words  # (words)
 
 
-def sorting(n: int) -> Sorting:
-    """Room for clouds of up to n points."""
+def room(n: int, words: int, store: int) -> Room:
+    """Room for clouds of up to n points of which ``store`` classes are alive at once."""
     edges = n * (n - 1) // 2 + 1
-    ends, order, spare = (np.empty(edges, np.int64) for _ in range(3))
-    return Sorting(np.empty(edges), ends, order, spare, np.empty(256, np.int64))
+    return Room(
+        length=np.empty(edges),
+        ends=np.empty(edges, np.int64),
+        order=np.empty(edges, np.int64),
+        spare=np.empty(edges, np.int64),
+        starts=np.empty(256, np.int64),
+        slot=np.arange(store),
+        birth=np.empty(store, np.int64),
+        cocycle=np.empty((store, n, words), np.uint64),
+        bad=np.empty((store, words), np.uint64),
+        bars=np.empty((2 * store, 2), np.int64),
+        key=np.empty(2 * store),
+        adjacent=np.empty((n, words), np.uint64),
+        lune=np.empty(words, np.uint64),
+    )
 
 
 @njit(nogil=True, cache=True, fastmath=FINITE)
@@ -74,7 +98,8 @@ def _collect_edges(distances, n, length, ends):
 @njit(nogil=True, cache=True)
 def _pass(bits, low, shift, m, before, after, starts):
     """Stable order by the eight bits from ``shift`` on: one pass of a radix sort."""
-    starts[:] = 0
+    for k in range(len(starts)):
+        starts[k] = 0
     for s in range(m):
         starts[np.int64((bits[before[s]] - low) >> shift & DIGIT)] += 1
     first = 0
@@ -129,17 +154,17 @@ def _find(parent, v):
 
 
 @njit(nogil=True, cache=True)
-def _bars_of_cloud(n, sorting, m, parent, merging, bits):
-    """H0 deaths to ``merging``; returns the edges that begin and end each H1 class."""
+def _bars_of_cloud(n, room, m, parent, merging, bits):
+    """H0 deaths to ``merging``, H1 bars to ``room.bars``; their number, -1 if there is no room."""
     words = len(bits)  # known when this is compiled, so that the loops over words unroll
-    length, ends, order = sorting.length, sorting.ends, sorting.order
-    adjacent, lune = np.zeros((n, words), np.uint64), np.empty(words, np.uint64)
-    cocycle, bad = np.zeros((STORE, n, words), np.uint64), np.zeros((STORE, words), np.uint64)
-    birth, slot = np.zeros(STORE, np.int64), np.arange(STORE)
-    bars = np.empty((2 * STORE, 2), np.int64)
+    length, ends, order = room.length, room.ends, room.order
+    adjacent, lune = room.adjacent, room.lune
+    slot, birth, cocycle, bad, bars = room.slot, room.birth, room.cocycle, room.bad, room.bars
     alive = merged = ended = 0
     for v in range(n):
         parent[v] = v
+        for w in range(words):
+            adjacent[v, w] = ZERO
     for s in range(m):
         e = order[s]
         u, v = ends[e] >> 32, ends[e] & 0xFFFFFFFF
@@ -159,14 +184,12 @@ def _bars_of_cloud(n, sorting, m, parent, merging, bits):
                 merging[merged, 0], merging[merged, 1] = u, v
                 merged += 1
                 continue
-            if alive == len(slot):  # an H1 class is born
-                more_slot, more_birth = np.arange(2 * alive), np.zeros(2 * alive, np.int64)
-                more_cocycle = np.zeros((2 * alive, n, words), np.uint64)
-                more_slot[:alive], more_birth[:alive], more_cocycle[:alive] = slot, birth, cocycle
-                slot, birth, cocycle = more_slot, more_birth, more_cocycle
-                bad = np.zeros((2 * alive, words), np.uint64)
-            c = slot[alive]
-            cocycle[c] = ZERO
+            if alive == len(slot):
+                return -1
+            c = slot[alive]  # an H1 class is born
+            for x in range(n):
+                for w in range(words):
+                    cocycle[c, x, w] = ZERO
             cocycle[c, u, v_word], cocycle[c, v, u_word] = v_bit, u_bit
             birth[c] = e
             alive += 1
@@ -193,9 +216,7 @@ def _bars_of_cloud(n, sorting, m, parent, merging, bits):
                 continue
             if length[birth[y]] < length[e]:  # an H1 class dies; none of length zero is told
                 if ended == len(bars):
-                    more_bars = np.empty((2 * ended, 2), np.int64)
-                    more_bars[:ended] = bars
-                    bars = more_bars
+                    return -1
                 bars[ended, 0], bars[ended, 1] = birth[y], e
                 ended += 1
             pivot = bad[y, first] & (~bad[y, first] + ONE)
@@ -215,14 +236,13 @@ def _bars_of_cloud(n, sorting, m, parent, merging, bits):
                 slot[k], slot[kept] = slot[kept], c
                 kept += 1
         alive = kept
-    return bars[:ended]
+    return ended
 
 
 @njit(nogil=True, cache=True)
-def _sort_by_persistence(bars, length, given):
+def _sort_by_persistence(bars, count, length, given, key):
     """The most persistent first, of equal ones the first that died: insertion, in place."""
-    key = np.empty(len(bars))
-    for k in range(len(bars)):
+    for k in range(count):
         birth, death, first = length[bars[k, 0]], length[bars[k, 1]], bars[k, 0]
         last, t = bars[k, 1], k
         persistence = death - birth if given else np.sqrt(death) - np.sqrt(birth)
@@ -233,7 +253,7 @@ def _sort_by_persistence(bars, length, given):
 
 
 @njit(nogil=True, cache=True)
-def critical_edges(source, inside, given, start, stop, work, sorting, bits, births, deaths, count):
+def critical_edges(source, inside, given, start, stop, work, room, bits, births, deaths, count):
     """Critical edges of clouds start to stop, H0 by length and H1 by persistence.
 
     Args:
@@ -245,26 +265,29 @@ def critical_edges(source, inside, given, start, stop, work, sorting, bits, birt
         count: (clouds, 2), written: H1 bars at 1, also those for which there is no row.
 
     Returns:
-        The first cloud that :func:`load` refuses; -1 if there is none.
+        Where it stopped, and whether for want of room: ``stop`` if all are done; else the first
+        cloud that has too many classes for ``room``, or that :func:`load` refuses.
     """
-    label, length, ends, first = work.label, sorting.length, sorting.ends, source.shape[1] - 1
+    label, length, ends, first = work.label, room.length, room.ends, source.shape[1] - 1
     for cloud in range(start, stop):
         n = load(source[cloud], inside[cloud], given, True, work)
         if n == 0:
-            return cloud
+            return cloud, False
         m = _collect_edges(work.distances, n, length, ends)
         if m > 0:
-            _sort(length, m, sorting.order, sorting.spare, sorting.starts)
-        bars = _bars_of_cloud(n, sorting, m, work.outside, work.edges, bits)
+            _sort(length, m, room.order, room.spare, room.starts)
+        ended = _bars_of_cloud(n, room, m, work.outside, work.edges, bits)
+        if ended < 0:
+            return cloud, True
         for s in range(n - 1):
             deaths[cloud, s, 0] = label[work.edges[s, 0]]
             deaths[cloud, s, 1] = label[work.edges[s, 1]]
-        _sort_by_persistence(bars, length, given)
-        count[cloud, 1] = len(bars)
-        for k in range(min(births.shape[1] - first, len(bars))):
-            birth, death = ends[bars[k, 0]], ends[bars[k, 1]]
+        _sort_by_persistence(room.bars, ended, length, given, room.key)
+        count[cloud, 1] = ended
+        for k in range(min(births.shape[1] - first, ended)):
+            birth, death = ends[room.bars[k, 0]], ends[room.bars[k, 1]]
             births[cloud, first + k, 0] = label[birth >> 32]
             births[cloud, first + k, 1] = label[birth & 0xFFFFFFFF]
             deaths[cloud, first + k, 0] = label[death >> 32]
             deaths[cloud, first + k, 1] = label[death & 0xFFFFFFFF]
-    return -1
+    return stop, False

@@ -113,17 +113,19 @@ def _by_kernels(task: _Task) -> None:
     bits = (0,) * (1 << (max(1, -(-n // 64)) - 1).bit_length())  # compiled for each power of two
 
     def share(start: int, stop: int) -> int:
+        """The first cloud that is refused; -1 if there is none."""
         work = _kernels.work(n, 0 if given else width, matrix=matrix)
+        read = source, inside, given
         if not loops:
-            return int(
-                _kernels.merging_edges(source, inside, given, matrix, start, stop, work, deaths)
+            return int(_kernels.merging_edges(*read, matrix, start, stop, work, deaths))
+        store, is_full = _cocycles.STORE, True
+        while is_full:
+            room = _cocycles.room(n, len(bits), store)
+            start, is_full = _cocycles.critical_edges(
+                *read, start, stop, work, room, bits, births, deaths, count
             )
-        sorting = _cocycles.sorting(n)
-        return int(
-            _cocycles.critical_edges(
-                source, inside, given, start, stop, work, sorting, bits, births, deaths, count
-            )
-        )
+            store *= 2
+        return int(start) if start < stop else -1
 
     threads = min(torch.get_num_threads(), clouds // WORTH_A_THREAD)
     if threads < 2:
