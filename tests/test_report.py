@@ -410,6 +410,23 @@ def test_hostile_names_are_shown_and_not_obeyed(tmp_path, quick):
     assert name in page.text
 
 
+def test_terms_that_end_or_begin_on_the_way_are_drawn_while_they_last(six, quick):
+    put_files(six)
+    for path in six.rglob("metrics.jsonl"):
+        early, late = map(json.loads, path.read_text().splitlines())
+        for kind in ("losses", "gradient_share"):
+            early[kind] |= {"early": 0.5}
+            late[kind] |= {"late": 0.5}
+        path.write_text(json.dumps(early) + "\n" + json.dumps(late) + "\n")
+    page = Page(report.html(six))
+    described = [value for _, name, value in page.attributes if name == "aria-label"]
+    for arm in ("kd", "student"):
+        (shown,) = [text for text in described if text.startswith("share") and f"in {arm}" in text]
+        assert {"early", "late"} <= set(re.findall(r"\w+", shown))
+    for term in ("early", "late"):
+        assert f"loss {term} over the epochs of kd, student" in described
+
+
 def test_what_files_are_absent_for_is_left_out_and_said(six):
     page = Page(report.html(six))
     assert {"svg", "img"}.isdisjoint(page.tags)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -64,18 +65,25 @@ def training(study: Study) -> Chapter:
         accuracies, title="Accuracy", ylabel=f"{judged_on} accuracy, %", colours=colours
     )
     pictures = [Picture(figure, f"{judged_on} accuracy over the epochs of {', '.join(runs)}")]
-    terms = {name: None for histories in runs.values() for name in histories[0][0]["losses"]}
-    for term in terms:
-        values = {
-            arm: [[entry["losses"][term] for entry in history] for history in histories]
-            for arm, histories in runs.items()
-            if term in histories[0][0]["losses"]
-        }
+    losses = {arm: _over_epochs(histories, "losses") for arm, histories in runs.items()}
+    for term in dict.fromkeys(term for terms in losses.values() for term in terms):
+        values = {arm: terms[term] for arm, terms in losses.items() if term in terms}
         figure = plots.curves(
             values, title=term, ylabel="loss, unweighted", colours=colours, wide=True
         )
         pictures.append(Picture(figure, f"loss {term} over the epochs of {', '.join(values)}"))
     return Chapter("training", pictures=pictures)
+
+
+def _over_epochs(
+    histories: Sequence[Sequence[Mapping[str, Any]]], kind: str
+) -> dict[str, list[list[float]]]:
+    """Values of each term for each seed, in each epoch; NaN where it had not begun or had ended."""
+    terms = dict.fromkeys(term for history in histories for e in history for term in e[kind])
+    return {
+        term: [[entry[kind].get(term, math.nan) for entry in history] for history in histories]
+        for term in terms
+    }
 
 
 def faint_terms(study: Study) -> list[str]:
@@ -109,20 +117,20 @@ def gradients(study: Study) -> Chapter | None:
     shares = {arm: terms for arm, terms in shares.items() if len(terms) > 1}
     if not shares:
         return None
+    over_epochs = {}
+    for arm in shares:
+        histories = [run.history for run in study.arms[arm].values() if run.history]
+        over_epochs[arm] = _over_epochs(histories, "gradient_share")
+    colours = plots.palette(list({term: None for terms in over_epochs.values() for term in terms}))
     pictures, sentences = [], []
-    colours = plots.palette(list({term: None for terms in shares.values() for term in terms}))
     for arm, last in shares.items():
-        seeds = study.arms[arm]
         listed = ", ".join(f"{term} {percent(share.mean)}" for term, share in last.items())
-        sentences.append(f"{arm}, last epoch, mean of {count(len(seeds), 'seed')}: {listed}.")
-        histories = [run.history for run in seeds.values() if run.history]
-        if histories:
-            over_epochs = {
-                term: [[entry["gradient_share"][term] for entry in h] for h in histories]
-                for term in last
-            }
-            figure = plots.gradient_shares(over_epochs, title=arm, colours=colours)
-            pictures.append(Picture(figure, f"share of the gradient of {', '.join(last)} in {arm}"))
+        seeds = count(len(study.arms[arm]), "seed")
+        sentences.append(f"{arm}, last epoch, mean of {seeds}: {listed}.")
+        if terms := over_epochs[arm]:
+            figure = plots.gradient_shares(terms, title=arm, colours=colours)
+            alt = f"share of the gradient of {', '.join(terms)} in {arm}"
+            pictures.append(Picture(figure, alt))
     missing = [] if pictures else [NO_METRICS]
     return Chapter("gradients", sentences, faint_terms(study), pictures, missing)
 

@@ -98,7 +98,7 @@ def curves(
     """Draws how something changed over the epochs: seeds as thin lines, their mean thick.
 
     Args:
-        runs: Name -> for each seed, a value for each epoch.
+        runs: Name -> for each seed, a value for each epoch; NaN where there is none.
         title: Above the figure.
         ylabel: What the values are, with their unit.
         colours: Of the names; from :func:`palette` if not told.
@@ -117,13 +117,14 @@ def curves(
             epochs = np.arange(1, length + 1)
             if len(values) > 1:
                 axes.plot(epochs, values.T, color=colours[name], linewidth=0.7, alpha=0.35)
+            mean = values.mean(0)
             axes.plot(
                 epochs,
-                values.mean(0),
+                mean,
                 color=colours[name],
                 linewidth=2,
                 linestyle=styles[name],
-                marker="o" if length == 1 else None,
+                marker="o" if np.isfinite(mean).sum() == 1 else None,
                 label=name,
             )
         if threshold is not None:
