@@ -24,7 +24,8 @@ GROUPS = {
     "The teacher's classifier": "srrl cat simkd",
     "Topology": "topkd wasserstein pce edge_matching rtd_lite ultrametric",
 }
-PAIR = "methods/resnet56-resnet20/"  # the pair that most papers share
+# Of the pair that most papers share, and of the loss that needs another network.
+SHOWN = ("methods/resnet56-resnet20/", "imagenet/regnety16-deit-tiny")
 ESCAPES = {  # Markdown takes away a backslash that stands before punctuation, in formulas too
     r"\,": r"\thinspace ",
     r"\;": r"\enspace ",
@@ -271,7 +272,7 @@ def _methods() -> dict[str, str]:
     """The loss that each recipe is about: not the labels, nor KD where there is another."""
     found = {}
     for title in recipe.names():
-        if title.startswith(PAIR):
+        if title.startswith(SHOWN):
             terms = [term.name for term in recipe.load(title).losses]
             found[title] = next((name for name in terms if name not in ("ce", "kd")), "kd")
     return found

@@ -65,7 +65,7 @@ with open(here.parent / "results/speed/kernels.csv") as file:
     stages = list(csv.DictReader(file))
 print("\n## What bounds it\n")
 print("Written by `benchmarks/kernels.py`: the stages of a batch of 781 clouds of 64 points in 64")
-print("dimensions, one upon the other, microseconds a cloud, the least of 60 rounds.\n")
+print("dimensions, one upon the other, microseconds a cloud, in turn, the least of 60 rounds.\n")
 print("| | us |\n|---|--:|")
 for row in stages:
     print(f"| {row['stage']} | {float(row['least us']):.1f} |")
@@ -74,4 +74,14 @@ print(
 )
 print("points would change places. The tree takes a step for every point, and each waits for the")
 print("nearest point of the one before: that is latency, which wider vectors do not shorten.\n")
-print("![Time against the number of points](topology-speed.png)")
+with open(here.parent / "results/speed/first_call.csv") as file:
+    calls = list(csv.DictReader(file))
+print("## The first call\n")
+print(
+    "It compiles, and leaves what it compiled on the disk for the processes to come. Seconds, with"
+)
+print("the gradient, written by `benchmarks/first_call.py`:\n")
+print("| | s |\n|---|--:|")
+for row in calls:
+    print(f"| {row['what']}, {row['when']} | {float(row['median s']):.1f} |")
+print("\n![Time against the number of points](topology-speed.png)")

@@ -28,6 +28,7 @@ LEVELS = {  # an import points to a lower number, or sideways without a circle
     "train": 4,
     "device": 3,
     "metrics": 3,
+    "optimizer": 3,
     "terms": 3,
     "answers": 3,
     "checkpoint": 4,

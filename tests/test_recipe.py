@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from topkd import recipe
+from topkd.losses import LOSSES
 from topkd.recipe import load, names, parse, write
 from topkd.strict import RecipeError, parse_options
 
@@ -76,6 +77,11 @@ def test_shipped_recipes_are_all_found():
 @pytest.mark.parametrize("name", names())
 def test_shipped_recipes_say_in_their_first_line_what_they_are(name):
     assert len(recipe.about(name)) > 10
+
+
+def test_every_loss_has_a_recipe():
+    arms = [terms for name in names() for terms in load(name).arms.values()]
+    assert {term.name for terms in arms for term in terms} == set(LOSSES)
 
 
 def test_a_file_is_called_by_its_name_unless_it_says_another(file, tmp_path):

@@ -14,9 +14,9 @@ from topkd.losses import CrossEntropy, Distillation, Loss
 from topkd.metrics import Sums
 from topkd.models import MODELS
 from topkd.progress import Progress
-from topkd.recipe import Optimizer, parse
+from topkd.recipe import parse
 from topkd.terms import Weighted
-from topkd.train import Diverged, Trainer, learning_rate
+from topkd.train import Diverged, Trainer
 
 STATISTICS = ((0.5,) * 3, (0.25,) * 3)
 
@@ -173,52 +173,28 @@ def test_shares_are_those_of_the_gradients_at_the_embedding():
 
 
 @pytest.mark.parametrize(
-    ("settings", "scheduler"),
+    "changes",
     [
-        (
-            Optimizer(lr=0.5, milestones=(2, 3)),
-            lambda o: torch.optim.lr_scheduler.MultiStepLR(o, milestones=[2, 3]),
-        ),
-        (
-            Optimizer(lr=0.5, schedule="cosine"),
-            lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=4),
-        ),
+        {"precision": "float32"},
+        {"precision": "bfloat16"},
+        {"optimizer": {"name": "adamw", "lr": 1e-3}},
     ],
 )
-def test_rates_are_those_of_torch(settings, scheduler):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
-    theirs = scheduler(optimizer)
-    for epoch in range(4):
-        rate = optimizer.param_groups[0]["lr"]
-        assert learning_rate(settings, epoch, epochs=4) == pytest.approx(rate)
-        optimizer.step()
-        theirs.step()
-
-
-def test_one_cycle_rises_to_its_peak_and_falls_to_zero():
-    settings = Optimizer(lr=0.3, schedule="one-cycle", rise=0.25)
-    assert learning_rate(settings, 0, epochs=8) == 0
-    assert learning_rate(settings, 2, epochs=8) == pytest.approx(0.3)
-    assert learning_rate(settings, 5, epochs=8) == pytest.approx(0.15)
-    assert learning_rate(settings, 8, epochs=8) == pytest.approx(0)
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, precision):
-    whole = trainer(precision=precision)
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, changes):
+    whole = trainer(**changes)
     whole.run(tmp_path / "a" / "seed0")
 
     class Stop(Exception):
         pass
 
-    stopped = trainer(precision=precision)
+    stopped = trainer(**changes)
     epoch = stopped._epoch
     stopped._epoch = lambda number, advance: (
         _raise(Stop()) if number == 3 else epoch(number, advance)
     )
     with pytest.raises(Stop):
         stopped.run(tmp_path / "b" / "seed0")
-    resumed = trainer(precision=precision)
+    resumed = trainer(**changes)
     history = resumed.run(tmp_path / "b" / "seed0")
     for name, tensor in whole.student.network.state_dict().items():
         assert torch.equal(tensor, resumed.student.network.state_dict()[name]), name

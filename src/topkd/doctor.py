@@ -20,10 +20,11 @@ from topkd.evaluate import Predictions
 from topkd.experiment import Experiment
 from topkd.features import Tapped, Teacher
 from topkd.metrics import Sums
+from topkd.optimizer import learning_rate
 from topkd.progress import Progress
 from topkd.recipe import Recipe
 from topkd.terms import Weighted, warnings
-from topkd.train import Trainer, learning_rate
+from topkd.train import Trainer
 
 JUDGED = 2000  # test images that a teacher is tried on
 WARM = 3  # steps of training in which the terms are weighed, and nothing is timed

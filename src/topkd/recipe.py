@@ -186,10 +186,12 @@ class Term(_Open):
 
 
 class Optimizer(Section):
-    """SGD and how its rate changes."""
+    """What changes the weights, and how its rate changes."""
 
+    name: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of AdamW, the first beta; the second is 0.999."""
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     schedule: Literal["milestones", "cosine", "one-cycle"] = "milestones"
@@ -198,6 +200,12 @@ class Optimizer(Section):
     factor: Annotated[float, Field(gt=0, le=1)] = 0.1
     rise: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share of a one-cycle schedule in which the rate rises."""
+
+    @model_validator(mode="after")
+    def _nesterov_is_of_sgd(self) -> Optimizer:
+        if self.nesterov and self.name != "sgd":
+            raise ValueError("nesterov is an option of sgd")
+        return self
 
 
 class Recipe(Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,14 +12,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, distributed, nn
 
-from topkd import checkpoint, evaluate, files
+from topkd import checkpoint, evaluate, files, optimizer
 from topkd.answers import Answers
 from topkd.data import Data, training_batches
 from topkd.device import Device
 from topkd.features import Batch, Features, Tapped, Teacher
 from topkd.metrics import Sums, summary, tensorboard, write_scalars
 from topkd.progress import Progress
-from topkd.recipe import Optimizer, Recipe
+from topkd.recipe import Recipe
 from topkd.terms import Balance, Weighted, cosines, gradients, warnings
 
 MEASURED = 8  # steps of an epoch at which the gradient of each term is measured
@@ -29,32 +28,6 @@ BALANCED = 32  # the same where shares depend on it
 
 class Diverged(ValueError):
     """Training that has left the numbers; the message names the term."""
-
-
-def learning_rate(optimizer: Optimizer, done: float, epochs: int) -> float:
-    r"""Computes the rate after so many epochs, which may be a fraction.
-
-    ``milestones`` multiplies by ``factor`` at each; ``cosine`` falls as
-    :math:`\frac{1}{2}(1 + \cos \pi t)`; ``one-cycle`` rises linearly over the share ``rise`` and
-    then falls as the cosine.
-
-    References:
-        SGDR (Loshchilov & Hutter, ICLR 2017) https://arxiv.org/abs/1608.03983
-        Super-Convergence (Smith & Topin, 2018) https://arxiv.org/abs/1708.07120
-
-    Examples:
-        >>> learning_rate(Optimizer(lr=1.0, milestones=(2,)), 2.0, epochs=4)
-        0.1
-        >>> learning_rate(Optimizer(lr=1.0, schedule="one-cycle", rise=0.5), 1.0, epochs=4)
-        0.5
-    """
-    if optimizer.schedule == "milestones":
-        passed = sum(done >= milestone for milestone in optimizer.milestones)
-        return optimizer.lr * optimizer.factor**passed
-    share, rise = done / epochs, 0.0 if optimizer.schedule == "cosine" else optimizer.rise
-    if share < rise:
-        return optimizer.lr * share / rise
-    return optimizer.lr * 0.5 * (1 + math.cos(math.pi * (share - rise) / (1 - rise)))
 
 
 class Trainer:
@@ -96,14 +69,7 @@ class Trainer:
         self.weights = [
             p for p in (*student.parameters(), *self.adapters.parameters()) if p.requires_grad
         ]
-        settings = recipe.optimizer
-        self.optimizer = torch.optim.SGD(
-            self.weights,
-            lr=settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizer = optimizer.build(recipe.optimizer, self.weights)
         self.steps = len(data.train.target) // (recipe.batch_size * self.accelerator.num_processes)
         self.history: list[dict[str, Any]] = []
         self.balance = Balance()
@@ -170,7 +136,7 @@ class Trainer:
         )
         for step, batch in enumerate(batches):
             done = epoch - 1 + step / self.steps
-            rate = learning_rate(self.recipe.optimizer, done, self.recipe.epochs)
+            rate = optimizer.learning_rate(self.recipe.optimizer, done, self.recipe.epochs)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.step(batch, epoch, sums, measure=step in measured)
