@@ -143,6 +143,30 @@ def test_a_saved_loss_is_the_same_loss(make):
     )
 
 
+def trained_for(epochs, loss, student, teacher):
+    """The values of some epochs of one step, in which a loss's own weights learn along."""
+    own = [weight for weight in loss.parameters() if weight.requires_grad]
+    values = []
+    for epoch in epochs:
+        loss.train().begin(epoch)
+        value = loss(student, teacher, batch())
+        values.append(value.detach())
+        gradients = torch.autograd.grad(value, own, allow_unused=True) if own else ()
+        with torch.no_grad():
+            for weight, gradient in zip(own, gradients, strict=True):
+                weight -= 0 if gradient is None else 0.1 * gradient
+    return values
+
+
+def test_a_resumed_loss_goes_on_to_the_same_values(make):
+    first, student, teacher = make(WIDTH)
+    inputs = student.apply(lambda t: t.requires_grad_()), teacher
+    trained_for([1, 2], first, *inputs)
+    second, _, _ = make(WIDTH)
+    second.load_state_dict(first.state_dict())
+    assert trained_for([3, 4], second, *inputs) == trained_for([3, 4], first, *inputs)
+
+
 @pytest.mark.parametrize("make", LOSSES, indirect=True)
 def test_a_compiled_loss_is_the_same_loss(make):
     torch.compiler.reset()  # or graphs of other losses count, of which only so many are kept
