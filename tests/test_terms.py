@@ -2,17 +2,18 @@
 
 import os
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from reference.features import Recorder, features, tapped
-from test_train import a_batch, data, trainer
+from test_train import STATISTICS, a_batch, data, trainer
 from torch import multiprocessing, nn
 
 from topkd.device import Device
-from topkd.features import Tapped
-from topkd.losses import CrossEntropy, Distillation, Loss
+from topkd.features import Tapped, Teacher
+from topkd.losses import LOSSES, CrossEntropy, Distillation, Loss, Source
 from topkd.metrics import Sums
 from topkd.recipe import Term, View, parse
 from topkd.strict import RecipeError
@@ -231,13 +232,21 @@ class Spread(Loss):
         return (student.embedding - student.embedding.mean(0)).norm() * batch.target.double().std()
 
 
-class Linear(nn.Module):
+class Small(nn.Module):
+    """A network without normalisation, which would see the images of its own process alone."""
+
     def __init__(self):
         super().__init__()
-        self.body, self.fc = nn.Linear(3 * 64, 5), nn.Linear(5, 10)
+        self.stage = nn.Conv2d(3, 4, 2, stride=2)
+        self.body, self.fc = nn.Linear(64, 5), nn.Linear(5, 10)
 
     def forward(self, images):
-        return self.fc(self.body(images.flatten(1)))
+        return self.fc(self.body(self.stage(images).flatten(1)))
+
+
+def small(seed):
+    torch.manual_seed(seed)
+    return Tapped(Small(), ["stage"], "fc")
 
 
 class Direct(Loss):
@@ -251,7 +260,29 @@ class Direct(Loss):
         return (student.embedding @ self.student[0].classifier.weight.T).square().mean()
 
 
-LOSSES = {"spread": lambda student: Spread(), "direct": Direct}
+COUPLED = (
+    *("dist", "mlkd", "sp", "cc", "rkd", "pkt", "crd", "topkd", "wasserstein", "pce"),
+    *("edge_matching", "rtd_lite", "ultrametric"),
+)
+
+
+def made(loss, student, teacher):
+    """A loss by name: one of those above, or of the catalogue."""
+    if loss == "spread":
+        return Spread()
+    if loss == "direct":
+        return Direct(student)
+    shown, target = a_batch(), data().train.target
+    ask = Source(
+        lambda _: iter([(shown, teacher(shown.images))]),
+        target,
+        student,
+        teacher,
+        teacher_hash="some",
+        folder=Path(),
+        progress=Recorder(),
+    )
+    return LOSSES[loss].loss.between(student(shown.images), teacher(shown.images), ask)
 
 
 def trained(loss, mode, size):
@@ -266,11 +297,10 @@ def trained(loss, mode, size):
             "optimizer": {"lr": 0.1, "weight_decay": 0.0},
         }
     )
-    torch.manual_seed(0)
-    student = Tapped(Linear(), [], "fc")
-    losses = [Weighted(settings.losses[0], LOSSES[loss](student))]
+    student, teacher = small(seed=0), Teacher(small(seed=1), *STATISTICS)
+    losses = [Weighted(settings.losses[0], made(loss, student, teacher))]
     device = Device.of(settings, 64)
-    one = Trainer(student, None, losses, data(), settings, 0, device, Recorder())
+    one = Trainer(student, teacher, losses, data(), settings, 0, device, Recorder())
     own = slice(one.accelerator.process_index * size, (one.accelerator.process_index + 1) * size)
     student.train()
     for _ in range(2):
@@ -278,11 +308,11 @@ def trained(loss, mode, size):
     return student.state_dict()
 
 
-def _process(rank, folder, loss, mode):
+def _process(rank, folder, losses, mode):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(folder)}
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    torch.save(trained(loss, mode, 8), f"{folder}/{rank}.pt")
+    torch.save({loss: trained(loss, mode, 8) for loss in losses}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -291,20 +321,24 @@ def _port(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("loss", "mode"), [("spread", "gathered"), ("direct", "local")])
-def test_two_processes_are_one_process(tmp_path, loss, mode):
-    multiprocessing.spawn(_process, (str(tmp_path), loss, mode), nprocs=2)
-    alone = trained(loss, "local", 16)
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(found, alone)
+@pytest.mark.parametrize(
+    ("losses", "mode"), [(("direct",), "local"), (("spread", *COUPLED), "gathered")]
+)
+def test_two_processes_are_one_process(tmp_path, losses, mode):
+    multiprocessing.spawn(_process, (str(tmp_path), losses, mode), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for loss in losses:
+        alone = trained(loss, "local", 16)
+        for each in found:
+            torch.testing.assert_close(
+                each[loss], alone, rtol=1e-4, atol=1e-6, msg=lambda told, of=loss: f"{of}: {told}"
+            )
 
 
 @pytest.mark.slow
 def test_a_local_term_is_the_mean_over_processes(tmp_path):
-    multiprocessing.spawn(_process, (str(tmp_path), "spread", "local"), nprocs=2)
-    torch.manual_seed(0)
-    network, shown = Tapped(Linear(), [], "fc").train(), a_batch()
+    multiprocessing.spawn(_process, (str(tmp_path), ("spread",), "local"), nprocs=2)
+    network, shown = small(seed=0).train(), a_batch()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     for _ in range(2):
         values = [
@@ -314,5 +348,5 @@ def test_a_local_term_is_the_mean_over_processes(tmp_path):
         optimizer.zero_grad()
         torch.stack(values).mean().backward()
         optimizer.step()
-    found = torch.load(tmp_path / "0.pt", weights_only=True)
+    found = torch.load(tmp_path / "0.pt", weights_only=True)["spread"]
     torch.testing.assert_close(found, network.state_dict())
