@@ -21,7 +21,7 @@ SHORT = {  # stages that are longer than two epochs
     "ft": ["losses.ft.epochs=1"],
     "topkd-ripsnet": ["losses.topkd.training={passes: 2, epochs: 100, pooling: mean}"],
 }
-READ_MAPS = {"ab", "at", "cat", "fitnet", "fsp", "ft", "nst", "ofd", "review", "simkd"}
+READ_MAPS = {"ab", "at", "cat", "fitnet", "fsp", "ft", "nst", "ofd", "review", "simkd", "sp"}
 NOT_KEPT = READ_MAPS | {
     "srrl",
     "vid",
