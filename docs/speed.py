@@ -73,7 +73,12 @@ print(
     "\nThe distances are in float64, as differences: in float32, or as a product of matrices, near"
 )
 print("points would change places. The tree takes a step for every point, and each waits for the")
-print("nearest point of the one before: that is latency, which wider vectors do not shorten.\n")
+print(
+    "nearest point of the one before: that is latency, which wider vectors do not shorten. For H1"
+)
+print(
+    "some 2,000 edges are sorted, and each is laid against every cocycle that is alive, in turn.\n"
+)
 with open(here.parent / "results/speed/first_call.csv") as file:
     calls = list(csv.DictReader(file))
 print("## The first call\n")

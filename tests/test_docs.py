@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,13 @@ def entries():
 def test_page_of_losses_is_fresh():
     fresh = script().page() == PAGES["losses.md"]
     assert fresh, "run `python docs/losses.py > docs/losses.md`"
+
+
+@pytest.mark.parametrize("name", ["speed", "methods"])
+def test_pages_of_results_are_fresh(name, capsys):
+    runpy.run_path(str(ROOT / f"docs/{name}.py"))
+    fresh = capsys.readouterr().out == PAGES[f"{name}.md"]
+    assert fresh, f"run `python docs/{name}.py > docs/{name}.md`"
 
 
 def test_every_loss_has_one_entry():

@@ -52,17 +52,23 @@ HEADINGS = Row(
 )
 
 
+TOLD = ("share", "start", "stop", "warmup", "decay", "batch")  # of a term, beside its weight
+
+
 def formula(losses: list[Term]) -> str:
     """Writes losses as the sum that they are.
 
     Examples:
         >>> formula([Term(name="ce"), Term(name="kd", weight=2.0, temperature=4.0)])
         'ce + 2 kd (temperature 4)'
+        >>> formula([Term(name="ce", start=4), Term(name="topkd", share=0.05)])
+        'ce (start 4) + topkd (share 0.05)'
     """
     summands = []
     for term in losses:
         weight = "" if term.weight == 1 else f"{term.weight:g} "
-        options = {"warmup": term.warmup} if term.warmup else {}
+        told = term.model_dump(include=set(TOLD), exclude_defaults=True)
+        options = {name: told[name] for name in TOLD if name in told}
         listed = ", ".join(_options(options | term.options))
         summands.append(f"{weight}{term.name}" + (f" ({listed})" if listed else ""))
     return " + ".join(summands)

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from topkd.topology._kernels import FINITE, Floats, Integers, load
 
 ONE, ZERO = np.uint64(1), np.uint64(0)  # both sides: numba makes float64 of int64 with uint64
-STORE = 32  # cocycles for which there is room at first; Gaussian clouds of 64 points keep 26
 DIGIT = np.uint64(255)  # the bits that a pass of the sort looks at
 PATIENCE = 8  # moves for each key that the last pass of the sort may take
 

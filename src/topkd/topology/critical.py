@@ -118,7 +118,7 @@ def _by_kernels(task: _Task) -> None:
         read = source, inside, given
         if not loops:
             return int(_kernels.merging_edges(*read, matrix, start, stop, work, deaths))
-        store, is_full = _cocycles.STORE, True
+        store, is_full = n, True  # Gaussian clouds in up to 64-d keep fewer classes than points
         while is_full:
             room = _cocycles.room(n, len(bits), store)
             start, is_full = _cocycles.critical_edges(
