@@ -19,7 +19,7 @@ for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
 import torch  # noqa: E402
 from numba import njit  # noqa: E402
 
-from topkd.topology import _kernels, rips  # noqa: E402
+from topkd.topology import _cocycles, _kernels, rips  # noqa: E402
 from topkd.topology.critical import critical_edges  # noqa: E402
 from topkd.topology.lengths import edge_lengths  # noqa: E402
 
@@ -51,6 +51,21 @@ def load_measure_and_span(source, inside, work):
         _kernels._prim(N, True, work)
 
 
+@njit(nogil=True)
+def load_and_collect(source, inside, n, work, room):
+    for cloud in range(len(source)):
+        _kernels.load(source[cloud], inside[cloud], False, True, work)
+        _cocycles._collect_edges(work.distances, n, room.length, room.ends)
+
+
+@njit(nogil=True)
+def load_collect_and_sort(source, inside, n, work, room):
+    for cloud in range(len(source)):
+        _kernels.load(source[cloud], inside[cloud], False, True, work)
+        m = _cocycles._collect_edges(work.distances, n, room.length, room.ends)
+        _cocycles._sort(room.length, m, room.order, room.spare, room.starts)
+
+
 def least(works: dict[str, Callable[[], object]]) -> dict[str, float]:
     """The least microseconds of each, all in turn: a processor that slows down does so for all."""
     seconds = {name: [] for name in works}
@@ -69,6 +84,7 @@ source, there = points.numpy(), inside.numpy()
 room = _kernels.work(N, D, matrix=True)
 edges = torch.zeros(CLOUDS, N - 1, 2, dtype=torch.int64)
 gradient = points.clone().requires_grad_()
+loops = _cocycles.room(N, 1, N)
 
 matrix = torch.randn(1024, 1024, dtype=torch.float64, generator=generator)
 one = points[:1]
@@ -85,6 +101,11 @@ found = least(
         "rips: + lengths, masks, counts": lambda: rips(points),
         "with the backward pass": lambda: rips(gradient).deaths.sum().backward(),
         "one cloud at a time": lambda: [rips(one) for _ in range(CLOUDS)],
+        "H0 and H1: read, distances, edges that count": lambda: load_and_collect(
+            source, there, N, room, loops
+        ),
+        "+ their order": lambda: load_collect_and_sort(source, there, N, room, loops),
+        "rips: + cocycles, bars, lengths, masks": lambda: rips(points, max_dim=1),
         "lengths alone": lambda: edge_lengths(points, edges),
         FULL_RATE: lambda: matrix @ matrix,
     }
@@ -93,7 +114,7 @@ rows = {name: us / CLOUDS for name, us in found.items()}
 rows[FULL_RATE] = found[FULL_RATE] * N * (N - 1) / 2 * D / 1024**3
 print(f"{N} points in {D}-d, {CLOUDS} clouds, us a cloud, the least of {ROUNDS} rounds")
 for name, us in rows.items():
-    print(f"{name:38}{us:8.1f}")
+    print(f"{name:46}{us:8.1f}")
 if asked.csv:
     with open(asked.csv, "w", newline="") as file:
         writer = csv.writer(file)

@@ -77,7 +77,7 @@ print(
     "nearest point of the one before: that is latency, which wider vectors do not shorten. For H1"
 )
 print(
-    "some 2,000 edges are sorted, and each is laid against every cocycle that is alive, in turn.\n"
+    "up to 2,016 edges are sorted, and each is laid against every cocycle that is alive, in turn.\n"
 )
 with open(here.parent / "results/speed/first_call.csv") as file:
     calls = list(csv.DictReader(file))
