@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -425,6 +426,12 @@ def test_terms_that_end_or_begin_on_the_way_are_drawn_while_they_last(six, quick
         assert {"early", "late"} <= set(re.findall(r"\w+", shown))
     for term in ("early", "late"):
         assert f"loss {term} over the epochs of kd, student" in described
+    drawn = {
+        picture.alt: picture.figure for picture in chapters.training(collect_one(six)).pictures
+    }
+    for line in drawn["loss early over the epochs of kd, student"].axes[0].lines:
+        assert line.get_ydata()[0] == 0.5
+        assert math.isnan(line.get_ydata()[1])
 
 
 def test_what_files_are_absent_for_is_left_out_and_said(six):

@@ -35,16 +35,9 @@ def draws(seed: int, epoch: int, index: Tensor, count: int) -> Tensor:
 
 
 def whole_draws(seed: int | Tensor, epoch: int, index: Tensor, count: int) -> Tensor:
-    """Draws whole numbers for images: a hash of (seed, epoch, index, which of them).
+    """Draws whole numbers below 2^53, (n, count), int64, for what :func:`draws` takes.
 
-    Args:
-        seed: Of the run.
-        epoch: Of the run.
-        index: Which images, (n,).
-        count: How many numbers an image needs.
-
-    Returns:
-        Numbers in [0, 2^53), (n, count), int64.
+    They are a hash of (seed, epoch, index, which of them).
 
     References:
         SplitMix64: Fast Splittable Pseudorandom Number Generators (Steele et al., OOPSLA 2014)
