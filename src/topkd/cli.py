@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -397,6 +398,8 @@ def env(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """Runs the command line; exits with 2 and one line for what a user can cause."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as Python does it for standard error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(_join_seeds(sys.argv[1:]), prog_name="topkd")
     except SystemExit as end:

@@ -336,7 +336,7 @@ class Experiment:
         if not path.exists():
             files.write(path, recipes.write(self.recipe))
             return
-        there = recipes.parse(yaml.safe_load(path.read_text()))
+        there = recipes.parse(yaml.safe_load(path.read_text(encoding="utf-8")))
         if there.hash == self.recipe.hash:
             return
         theirs, ours = there.model_dump(mode="json"), self.recipe.model_dump(mode="json")

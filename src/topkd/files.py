@@ -46,7 +46,7 @@ def read_json(path: Path) -> Any:
         ValueError: If the file does not hold JSON; the message names it.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 

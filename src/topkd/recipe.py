@@ -280,12 +280,15 @@ def text(name: str) -> str:
     """Reads a recipe as it is written, comments included: a file, or one of :func:`names`.
 
     Raises:
-        RecipeError: If there is no such file or name.
+        RecipeError: If there is no such file or name, or it is not UTF-8.
     """
     if Path(name).is_file():
-        return Path(name).read_text()
+        try:
+            return Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{name} is not UTF-8: {error}") from error
     if name in names():
-        return (resources.files("topkd") / "recipes" / f"{name}.yaml").read_text()
+        return (resources.files("topkd") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     raise RecipeError(f"there is no recipe {name!r}{near(name, names())}")
 
 

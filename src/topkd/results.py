@@ -103,7 +103,7 @@ class Run:
             return []
         needed = {"losses", "gradient_share", f"{self.result.judged_on}_top1"}
         try:
-            entries = [json.loads(line) for line in path.read_text().splitlines()]
+            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except ValueError as error:
             raise ValueError(f"{path} is broken: {error}") from error
         for number, entry in enumerate(entries, start=1):
@@ -244,7 +244,7 @@ def _read(path: Path) -> Result:
 def _study(recipe: str, arms: Mapping[str, Mapping[int, Run]]) -> Study:
     run = next(iter(next(iter(arms.values())).values()))
     path = run.folder.parent.parent / "recipe.yaml"
-    text = path.read_text() if path.exists() else None
+    text = path.read_text(encoding="utf-8") if path.exists() else None
     try:
         named = list(_tree(text).get("controls") or {})
     except yaml.YAMLError as error:

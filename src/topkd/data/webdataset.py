@@ -216,7 +216,9 @@ def webdataset(
     shelf = Shelf(folder, keep)
     entries = [[_entries(shard, label, shelf) for shard in part] for part in parts]
     labels = [_parsed([e.label for samples in part for e in samples]) for part in entries]
-    names = None if classes is None else Path(classes).expanduser().read_text().splitlines()
+    names = None
+    if classes is not None:
+        names = Path(classes).expanduser().read_text(encoding="utf-8").splitlines()
     known, target = numbered(labels, names, str(top), faults)
     members = [Members(part, found, shelf) for part, found in zip(parts, entries, strict=True)]
     return picture_data(f"webdataset {top.name}", members, target, known, frame, on_error, faults)
