@@ -27,7 +27,9 @@ print(time.perf_counter() - start)
 def seconds(dimension: int, cache: str) -> float:
     command = [sys.executable, "-c", CALL.format(dimension=dimension)]
     environment = os.environ | {"NUMBA_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=environment, check=True, capture_output=True, encoding="utf-8"
+    )
     return float(done.stdout)
 
 
@@ -45,7 +47,7 @@ rows = [(*case, statistics.median(values)) for case, values in found.items()]
 for name, when, median in rows:
     print(f"{name:12}{when:16}{median:6.2f}")
 if asked.csv:
-    with open(asked.csv, "w", newline="") as file:
+    with open(asked.csv, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["what", "when", "median s"])
         writer.writerows((name, when, f"{median:.2f}") for name, when, median in rows)

@@ -116,7 +116,7 @@ print(f"{N} points in {D}-d, {CLOUDS} clouds, us a cloud, the least of {ROUNDS} 
 for name, us in rows.items():
     print(f"{name:46}{us:8.1f}")
 if asked.csv:
-    with open(asked.csv, "w", newline="") as file:
+    with open(asked.csv, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["stage", "least us"])
         writer.writerows((name, f"{us:.2f}") for name, us in rows.items())

@@ -130,7 +130,7 @@ for name in LOSSES:
     rows.append((name, f"{own:.2f}", f"{share:.4f}", f"{kept:.2f}", f"{brought:.2f}"))
     print(f"{name:14}{own:9.2f}{share:11.1%}{kept:8.1f} MB{brought:8.1f} MB", flush=True)
 if asked.csv:
-    with open(asked.csv, "w", newline="") as file:
+    with open(asked.csv, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "ms", "share of a step", "kept MB", "brought MB"])
         writer.writerows(rows)

@@ -240,7 +240,7 @@ if asked.embeddings:
 if asked.growth:
     growth(rows)
 if asked.csv:
-    with open(asked.csv, "w", newline="") as file:
+    with open(asked.csv, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["clouds", "dimension", "points", "what", "median us", "least us"])
         writer.writerows([*row[:4], f"{row[4]:.1f}", f"{row[5]:.1f}"] for row in rows)

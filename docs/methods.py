@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 def costs(batch: int) -> dict[str, dict[str, str]]:
     """What terms cost at one size of the batch."""
-    with open(RESULTS / f"speed/losses-{batch}.csv") as file:
+    with open(RESULTS / f"speed/losses-{batch}.csv", encoding="utf-8") as file:
         return {row["method"]: row for row in csv.DictReader(file)}
 
 
@@ -37,7 +37,9 @@ teacher's answers were read from `teacher.cache`; the first of them, kd, made th
 |---|---|--:|--:|""")
 for study in collect(RESULTS / "two-epochs"):
     run, recipe = study.first, study.first.result.recipe
-    kept = "\\*" if "cache: true" in (study.folder / "recipe.yaml").read_text() else ""
+    kept = (
+        "\\*" if "cache: true" in (study.folder / "recipe.yaml").read_text(encoding="utf-8") else ""
+    )
     seconds = run.history[-1]["seconds"]
     losses = formula(run.result.losses)
     print(f"| `{recipe}` | {losses} | {run.result.last.top1:.2f} | {seconds:.0f}{kept} |")

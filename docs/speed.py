@@ -8,7 +8,7 @@ import csv
 from pathlib import Path
 
 here = Path(__file__).parent
-with open(here.parent / "results/speed/topology.csv") as file:
+with open(here.parent / "results/speed/topology.csv", encoding="utf-8") as file:
     rows = list(csv.DictReader(file))
 PARTS = ("Gaussian", "embeddings")
 
@@ -61,7 +61,7 @@ print(
 )
 print("is made for. There, and beyond 256 points, redzed-tda as it is timed here, without critical")
 print("edges and gradients, is ahead in H1; beyond 256 points it also does the work behind ours.")
-with open(here.parent / "results/speed/kernels.csv") as file:
+with open(here.parent / "results/speed/kernels.csv", encoding="utf-8") as file:
     stages = list(csv.DictReader(file))
 print("\n## What bounds it\n")
 print("Written by `benchmarks/kernels.py`: the stages of a batch of 781 clouds of 64 points in 64")
@@ -79,7 +79,7 @@ print(
 print(
     "up to 2,016 edges are sorted, and each is laid against every cocycle that is alive, in turn.\n"
 )
-with open(here.parent / "results/speed/first_call.csv") as file:
+with open(here.parent / "results/speed/first_call.csv", encoding="utf-8") as file:
     calls = list(csv.DictReader(file))
 print("## The first call\n")
 print(

@@ -33,7 +33,7 @@ class Student:
     """
 
     def __init__(self, folder: Path, file: str = "model.onnx") -> None:
-        self.config = json.loads((folder / "config.json").read_text())
+        self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         content = (folder / file).read_bytes()
         expected = self.config["files"].get(file, {}).get("sha256")
         if hashlib.sha256(content).hexdigest() != expected:

@@ -75,7 +75,7 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch, whe
     assert caught.value.errno == errno.ENOSPC
     assert str(path) in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
 
 
 @pytest.mark.parametrize("where", ["fsync", "replace"])
@@ -90,11 +90,11 @@ def test_an_interruption_leaves_the_old_file(tmp_path, monkeypatch, where):
     with pytest.raises(KeyboardInterrupt):
         files.write(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
 
 
 def test_a_place_that_is_no_folder_is_named(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     with pytest.raises(OSError, match=str(tmp_path / "file")):
         files.write(tmp_path / "file" / "inside", "content")
 
@@ -103,7 +103,7 @@ def test_json_there_and_back(tmp_path):
     value = {"numbers": [1, 2.5, -1e-30], "text": "äöü", "nothing": None}
     files.write_json(tmp_path / "file.json", value)
     assert files.read_json(tmp_path / "file.json") == value
-    (tmp_path / "file.json").write_text('{"half":')
+    (tmp_path / "file.json").write_text('{"half":', encoding="utf-8")
     with pytest.raises(ValueError, match=r"file.json is not JSON"):
         files.read_json(tmp_path / "file.json")
     lines = files.json_lines([{"a": 1}, {"a": 2}]).splitlines()
@@ -238,7 +238,7 @@ def test_a_damaged_state_is_named_and_not_used(tmp_path, how):
 @pytest.mark.parametrize("content", ["", "{", '{"file": "stat', "{}", "[]", "null"])
 def test_a_damaged_pointer_is_named(tmp_path, content):
     checkpoint.save_state(tmp_path, a_state(1))
-    (tmp_path / "latest.json").write_text(content)
+    (tmp_path / "latest.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"latest\.json"):
         checkpoint.load_state(tmp_path)
 
@@ -248,7 +248,7 @@ def test_a_state_that_runs_code_is_refused(tmp_path):
     (path,) = tmp_path.glob("state-*.pt")
     torch.save({"evil": Evil(tmp_path / "ran")}, path)
     pointer = {"file": path.name, "sha256": files.sha256(path.read_bytes())}
-    (tmp_path / "latest.json").write_text(json.dumps(pointer))
+    (tmp_path / "latest.json").write_text(json.dumps(pointer), encoding="utf-8")
     with pytest.raises((ValueError, pickle.UnpicklingError)):
         checkpoint.load_state(tmp_path)
     assert not (tmp_path / "ran").exists()

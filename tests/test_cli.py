@@ -38,8 +38,8 @@ TEACHER = {
 def call(monkeypatch, capsys, tmp_path):
     """Calls the command line in an empty folder and gives its status, output and messages."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(TEACHER))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(TEACHER), encoding="utf-8")
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["topkd", *words])
@@ -67,7 +67,7 @@ def test_stages_one_by_one(call, tmp_path):
     run = "runs/tiny/kd/seed0"
     status, out, _ = call("evaluate", run, "--json")
     result = json.loads(out)
-    stored = json.loads((tmp_path / run / "result.json").read_text())
+    stored = json.loads((tmp_path / run / "result.json").read_text(encoding="utf-8"))
     assert status == 0
     assert result["top1"] == pytest.approx(stored["last"]["top1"])
     status, out, _ = call("evaluate", run)
@@ -83,7 +83,7 @@ def test_run_ends_with_a_report_and_does_nothing_twice(call, tmp_path):
     status, out, err = call("run", "tiny.yaml")
     assert status == 0, err
     assert "report: runs/tiny/report.html" in out
-    assert "<html" in (tmp_path / "runs/tiny/report.html").read_text()
+    assert "<html" in (tmp_path / "runs/tiny/report.html").read_text(encoding="utf-8")
     status, again, err = call("run", "tiny.yaml")
     assert again == out
     assert "epoch" not in err
@@ -124,7 +124,9 @@ def test_catalogues(call):
 
 def test_a_published_teacher_is_not_trained(call, tmp_path):
     teacher = {"model": "torchvision:resnet18", "pretrained": True}
-    (tmp_path / "published.yaml").write_text(yaml.safe_dump(TINY | {"teacher": teacher}))
+    (tmp_path / "published.yaml").write_text(
+        yaml.safe_dump(TINY | {"teacher": teacher}), encoding="utf-8"
+    )
     status, out, _ = call("teacher", "published.yaml")
     assert status == 0
     assert out == "teacher: torchvision:resnet18, with its published weights; nothing to train\n"
@@ -152,7 +154,7 @@ def test_show_copy_check(call, tmp_path):
     assert yaml.safe_load(shown)["optimizer"]["lr"] == 1e-3
     status, _, _ = call("copy", "digits", "mine.yaml")
     assert status == 0
-    assert (tmp_path / "mine.yaml").read_text() == recipe.text("digits")
+    assert (tmp_path / "mine.yaml").read_text(encoding="utf-8") == recipe.text("digits")
     status, out, _ = call("check", "mine.yaml")
     assert (status, out.split(":")[0]) == (0, "mine is right")
     status, _, err = call("copy", "digits", "mine.yaml")
@@ -240,7 +242,9 @@ def test_help_loads_neither_torch_nor_pydantic():
         "try: cli.main()\n"
         "finally: print([m for m in ('torch', 'pydantic', 'matplotlib') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 

@@ -107,7 +107,7 @@ def test_pictures_of_every_source_train_the_same_network(tmp_path, shared):
     contents = [table["img"][int(row)].as_py()["bytes"] for row in by_class]
     labels = [table["coarse_label"][int(row)].as_py() for row in by_class]
     names = [f"class {label:02}" for label in range(20)]
-    (tmp_path / "classes.txt").write_text("\n".join(names))
+    (tmp_path / "classes.txt").write_text("\n".join(names), encoding="utf-8")
     assert set(labels) == set(range(20))
     for part, rows in (("train", slice(0, None, 2)), ("val", slice(1, None, 2))):
         own, numbers = contents[rows], labels[rows]
@@ -473,7 +473,7 @@ def test_labels_may_be_names_or_stand_in_json(tmp_path):
         write_tar(tmp_path / "names" / f"{part}.tar", contents, ["b", "a", "b"], label="txt")
         numbers = [json.dumps({"label": label}) for label in (1, 0, 1)]
         write_tar(tmp_path / "json" / f"{part}.tar", contents, numbers, label="json")
-    (tmp_path / "classes.txt").write_text("a\nb\n")
+    (tmp_path / "classes.txt").write_text("a\nb\n", encoding="utf-8")
     named = webdataset(root=str(tmp_path / "names"), label="txt")
     counted = webdataset(
         root=str(tmp_path / "json"), label="json:label", classes=str(tmp_path / "classes.txt")

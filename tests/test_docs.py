@@ -19,7 +19,10 @@ from topkd.models import MODELS
 from topkd.strict import RecipeError
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+PAGES = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
+}
 OWN = """
 from torch import nn
 
@@ -109,12 +112,12 @@ def snippets():
 
 @pytest.mark.parametrize("snippet", list(snippets()))
 def test_snippets_are_parts_of_recipes_that_are_right(snippet, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(OWN)
+    (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     if "timm:" in snippet:
         pytest.importorskip("timm")
     rest = [line for key, line in REST.items() if not re.search(rf"^{key}:", snippet, flags=re.M)]
-    (tmp_path / "whole.yaml").write_text("\n".join([snippet, *rest]))
+    (tmp_path / "whole.yaml").write_text("\n".join([snippet, *rest]), encoding="utf-8")
     where = ["data.root=FOLDER"] if "{name: folder," in snippet else []
     check(recipe.load(str(tmp_path / "whole.yaml"), where))
 

@@ -107,7 +107,7 @@ def test_another_normalisation_is_found_and_the_right_one_named(taught, tmp_path
     (finding,) = [finding for finding in wrong if finding.part == "teacher's normalisation"]
     assert finding.found.startswith(f"of images normalised {name} it is right on ")
     assert finding.advice == "set 'teacher.mean=[0,0,0]' 'teacher.std=[1,1,1]'"
-    (tmp_path / "tiny.yaml").write_text(recipe.write(experiment.recipe))
+    (tmp_path / "tiny.yaml").write_text(recipe.write(experiment.recipe), encoding="utf-8")
     advised = recipe.load(str(tmp_path / "tiny.yaml"), finding.advice.split("'")[1::2])
     again = Experiment(advised, tmp_path, QUIET)
     assert not told(doctor.examine(again), "wrong")  # the advice is a change as it stands

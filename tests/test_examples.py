@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def printed(name):
     done = subprocess.run(
-        [sys.executable, EXAMPLES / name], capture_output=True, text=True, check=False
+        [sys.executable, EXAMPLES / name], capture_output=True, encoding="utf-8", check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -61,7 +61,7 @@ def tiny(tmp_path_factory):
         "epochs": 1,
         "batch_size": 32,
     }
-    (folder / "taught.yaml").write_text(yaml.safe_dump(teacher))
+    (folder / "taught.yaml").write_text(yaml.safe_dump(teacher), encoding="utf-8")
     taught_by = {"model": "resnet8", "recipe": str(folder / "taught.yaml")}
     parsed = recipe.parse(TINY | {"teacher": taught_by})
     experiment = Experiment(parsed, folder / "runs", QUIET)
@@ -393,7 +393,7 @@ def test_classes_in_another_order_than_the_teachers_are_refused(taught, tiny, tm
     ],
 )
 def test_a_file_cannot_have_code_run(asked, tmp_path, monkeypatch):
-    (tmp_path / "intruder.py").write_text("raise SystemExit('ran')")
+    (tmp_path / "intruder.py").write_text("raise SystemExit('ran')", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / "weights.safetensors"
     network = MODELS["resnet8"].build(10).network
@@ -410,7 +410,7 @@ def test_a_file_cannot_have_code_run(asked, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_learn_the_same_network(tmp_path):
     tree = TINY | {"teacher": None, "losses": [{"name": "ce"}], "controls": {}}
-    (tmp_path / "alone.yaml").write_text(yaml.safe_dump(tree | {"name": "alone"}))
+    (tmp_path / "alone.yaml").write_text(yaml.safe_dump(tree | {"name": "alone"}), encoding="utf-8")
     code = (
         "import sys, torch; from pathlib import Path; from topkd import recipe\n"
         "from topkd.experiment import Experiment; from topkd.progress import Progress\n"
@@ -423,7 +423,7 @@ def test_two_processes_learn_the_same_network(tmp_path):
         "e = Experiment(recipe.load('alone.yaml'), Path('runs'), Progress(quiet=True))\n"
         "e.student('student', 0)\n"
     )
-    (tmp_path / "two.py").write_text(code)
+    (tmp_path / "two.py").write_text(code, encoding="utf-8")
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "two.py"]
     subprocess.run(
         [sys.executable, *words],

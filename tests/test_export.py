@@ -110,7 +110,7 @@ def test_what_is_told_of_a_file_is_so(made, run, digits, form):
     assert told["sha256"] == files.sha256((folder / name).read_bytes())
     right = (found.argmax(1) == digits.test.target).double().mean().item()
     same = (found.argmax(1) == expected.argmax(1)).double().mean().item()
-    stored = json.loads((run / "result.json").read_text())["last"]["top1"]
+    stored = json.loads((run / "result.json").read_text(encoding="utf-8"))["last"]["top1"]
     assert told["top1"] == pytest.approx(100 * right)
     assert told["network_top1"] == pytest.approx(stored)
     assert told["agreement"] == pytest.approx(100 * same)
@@ -159,7 +159,7 @@ def test_nothing_tells_of_this_machine(made, run):
 def test_the_card_is_one_that_the_hub_reads(made, run):
     hub = pytest.importorskip("huggingface_hub")
     card = hub.ModelCard.load(made[0] / "README.md", ignore_metadata_errors=False)
-    result = json.loads((run / "result.json").read_text())
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     assert card.data.license == "mit"
     assert {"topkd", "resnet8x0.25", "knowledge-distillation", "onnx"} <= {*card.data.tags}
     (judged,) = card.data.eval_results
@@ -176,7 +176,7 @@ def test_the_card_is_one_that_the_hub_reads(made, run):
 
 def test_the_code_on_the_card_runs(made, monkeypatch):
     monkeypatch.chdir(made[0])
-    card = (made[0] / "README.md").read_text()
+    card = (made[0] / "README.md").read_text(encoding="utf-8")
     images = torch.zeros(2, 3, 8, 8)
     shapes = []
     for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
@@ -187,7 +187,7 @@ def test_the_code_on_the_card_runs(made, monkeypatch):
 
 
 def test_configuration_has_what_serving_needs(made, digits):
-    config = json.loads((made[0] / "config.json").read_text())
+    config = json.loads((made[0] / "config.json").read_text(encoding="utf-8"))
     assert config == json.loads(json.dumps(made[1]))
     assert config["classes"] == list(digits.classes)
     assert config["mean"] == pytest.approx(digits.mean)
@@ -202,14 +202,16 @@ def test_a_format_can_be_added_later(run, tmp_path):
     assert config["license"] == "mit"
     told = config["files"]["model.safetensors"]["checked_on"]
     assert told == "50 of the 540 test images of digits"
-    assert "`model.safetensors`" in (tmp_path / "out/README.md").read_text()
+    assert "`model.safetensors`" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
 
 
 def test_what_was_exported_can_be_exported_again(made, tmp_path):
     config = export(made[0] / "model.safetensors", ["safetensors"], tmp_path / "out", QUIET)
     assert config["weights"] == made[1]["weights"]
     assert config["run"] is None
-    assert "None were kept with these weights." in (tmp_path / "out/README.md").read_text()
+    assert "None were kept with these weights." in (tmp_path / "out/README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.fixture
@@ -317,7 +319,7 @@ def test_the_command_prints_the_comparison_and_nothing_else(
     words = ("export", run, "--to", "safetensors, torch-export", "--to", "onnx", "--out", out)
     status, printed, err = call(monkeypatch, capfd, *words, "--quiet")
     assert (status, err) == (0, "")
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     lines = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
     for name, entry in config["files"].items():
         if name != "model.pt2":  # an archive, with the time in it
@@ -333,7 +335,7 @@ def test_the_command_prints_the_comparison_and_nothing_else(
 
 def test_mistakes_are_one_line(run, made, elsewhere, tmp_path, monkeypatch, capfd):
     (tmp_path / "full").mkdir()
-    (tmp_path / "full/thesis.tex").write_text("mine")
+    (tmp_path / "full/thesis.tex").write_text("mine", encoding="utf-8")
     checkpoint.save_weights(tmp_path / "bare.safetensors", torch.nn.Linear(1, 1), {})
     new = tmp_path / "new"
     wrong = [
@@ -364,11 +366,14 @@ def serve(tmp_path, *words):
         "import sys\nfor name in ('torch', 'topkd', 'torchvision'):\n    sys.modules[name] = None\n"
     )
     (tmp_path / "blocked").mkdir(exist_ok=True)
-    (tmp_path / "blocked/sitecustomize.py").write_text(block)
+    (tmp_path / "blocked/sitecustomize.py").write_text(block, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "blocked")}
     script = ROOT / "examples/serve_onnx.py"
     return subprocess.run(
-        [sys.executable, script, *map(str, words)], capture_output=True, text=True, env=environment
+        [sys.executable, script, *map(str, words)],
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
     )
 
 

@@ -400,8 +400,8 @@ def makes_nothing(classes):
 
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
-    (tmp_path / "own_module.py").write_text(OWN)
-    (tmp_path / "broken_module.py").write_text("import absent_needed\n")
+    (tmp_path / "own_module.py").write_text(OWN, encoding="utf-8")
+    (tmp_path / "broken_module.py").write_text("import absent_needed\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     yield
     sys.modules.pop("own_module", None)

@@ -198,8 +198,8 @@ def export(tmp_path):
         (folder / name).write_bytes(content)
     digest = hashlib.sha256(CONTENT["model.onnx"]).hexdigest()
     config = {"files": {"model.onnx": {"sha256": digest}}}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / ".hidden").write_text("not to be pushed")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / ".hidden").write_text("not to be pushed", encoding="utf-8")
     return folder
 
 
@@ -293,11 +293,11 @@ def test_a_server_that_knows_no_ranges_sends_the_whole_file(server, export, tmp_
 def test_a_pull_fetches_nothing_twice_and_follows_changes(server, export, tmp_path):
     hub.push(export, "me/small", endpoint=server.url)
     hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
-    (export / "README.md").write_text("# A better card\n")
+    (export / "README.md").write_text("# A better card\n", encoding="utf-8")
     hub.push(export, "me/small", endpoint=server.url)
     server.seen.clear()
     hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
-    assert (tmp_path / "pulled/README.md").read_text() == "# A better card\n"
+    assert (tmp_path / "pulled/README.md").read_text(encoding="utf-8") == "# A better card\n"
     assert not asked(server, "GET", "/model.onnx")
     hub.pull("me/small", tmp_path / "first", QUIET, endpoint=server.url, revision=f"{1:040d}")
     assert (tmp_path / "first/README.md").read_bytes() == CONTENT["README.md"]
@@ -319,7 +319,7 @@ def test_a_changed_byte_is_refused_and_named(server, export, tmp_path):
 def test_files_of_others_are_not_overwritten(server, export, tmp_path):
     hub.push(export, "me/small", endpoint=server.url)
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/README.md").write_text("mine")
+    (tmp_path / "mine/README.md").write_text("mine", encoding="utf-8")
     with pytest.raises(FileExistsError, match=r"README\.md is not the file of me/small; delete it"):
         hub.pull("me/small", tmp_path / "mine", QUIET, endpoint=server.url)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["README.md"]
@@ -363,7 +363,7 @@ def test_a_file_that_is_not_the_one_that_was_checked_is_not_pushed(server, expor
     (export / "model.onnx").write_bytes(b"another")
     with pytest.raises(ValueError, match=r"model\.onnx is not the file that was checked"):
         hub.push(export, "me/small", endpoint=server.url)
-    (export / "config.json").write_text('{"architectures": ["Bert"]}')
+    (export / "config.json").write_text('{"architectures": ["Bert"]}', encoding="utf-8")
     with pytest.raises(ValueError, match=r"config\.json is not what `topkd export` writes"):
         hub.push(export, "me/small", endpoint=server.url)
     assert not server.repos

@@ -84,7 +84,7 @@ def imports_of(name: str, source: str, is_package: bool) -> set[str]:
 
 
 IMPORTS = {
-    name: imports_of(name, path.read_text(), path.name == "__init__.py")
+    name: imports_of(name, path.read_text(encoding="utf-8"), path.name == "__init__.py")
     for name, path in MODULES.items()
 }
 OWN = {name: {i for i in imports if i in MODULES} - {"topkd"} for name, imports in IMPORTS.items()}
@@ -156,7 +156,7 @@ def test_nothing_of_another_licence_is_imported(name):
 def loaded_by(statement: str) -> set[str]:
     script = f"import sys\n{statement}\nprint(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True
     )
     return set(done.stdout.split())
 

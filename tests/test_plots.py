@@ -24,7 +24,9 @@ def labels(axes):
 
 def test_importing_loads_no_plotting():
     code = "import sys, topkd.report; print({'umap', 'matplotlib'} & sys.modules.keys())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True
+    )
     assert done.stdout.strip() == "set()"
 
 

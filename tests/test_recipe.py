@@ -28,7 +28,10 @@ def changed(**changes):
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "some.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in SMALL.items() if key != "name"}))
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in SMALL.items() if key != "name"}),
+        encoding="utf-8",
+    )
     return str(path)
 
 
@@ -39,7 +42,7 @@ def file(tmp_path):
 def test_reading_what_was_written_gives_the_same(name, tmp_path):
     first = load(name)
     path = tmp_path / "again.yaml"
-    path.write_text(write(first))
+    path.write_text(write(first), encoding="utf-8")
     again = load(str(path))
     assert again == first
     assert again.hash == first.hash
@@ -86,7 +89,7 @@ def test_every_loss_has_a_recipe():
 
 def test_a_file_is_called_by_its_name_unless_it_says_another(file, tmp_path):
     assert load(file).name == "some"
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(SMALL))
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
     assert load(str(tmp_path / "other.yaml")).name == "small"
 
 
@@ -229,7 +232,7 @@ def test_a_recipe_that_does_not_exist():
 )
 def test_a_file_that_is_no_recipe_is_named(tmp_path, text, message):
     path = tmp_path / "wrong.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match=message) as caught:
         load(str(path))
     assert str(path) in str(caught.value)
@@ -299,7 +302,7 @@ def test_a_change_leaves_the_rest_as_it_was(file):
 def test_numbers_may_be_written_scientifically(file, tmp_path, text, value):
     assert load(file, [f"optimizer.lr={text}"]).optimizer.lr == value
     path = tmp_path / "scientific.yaml"
-    path.write_text(yaml.safe_dump(SMALL) + f"optimizer: {{lr: {text}}}\n")
+    path.write_text(yaml.safe_dump(SMALL) + f"optimizer: {{lr: {text}}}\n", encoding="utf-8")
     assert load(str(path)).optimizer.lr == value
 
 
@@ -363,6 +366,8 @@ def test_wrong_options_are_told_with_their_place(options, message):
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):
-    (tmp_path / "twice.yaml").write_text("epochs: 1\ndata: {name: digits}\nepochs: 2\n")
+    (tmp_path / "twice.yaml").write_text(
+        "epochs: 1\ndata: {name: digits}\nepochs: 2\n", encoding="utf-8"
+    )
     with pytest.raises(RecipeError, match="the key 'epochs' stands twice"):
         recipe.load(str(tmp_path / "twice.yaml"))

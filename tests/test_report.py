@@ -66,7 +66,7 @@ def put(folder: Path, *results: dict) -> Path:
     for content in results:
         path = folder / content["recipe"] / content["arm"] / f"seed{content['seed']}"
         path.mkdir(parents=True)
-        (path / "result.json").write_text(json.dumps(content))
+        (path / "result.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 
@@ -75,7 +75,7 @@ def put_files(folder: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(40, 8, generator=generator)
     for path in folder.rglob("result.json"):
-        terms = [term["name"] for term in json.loads(path.read_text())["losses"]]
+        terms = [term["name"] for term in json.loads(path.read_text(encoding="utf-8"))["losses"]]
         entries = [
             {
                 "epoch": epoch,
@@ -86,11 +86,13 @@ def put_files(folder: Path) -> Path:
             for epoch in (1, 2)
         ]
         lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-        (path.parent / "metrics.jsonl").write_text(lines)
+        (path.parent / "metrics.jsonl").write_text(lines, encoding="utf-8")
         student = torch.randn(40, 4, generator=generator)
         kept = {"teacher": teacher, "student": student, "target": torch.arange(40) % 12}
         save_file(kept, path.parent / "examples.safetensors")
-    (folder / "digits/recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    (folder / "digits/recipe.yaml").write_text(
+        yaml.safe_dump(RECIPE, sort_keys=False), encoding="utf-8"
+    )
     image = PersistenceImage.fit(rips(teacher[:32].view(2, 16, 8)))
     fidelity = Fidelity(r2=0.02, gradient_cosine=0.0, gradient_cosine_low=0.0, clouds=256, silent=0)
     approximation = Approximation(RipsNet(8), Exact(image), 16, 8, "fdee", fidelity)
@@ -163,7 +165,9 @@ def test_the_first_control_of_the_recipe_is_the_one_to_compare_with(tmp_path):
     put(tmp_path, *(result(arm, 0, 90.0) for arm in LOSSES))
     assert collect_one(tmp_path).control == "kd"  # it has most of the student's losses
     recipe = {"controls": {"ce": [CE], "kd": [CE, KD]}}
-    (tmp_path / "digits/recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (tmp_path / "digits/recipe.yaml").write_text(
+        yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8"
+    )
     assert collect_one(tmp_path).control == "ce"
 
 
@@ -201,7 +205,7 @@ def test_two_recipes_of_one_name_are_not_mixed(tmp_path):
 def test_a_broken_result_is_named(tmp_path, content, message):
     path = put(tmp_path, result("kd", 1, 90.0)) / "digits/kd/seed0/result.json"
     path.parent.mkdir()
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=f"kd/seed0/result.json .*{message}"):
         report.collect(tmp_path)
 
@@ -397,13 +401,13 @@ def test_hostile_names_are_shown_and_not_obeyed(tmp_path, quick):
     for content in (run, control):
         path = tmp_path / "r" / "arm" / f"seed{id(content)}"
         path.mkdir(parents=True)
-        (path / "result.json").write_text(json.dumps(content))
+        (path / "result.json").write_text(json.dumps(content), encoding="utf-8")
         entry = {
             "test_top1": 1.0,
             "losses": {name: 1.0},
             "gradient_share": content["gradient_share"],
         }
-        (path / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
+        (path / "metrics.jsonl").write_text(json.dumps(entry) + "\n", encoding="utf-8")
     page = Page(report.html(tmp_path))
     assert "script" not in page.tags
     assert "img" not in page.tags
@@ -414,11 +418,11 @@ def test_hostile_names_are_shown_and_not_obeyed(tmp_path, quick):
 def test_terms_that_end_or_begin_on_the_way_are_drawn_while_they_last(six, quick):
     put_files(six)
     for path in six.rglob("metrics.jsonl"):
-        early, late = map(json.loads, path.read_text().splitlines())
+        early, late = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         for kind in ("losses", "gradient_share"):
             early[kind] |= {"early": 0.5}
             late[kind] |= {"late": 0.5}
-        path.write_text(json.dumps(early) + "\n" + json.dumps(late) + "\n")
+        path.write_text(json.dumps(early) + "\n" + json.dumps(late) + "\n", encoding="utf-8")
     page = Page(report.html(six))
     described = [value for _, name, value in page.attributes if name == "aria-label"]
     for arm in ("kd", "student"):
@@ -453,9 +457,9 @@ def test_a_recipe_without_teacher_has_no_topology(tmp_path):
 def test_a_ripsnet_of_another_teacher_is_not_shown(six, quick):
     put_files(six)
     for path in six.rglob("result.json"):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         content["teacher"]["hash"] = "another"
-        path.write_text(json.dumps(content))
+        path.write_text(json.dumps(content), encoding="utf-8")
     assert "no approximator of this teacher" in Page(report.html(six)).text
 
 
@@ -482,5 +486,5 @@ def test_clouds_hold_the_same_images_for_every_network(six):
 
 def test_the_page_is_written_whole(six, quick, capsys):
     report.write_report(six, six / "report.html", Progress())
-    assert (six / "report.html").read_text().endswith("</html>")
+    assert (six / "report.html").read_text(encoding="utf-8").endswith("</html>")
     report.write_report(six, six / "report.html", Progress(quiet=True))  # again, beside the first

@@ -207,7 +207,7 @@ def _raise(error: Exception):
 
 def test_metrics_are_written_for_each_epoch(tmp_path):
     trainer().run(tmp_path / "a" / "seed0")
-    lines = (tmp_path / "a" / "seed0" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "a" / "seed0" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     assert [entry["epoch"] for entry in entries] == [1, 2, 3]
     for entry in entries:
