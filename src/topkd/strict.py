@@ -8,7 +8,7 @@ import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -105,14 +105,20 @@ def _has(got: Any, step: Any) -> bool:
 
 
 def _fields(model: Any) -> list[str]:
-    if isinstance(model, type) and issubclass(model, BaseModel):
+    if _is_section(model):
         return list(model.model_fields)
     return list(getattr(model, "__dataclass_fields__", ()))
 
 
+def _is_section(model: Any) -> TypeGuard[type[BaseModel]]:
+    # In Python 3.10 `tuple[int, ...]` is an instance of `type`, too, but no class.
+    is_class = isinstance(model, type) and typing.get_origin(model) is None
+    return is_class and issubclass(model, BaseModel)
+
+
 def _inside(model: Any, step: Any) -> Any:
     """Finds the type of one part of a type: of a field, or of the items of a container."""
-    if isinstance(model, type) and issubclass(model, BaseModel):
+    if _is_section(model):
         model = model.model_fields[step].annotation if step in model.model_fields else None
     else:
         model = next((a for a in typing.get_args(model)[::-1] if a is not ...), None)

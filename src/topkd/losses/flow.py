@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -105,12 +106,11 @@ class SolutionFlow(Loss):
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         pairs = paired(student.maps, teacher.maps, self.skip)
-        steps = zip(pairs, pairs[1:], strict=False)
         gaps = [
             mean_square(
                 flow_matrix(s, next_s, pooling=self.pooling),
                 flow_matrix(t, next_t, pooling=self.pooling),
             )
-            for (s, t), (next_s, next_t) in steps
+            for (s, t), (next_s, next_t) in pairwise(pairs)
         ]
         return torch.stack(gaps).sum()
