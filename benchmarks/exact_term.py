@@ -32,7 +32,7 @@ def trainer(*names: str):
     )
     torch.manual_seed(0)
     student, network = MODELS["resnet8"].build(100), MODELS["resnet20"].build(100)
-    teacher = Teacher(network, *STATISTICS).to(memory_format=torch.channels_last)
+    teacher = Teacher(network, *STATISTICS)
     vector = PersistenceVector.fit(rips(teacher(images).embedding))
     made = {
         "ce": CrossEntropy(),

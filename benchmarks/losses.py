@@ -42,8 +42,6 @@ pixels = torch.randint(256, (IMAGES, 32, 32, 3), dtype=torch.uint8)
 memory = InMemory(pixels, torch.arange(IMAGES) % CLASSES, (0.5,) * 3, (0.25,) * 3, 4, True)
 network, taught_by = MODELS["resnet20"].build(CLASSES), MODELS["resnet20"].build(CLASSES)
 teacher = Teacher(taught_by, (0.5,) * 3, (0.25,) * 3)
-for part in (network, teacher):
-    part.to(memory_format=torch.channels_last)
 settings = {"data": {"name": "cifar100"}, "student": {"model": "resnet20"}}
 device = Device.of(parse(settings | {"losses": [{"name": "ce"}]}), IMAGES)
 

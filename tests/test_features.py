@@ -113,8 +113,9 @@ def test_what_enters_a_relu_in_place_is_read():
     network = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Flatten(1), nn.Linear(4096, 5)
     )
-    before, logits = network[0](images()), network(images())
-    made = Tapped(network, ["1"], "3", ["1:in"])(images())
+    shown = images().to(memory_format=torch.channels_last)
+    before, logits = network[0](shown), network(shown)
+    made = Tapped(network, ["1"], "3", ["1:in"])(shown)
     assert torch.equal(made.preactivations[0], before)
     assert torch.equal(made.maps[0], before.relu())
     assert torch.equal(made.logits, logits)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -400,6 +401,7 @@ def main() -> None:
     """Runs the command line; exits with 2 and one line for what a user can cause."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # as Python does it for standard error
         sys.stdout.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app(_join_seeds(sys.argv[1:]), prog_name="topkd")
     except SystemExit as end:
@@ -408,11 +410,27 @@ def main() -> None:
         raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"topkd: {where}{error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{where}{error.strerror or error}")
     except (ValueError, ImportError) as error:  # what a user can cause; anything else is a bug
-        print(f"topkd: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except RuntimeError as error:
+        from topkd import processes
+
+        if not processes.lost(error):
+            raise
+        _fail("another process has ended; the same command resumes from the last epoch", status=1)
+
+
+def _fail(message: str, *, status: int = 2) -> NoReturn:
+    """Ends the program with a line; of several processes, all but the first give their number."""
+    rank = os.environ.get("RANK", "0")
+    print(f"topkd{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    print("topkd: terminated; the same command resumes from the last epoch", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def _experiment(recipe: str, changes: list[str] | None, out: Path, quiet: bool) -> Experiment:

@@ -1,4 +1,4 @@
-"""Where and in which numbers networks are computed."""
+"""Device, precision and compilation of networks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
+from topkd import processes, processor
 from topkd.recipe import Recipe
 
 LONG = 500_000  # training images from which compiling pays for itself
@@ -16,7 +16,7 @@ LONG = 500_000  # training images from which compiling pays for itself
 
 @dataclass(frozen=True)
 class Device:
-    """Where and in which numbers networks are computed."""
+    """Device, precision and compilation of networks."""
 
     device: torch.device
     dtype: torch.dtype  # of the networks; losses are always float32
@@ -29,15 +29,16 @@ class Device:
         Args:
             recipe: May ask for a precision and for compiling.
             images: In the training set.
+
+        Raises:
+            ValueError: If several processes were started and do not find each other.
         """
-        device = Accelerator().device
-        precision = recipe.precision
-        if precision == "auto":
-            precision = "bfloat16" if _gains_from_bfloat16(device) else "float32"
+        device = processes.accelerator().device
+        dtype = getattr(torch, recipe.precision, None) or fastest_dtype(device)
         # Measured on CPUs: what compiling gains on a network it loses to the convolutions around.
         pays = device.type == "cuda" and images * recipe.epochs >= LONG
         compile = pays if recipe.compile == "auto" else recipe.compile
-        return cls(device, getattr(torch, precision), compile)
+        return cls(device, dtype, compile)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Computes networks in :attr:`dtype` inside the ``with``."""
@@ -45,10 +46,10 @@ class Device:
         return torch.autocast(self.device.type, self.dtype, enabled=half)
 
 
-def _gains_from_bfloat16(device: torch.device) -> bool:
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """Chooses bfloat16 where a device has instructions for it, else float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        able = torch.cpu.get_capabilities()
-        return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
-    return False
+        gains = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        gains = device.type == "cpu" and processor.computes_bfloat16()
+    return torch.bfloat16 if gains else torch.float32

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import topkd
+from topkd import processor
 
 
 def environment() -> dict[str, Any]:
@@ -19,7 +20,9 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "onednn": processor.onednn_version(),
         "processor": _processor(),
+        "instruction_set": processor.instruction_set(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
     }

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from topkd import processes
 from topkd.data import Images, plain_batches
 from topkd.features import Features
 from topkd.topology import Diagrams, rips, wasserstein
@@ -32,7 +33,7 @@ def predict(
     device: torch.device,
     advance: Callable[[int, str], None] = lambda amount, news: None,
 ) -> Predictions:
-    """Shows a network all images once, as they are.
+    """Shows a network all images once, as they are; each of several processes shows some of them.
 
     Args:
         network: In eval mode.
@@ -43,13 +44,17 @@ def predict(
     Raises:
         ValueError: If the network answers with NaN or infinity.
     """
-    logits, embeddings = [], []
-    for batch in plain_batches(images, BATCH):
+    logits, embeddings, total = [], [], len(images.target)
+    for batch in plain_batches(images, BATCH, processes.share(total)):
         features = network(batch.images.to(device))
-        logits.append(features.logits.float().cpu())
-        embeddings.append(features.embedding.float().cpu())
-        advance(len(batch.index), "")
-    predictions = Predictions(torch.cat(logits), torch.cat(embeddings), images.target)
+        logits.append(features.logits.float())
+        embeddings.append(features.embedding.float())
+        advance(len(batch.index) * processes.count(), "")
+    predictions = Predictions(
+        processes.joined(torch.cat(logits), total).cpu(),
+        processes.joined(torch.cat(embeddings), total).cpu(),
+        images.target,
+    )
     broken = ~predictions.logits.isfinite().all(1)
     if broken.any():
         where = int(broken.nonzero()[0])

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 from safetensors.torch import save as save_safetensors
 
-from topkd import checkpoint, evaluate, files
+from topkd import checkpoint, evaluate, files, processes
 from topkd import recipe as recipes
 from topkd.answers import Answers
 from topkd.checks import check, named, options_of, teacher_recipe, told
@@ -78,18 +77,21 @@ class Experiment:
             Experiment(teacher_recipe(self.recipe), self.out, self.progress).student(STUDENT, 0)
         if not section.pretrained:
             path = self.teacher_file
-            checkpoint.fill(network.network, checkpoint.load_weights(path), str(path))
+            weights, noted = processes.by_first(
+                lambda: (checkpoint.load_weights(path), checkpoint.read_about(path))
+            )
+            checkpoint.fill(network.network, weights, str(path))
             about: dict[str, Any] = {
                 "mean": shown[0],
                 "std": shown[1],
                 "classes": self.data.classes,
             }
-            about |= checkpoint.read_about(path)  # a file of ours knows how it was trained
+            about |= noted  # a file of ours knows how it was trained
             same_order(self.data.classes, about["classes"], str(path))
             own = about["mean"], about["std"]
         own = section.mean or own[0], section.std or own[1]
         teacher = Teacher(network, *own, *shown, size=section.size)
-        return teacher.to(self.device.device).to(memory_format=torch.channels_last)
+        return teacher.to(self.device.device)
 
     @property
     def teacher_file(self) -> Path:
@@ -216,9 +218,9 @@ class Experiment:
         named(self.recipe.arms, arm, "arm")
         self._claim_folder()
         folder = self.folder / arm / f"seed{seed}"
-        if (folder / "result.json").exists():
-            result: dict[str, Any] = files.read_json(folder / "result.json")
-            return result
+        done = processes.by_first(lambda: _finished(folder))
+        if done is not None:
+            return done
         teacher = self.teacher  # trained before the student's random numbers begin
         torch.manual_seed(seed)
         student = self.new_student()
@@ -236,8 +238,9 @@ class Experiment:
         )
         history = trainer.run(folder)
         predictions = evaluate.predict(student.eval(), self.data.test, self.device.device)
+        processes.merge(self.data.faults.unreadable)
         result = self._result(arm, seed, predictions, losses, history)
-        if trainer.accelerator.is_main_process:
+        if processes.rank() == 0:
             self._keep_examples(predictions, folder)
             checkpoint.save_weights(
                 folder / "student.safetensors", student.network, self._about(student)
@@ -312,6 +315,7 @@ class Experiment:
             "facts": {w.term.title: w.loss.facts() for w in losses if w.loss.facts()},
             "faults": self.data.faults.facts(),
             "train_seconds": round(sum(entry["seconds"] for entry in history), 1),
+            "processes": processes.count(),
             "environment": environment() | _as_text(asdict(self.device)),
         }
         if recipe.teacher is not None and self._teacher_predictions is not None:
@@ -332,6 +336,10 @@ class Experiment:
         files.write(folder / "examples.safetensors", save_safetensors(kept))
 
     def _claim_folder(self) -> None:
+        """Writes the recipe into an empty folder, and refuses one with runs of another recipe."""
+        processes.by_first(self._claim)
+
+    def _claim(self) -> None:
         path = self.folder / "recipe.yaml"
         if not path.exists():
             files.write(path, recipes.write(self.recipe))
@@ -390,12 +398,19 @@ def evaluate_file(
     if own.get("reused"):
         network = rebuild(network, own["reused"])
     checkpoint.fill(network.network, weights, str(path))
-    device = Accelerator().device
+    device = processes.accelerator().device
     network.to(device).eval()
     with progress.bar("Evaluating", len(images.test.target), "images") as advance:
         predictions = evaluate.predict(network, images.test, device, advance)
     described = {"model": model, "data": images.name, "images": len(images.test.target)}
     return described | evaluate.quality(predictions)
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """Reads the result of a run; None if it has not ended."""
+    path = folder / "result.json"
+    result: dict[str, Any] | None = files.read_json(path) if path.exists() else None
+    return result
 
 
 def _as_text(values: Mapping[str, Any]) -> dict[str, str]:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from topkd.memory_format import formatted, memory_format
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -84,10 +86,11 @@ class _Tap:
 class Tapped(nn.Module):
     """A classifier that also returns what chosen modules computed on the way.
 
-    The network is read through hooks and computes what it did. A tap is the name of a module, whose
-    output is read; with ``:in`` after the name, its input is, which the module then overwrites no
-    longer. A network that answers with a pair has two heads: its logits come first, those of the
-    head that learns from teachers second.
+    The network is read through hooks and computes what it did, in the memory format that
+    :func:`~topkd.memory_format.memory_format` chooses for its weights and its images. A tap is the
+    name of a module, whose output is read; with ``:in`` after the name, its input is, which the
+    module then overwrites no longer. A network that answers with a pair has two heads: its logits
+    come first, those of the head that learns from teachers second.
 
     Args:
         network: Any classifier, wherever it comes from.
@@ -120,7 +123,9 @@ class Tapped(nn.Module):
         to_map: Callable[[Tensor], Tensor] = lambda seen: seen,
     ) -> None:
         super().__init__()
-        self.network, self._to_map = network, to_map
+        self.memory_format = memory_format(network)
+        self.network = network.to(memory_format=self.memory_format)
+        self._to_map = to_map
         self.maps, self.preactivations = tuple(maps), tuple(preactivations)
         self.others: tuple[str, ...] = ()
         self._seen: dict[str, tuple[Tensor, int] | None] = {}
@@ -205,7 +210,7 @@ class Tapped(nn.Module):
 
     def _answer(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         try:
-            answer = self.network(images)
+            answer = self.network(formatted(images, self.memory_format))
         except AssertionError as error:  # so say transformers that are built for another size
             shown, name = " x ".join(map(str, images.shape[1:])), type(self.network).__name__
             raise ValueError(f"{name} refuses images of {shown}: {error}") from error

@@ -223,6 +223,8 @@ class Recipe(Section):
     optimizer: Optimizer = Optimizer()
     gradient_clip: Annotated[float, Field(gt=0)] | None = None
     """Greatest norm of the gradient."""
+    sync_batchnorm: bool = False
+    """With several processes, whether the student normalizes batches by the images of all."""
     threads: Annotated[int, Field(gt=0)] | None = None
     """Of the CPU, all if not told; small networks gain from one, which other work does not slow."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

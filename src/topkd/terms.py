@@ -11,6 +11,7 @@ from torch import Tensor
 
 from topkd.features import Batch, Features, Tapped
 from topkd.losses import Loss
+from topkd.memory_format import formatted, memory_format
 from topkd.recipe import Term, View
 
 SMOOTHING = 0.9  # share of the old in the running mean of a gradient's norm
@@ -61,8 +62,11 @@ class Weighted:
 
     def value(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         """Computes the loss, of what the term sees of both networks."""
-        views = self.term.taps
-        value: Tensor = self.loss(seen(student, views.student), seen(teacher, views.teacher), batch)
+        views, layout = self.term.taps, memory_format(self.loss)
+        features = [seen(student, views.student), seen(teacher, views.teacher)]
+        if layout is not torch.channels_last:  # else its convolutions take maps as they come
+            features = [each.apply(lambda t: formatted(t, layout)) for each in features]
+        value: Tensor = self.loss(*features, batch)
         return value
 
 

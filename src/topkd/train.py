@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
-from topkd import checkpoint, evaluate, files, optimizer
+from topkd import checkpoint, evaluate, files, optimizer, processes
 from topkd.answers import Answers
 from topkd.data import Data, training_batches
 from topkd.device import Device
 from topkd.features import Batch, Features, Tapped, Teacher
+from topkd.memory_format import memory_format
 from topkd.metrics import Sums, summary, tensorboard, write_scalars
 from topkd.progress import Progress
 from topkd.recipe import Recipe
+from topkd.sync_batchnorm import synchronize
 from topkd.terms import Balance, Weighted, cosines, gradients, warnings
 
 MEASURED = 8  # steps of an epoch at which the gradient of each term is measured
@@ -58,8 +60,10 @@ class Trainer:
         answers: Answers | None = None,
     ) -> None:
         self.answers = answers
-        self.accelerator = Accelerator()
-        self.student = student.to(device.device).to(memory_format=torch.channels_last)
+        self.accelerator = processes.accelerator()
+        self.student = student.to(device.device)
+        if recipe.sync_batchnorm:
+            synchronize(self.student)
         self.teacher = None if teacher is None else teacher.to(device.device)
         self.losses = [Weighted(w.term, w.loss.to(device.device)) for w in losses]
         self.adapters = nn.ModuleList(w.loss for w in self.losses)
@@ -88,8 +92,10 @@ class Trainer:
 
         Raises:
             Diverged: If a loss or a feature becomes NaN or infinite.
+            ValueError: If the state in the folder is damaged, or is of another number of processes.
         """
-        self._resume(checkpoint.load_state(folder / "checkpoint"))
+        state = processes.by_first(lambda: checkpoint.load_state(folder / "checkpoint"))
+        self._resume(state, folder / "checkpoint")
         told = self._say_faults([])
         board = tensorboard(folder) if self.accelerator.is_main_process else None
         left = range(len(self.history) + 1, self.recipe.epochs + 1)
@@ -144,6 +150,9 @@ class Trainer:
         for name, total in sums.totals.items():
             sums.totals[name] = self.accelerator.reduce(total, "mean")  # over processes
         seconds = time.perf_counter() - start
+        # Running means and variances are of each process's own images; those of the first are kept.
+        processes.copy_from_first(list(self.student.buffers()))
+        processes.merge(self.data.faults.unreadable)
         self.student.eval()
         with self.device.autocast():
             judged = evaluate.predict(self.student, self.data.test, self.device.device)
@@ -205,9 +214,9 @@ class Trainer:
         self, features: Features, answer: Features, batch: Batch, epoch: int
     ) -> dict[str, Tensor]:
         """Computes every term that counts in this epoch, at weight 1."""
-        values, own, several = {}, (features, answer, batch), self.accelerator.num_processes > 1
+        values, own = {}, (features, answer, batch)
         gathered = own
-        if several and any(w.term.batch == "gathered" for w in self.losses):
+        if processes.count() > 1 and any(w.term.batch == "gathered" for w in self.losses):
             soft = None if batch.soft is None else _gather(batch.soft)
             # The pixels stay where they are: no loss looks at them, and they are many.
             labels = Batch(batch.images, _gather(batch.target), _gather(batch.index), soft)
@@ -287,7 +296,11 @@ class Trainer:
         """Compiles a network, or says in a line why it is used as it is."""
         if not self.device.compile:
             return network
-        compiled = torch.compile(network)
+        # Inductor lays convolutions out channels-last by itself, whatever their inputs are.
+        contiguous = memory_format(network) is torch.contiguous_format
+        compiled = torch.compile(
+            network, options={"layout_optimization": False} if contiguous else None
+        )
 
         def first_try(images: Tensor) -> Features:
             nonlocal compiled
@@ -308,13 +321,19 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
             "norms": self.balance.norms,
+            "processes": processes.count(),
         }
         checkpoint.save_state(folder / "checkpoint", state)
         files.write(folder / "metrics.jsonl", files.json_lines(self.history))
 
-    def _resume(self, state: Mapping[str, Any] | None) -> None:
+    def _resume(self, state: Mapping[str, Any] | None, folder: Path) -> None:
         if state is None:
             return
+        if state["processes"] != processes.count():
+            raise ValueError(
+                f"{folder} was trained by {state['processes']} processes, and now there are "
+                f"{processes.count()}; start as many again, or delete it to begin anew"
+            )
         self.student.network.load_state_dict(state["student"])
         self.adapters.load_state_dict(state["losses"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -322,25 +341,9 @@ class Trainer:
         self.balance = Balance(dict(state["norms"]))
 
 
-class _Gather(torch.autograd.Function):
-    """Joins what all processes have; each gets back the gradient of its part from all of them."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(parts, own.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        whole = gradient.contiguous()
-        distributed.all_reduce(whole)
-        return whole.chunk(distributed.get_world_size())[distributed.get_rank()]
-
-
 def _gather(tensor: Tensor) -> Tensor:
-    gathered: Tensor = _Gather.apply(tensor)
-    return gathered
+    """Joins what all processes have; each gets back the gradient of its part from all of them."""
+    return torch.cat(all_gather(tensor.contiguous()))
 
 
 def _carry_back(made: Features, features: Features) -> None:

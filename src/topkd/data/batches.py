@@ -52,13 +52,20 @@ def training_batches(
     yield from _read_ahead(images, list(own), (drawn, epoch))
 
 
-def plain_batches(images: Images, size: int) -> Iterator[Batch]:
-    """Reads all images once, in order and as they are.
+def plain_batches(images: Images, size: int, index: Tensor | None = None) -> Iterator[Batch]:
+    """Reads images once, in order and as they are.
+
+    Args:
+        images: What to read.
+        size: Images in a batch.
+        index: Which of them, (n,); all if not given.
 
     Raises:
         ValueError: If one cannot be read.
     """
-    yield from _read_ahead(images, list(torch.arange(len(images.target)).split(size)), None)
+    if index is None:
+        index = torch.arange(len(images.target))
+    yield from _read_ahead(images, list(index.split(size)), None)
 
 
 def shuffled(images: Images, seed: int, epoch: int) -> np.ndarray:

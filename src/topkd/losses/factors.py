@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from topkd import files
+from topkd import files, processes
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
 from topkd.losses.hints import mean_square
@@ -180,7 +180,9 @@ class FactorTransfer(Loss):
             raise ValueError(f"rate, epochs and lr must be positive, got {rate}, {epochs} and {lr}")
         channels = last.shape[1]
         factors = max(1, int(rate * channels))
-        paraphraser, error = learn(source, channels, factors, epochs=epochs, lr=lr)
+        paraphraser, error = processes.by_first(
+            lambda: learn(source, channels, factors, epochs=epochs, lr=lr)
+        )
         translator = encoder(own.shape[1], factors, normalised=True)
         facts = {"factors": factors, "reconstruction_error": error}
         return cls(paraphraser.encoder, translator, form=form, facts=facts)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from topkd import processes
 from topkd.features import Batch, Features
 from topkd.losses.approximators import check_fit, fit, learn, scale_of
 from topkd.losses.base import Source
@@ -131,9 +132,12 @@ class TopKD(LabelFree):
             (size, width), own_width = teacher.embedding.shape, student.embedding.shape[1]
             with torch.random.fork_rng(devices=[]):  # the projection is the same, trained or loaded
                 if file is None:
-                    approximation = learn(source, size, form, via, training, dimension, scale)
+                    approximation = processes.by_first(
+                        lambda: learn(source, size, form, via, training, dimension, scale)
+                    )
                 else:
-                    approximation = Approximation.from_bytes(Path(file).read_bytes())
+                    content = processes.by_first(Path(file).read_bytes)
+                    approximation = Approximation.from_bytes(content)
                     check_fit(approximation, file, source.teacher_hash, size, dimension, scale)
             describe, exact = approximation.network, approximation.exact
             facts["fidelity"] = asdict(approximation.fidelity)

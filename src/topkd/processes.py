@@ -1,0 +1,119 @@
+"""Several processes that train one network, started by torchrun or accelerate launch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=6)  # for what the first process does alone, such as training a RipsNet
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out")
+
+
+def accelerator() -> Accelerator:
+    """Joins the processes that were started together, on the device of this one.
+
+    Raises:
+        ValueError: If several processes were started and this one would train alone.
+    """
+    from accelerate import Accelerator  # takes a second, which who wants one loss need not wait
+    from accelerate.utils import InitProcessGroupKwargs
+
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    # Without a GPU, accelerate joins processes only if it is told to use the CPU.
+    joined = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if joined.num_processes != started:
+        raise ValueError(
+            f"{started} processes were started and {joined.num_processes} found each other; each "
+            "would train a network of its own: start them with torchrun or accelerate launch, and "
+            "install a torch that has torch.distributed"
+        )
+    return joined
+
+
+def count() -> int:
+    """Counts the processes that train together; 1 before they have joined."""
+    return distributed.get_world_size() if _have_joined() else 1
+
+
+def rank() -> int:
+    """Numbers this process among those that train together, from 0."""
+    return distributed.get_rank() if _have_joined() else 0
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """Runs ``work`` in the first process alone and returns its result in every process.
+
+    Only the first process needs the files that ``work`` reads. Where it raises an exception, every
+    process raises it, and none waits for the others.
+
+    Args:
+        work: Returns what can be pickled.
+    """
+    if count() == 1:
+        return work()
+    outcome: list[tuple[T, None] | tuple[None, Exception] | None] = [None]
+    if rank() == 0:
+        try:
+            outcome = [(work(), None)]
+        except Exception as error:  # raised below, by every process
+            outcome = [(None, error)]
+    distributed.broadcast_object_list(outcome, src=0)
+    assert outcome[0] is not None
+    value, raised = outcome[0]
+    if raised is not None:
+        raise raised
+    return value  # type: ignore[return-value]  # where nothing was raised, it is a T
+
+
+def copy_from_first(tensors: Sequence[Tensor]) -> None:
+    """Overwrites tensors by those of the first process."""
+    if count() > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor, src=0)
+
+
+def merge(values: dict[str, str]) -> None:
+    """Adds to a dictionary the entries that it has in the other processes."""
+    if count() > 1:
+        everyones: list[dict[str, str]] = [{}] * count()
+        distributed.all_gather_object(everyones, values)
+        for entries in everyones:
+            values.update(entries)
+
+
+def share(total: int) -> Tensor:
+    """Lists the part of ``total`` items that this process works on.
+
+    Every process has equally many, so that the last one may repeat the last item.
+    """
+    each = -(-total // count())
+    return torch.arange(rank() * each, (rank() + 1) * each).clamp(max=total - 1)
+
+
+def joined(part: Tensor, total: int) -> Tensor:
+    """Joins what the processes computed for their :func:`share` of ``total`` items."""
+    if count() == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(count())]
+    distributed.all_gather(parts, part.contiguous())
+    return torch.cat(parts)[:total]
+
+
+def lost(error: Exception) -> bool:
+    """Tests whether an error means that another of the processes has ended."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    return started > 1 and any(sign in str(error) for sign in _LOST)
+
+
+def _have_joined() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

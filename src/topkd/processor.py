@@ -1,0 +1,76 @@
+"""Instruction set with which oneDNN computes networks on this processor."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+
+import torch
+
+# In ascending order, as oneDNN names them, with the flag by which torch reports each.
+_SETS = {
+    "SSE41": "sse4_1",
+    "AVX": "avx",
+    "AVX2": "avx2",
+    "AVX2_VNNI": "avx_vnni",
+    "AVX2_VNNI_2": "avx_ne_convert",
+    "AVX512_CORE": "avx512_bw",
+    "AVX512_CORE_VNNI": "avx512_vnni",
+    "AVX512_CORE_BF16": "avx512_bf16",
+    "AVX512_CORE_FP16": "avx512_fp16",
+    "AVX512_CORE_AMX": "amx_bf16",
+    "AVX512_CORE_AMX_FP16": "amx_fp16",
+}
+_ALIASES = {
+    "AVX10_1_512": "AVX512_CORE_FP16",
+    "AVX10_1_512_AMX": "AVX512_CORE_AMX",
+    "AVX10_1_512_AMX_FP16": "AVX512_CORE_AMX_FP16",
+}
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # environment variables, the first one counts
+
+
+def instruction_set() -> str:
+    """Names the most capable instruction set that oneDNN uses here.
+
+    It is the processor's own, or a smaller one where the environment variable
+    ``ONEDNN_MAX_CPU_ISA`` limits oneDNN.
+
+    Returns:
+        oneDNN's name of it, e.g. ``AVX2``; the architecture where that is not x86.
+
+    References:
+        CPU dispatcher control
+        https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html
+    """
+    available = _available()
+    if not available:
+        return platform.machine()
+    limit = next((os.environ[name] for name in _LIMITS if name in os.environ), "DEFAULT").upper()
+    limit = _ALIASES.get(limit, limit)
+    names = list(_SETS)
+    highest = names.index(limit) if limit in names else len(names)
+    within = [name for name in available if names.index(name) <= highest]
+    return within[-1] if within else names[0]
+
+
+def computes_bfloat16() -> bool:
+    """Tests whether oneDNN multiplies matrices of bfloat16 by instructions made for it."""
+    names, used = list(_SETS), instruction_set()
+    return used in names and names.index(used) >= names.index("AVX512_CORE_BF16")
+
+
+def onednn_version() -> str:
+    """Reads the version of oneDNN that torch was built with; ``none`` without it."""
+    found = re.search(r"MKL-DNN v([\d.]+)", torch.__config__.show())
+    return found[1] if found else "none"
+
+
+def _available() -> list[str]:
+    """The instruction sets of this processor, in ascending order; none if it is not x86."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # older torch names the widest vectors alone
+        known = {"AVX2": "AVX2", "AVX512": "AVX512_CORE"}
+        widest = known.get(torch.backends.cpu.get_cpu_capability())
+        return [] if widest is None else [widest]
+    flags = torch.cpu.get_capabilities()
+    return [name for name, flag in _SETS.items() if flags.get(flag)]
