@@ -126,7 +126,8 @@ def test_the_graph_is_the_bare_network(made):
     shape = model.graph.input[0].type.tensor_type.shape.dim
     assert (shape[0].dim_param, [d.dim_value for d in shape[1:]]) == ("batch", [3, 8, 8])
     kinds = {node.op_type for node in model.graph.node}
-    assert kinds - {"Reshape"} == {"Conv", "Relu", "Add", "ReduceMean", "Gemm"}
+    shaping = {"Reshape", "Shape", "Concat"}  # for any number of images; versions of torch differ
+    assert kinds - shaping == {"Conv", "Relu", "Add", "ReduceMean", "Gemm"}
     assert model.opset_import[0].version == made[1]["files"]["model.onnx"]["opset"] >= 18
 
 

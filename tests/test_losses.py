@@ -167,6 +167,7 @@ def test_a_resumed_loss_goes_on_to_the_same_values(make):
     assert trained_for([3, 4], second, *inputs) == trained_for([3, 4], first, *inputs)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # inside torch
 @pytest.mark.parametrize("make", LOSSES, indirect=True)
 def test_a_compiled_loss_is_the_same_loss(make):
     torch.compiler.reset()  # or graphs of other losses count, of which only so many are kept

@@ -112,7 +112,9 @@ def _write_torch_export(subject: Subject, path: Path) -> dict[str, Any]:
 
 
 def _read_torch_export(path: Path) -> Answer:
-    return torch.export.load(path).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about its own buffers
+        return torch.export.load(path).module()
 
 
 def _write_onnx(subject: Subject, path: Path) -> dict[str, Any]:
