@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from topkd.topology.compiled import compiled
 
 
 def draws(seed: int, epoch: int, index: Tensor, count: int) -> Tensor:
@@ -85,7 +86,7 @@ def crop_and_flip(pixels: Tensor, uniform: Tensor, *, padding: int, flip: bool) 
     return torch.from_numpy(cropped)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _crop_and_flip(
     pixels: np.ndarray, corner: np.ndarray, mirrored: np.ndarray, cropped: np.ndarray
 ) -> None:
@@ -117,7 +118,7 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _look_up(pixels: np.ndarray, table: np.ndarray, images: np.ndarray) -> None:
     for i in range(len(pixels)):
         for c in range(3):

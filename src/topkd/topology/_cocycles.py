@@ -18,10 +18,10 @@ References:
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from topkd.topology._kernels import FINITE, Floats, Integers, load
+from topkd.topology.compiled import compiled
 
 ONE, ZERO = np.uint64(1), np.uint64(0)  # both sides: numba makes float64 of int64 with uint64
 DIGIT = np.uint64(255)  # the bits that a pass of the sort looks at
@@ -71,7 +71,7 @@ def room(n: int, words: int, store: int) -> Room:
     )
 
 
-@njit(nogil=True, cache=True, fastmath=FINITE)
+@compiled(fastmath=FINITE)
 def _enclosing_radius(distances, n):
     """Beyond it every point is joined to one point, and nothing is alive."""
     radius = np.inf
@@ -83,7 +83,7 @@ def _enclosing_radius(distances, n):
     return radius
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _collect_edges(distances, n, length, ends):
     """Lists the edges up to the enclosing radius, row by row; their number."""
     radius, m = _enclosing_radius(distances, n), 0
@@ -94,7 +94,7 @@ def _collect_edges(distances, n, length, ends):
     return m
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _pass(bits, low, shift, m, before, after, starts):
     """Stable order by the eight bits from ``shift`` on: one pass of a radix sort."""
     for k in range(len(starts)):
@@ -110,7 +110,7 @@ def _pass(bits, low, shift, m, before, after, starts):
         starts[k] += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _sort(length, m, order, spare, starts):
     """Stable order of m non-negative numbers, whose bits are ordered as they are.
 
@@ -144,7 +144,7 @@ def _sort(length, m, order, spare, starts):
             _pass(bits, low, np.uint64(8 * digits + 8), m, spare, order, starts)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _find(parent, v):
     while parent[v] != v:
         parent[v] = parent[parent[v]]
@@ -152,7 +152,7 @@ def _find(parent, v):
     return v
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _bars_of_cloud(n, room, m, parent, merging, bits):
     """H0 deaths to ``merging``, H1 bars to ``room.bars``; their number, -1 if there is no room."""
     words = len(bits)  # known when this is compiled, so that the loops over words unroll
@@ -238,7 +238,7 @@ def _bars_of_cloud(n, room, m, parent, merging, bits):
     return ended
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _sort_by_persistence(bars, count, length, given, key):
     """The most persistent first, of equal ones the first that died: insertion, in place."""
     for k in range(count):
@@ -251,7 +251,7 @@ def _sort_by_persistence(bars, count, length, given, key):
         key[t], bars[t, 0], bars[t, 1] = persistence, first, last
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def critical_edges(source, inside, given, start, stop, work, room, bits, births, deaths, count):
     """Critical edges of clouds start to stop, H0 by length and H1 by persistence.
 

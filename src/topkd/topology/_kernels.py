@@ -9,8 +9,9 @@ Lengths are compared as their squares where points are given.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from topkd.topology.compiled import compiled
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -57,13 +58,13 @@ def work(n: int, width: int, *, matrix: bool) -> Work:
     )
 
 
-@njit(nogil=True, cache=True, inline="always")
+@compiled(inline="always")
 def rank(u, v, n):
     """Position of edge uv among edges of equal length."""
     return u * n + v if u < v else v * n + u
 
 
-@njit(nogil=True, cache=True, fastmath=SUMS)
+@compiled(fastmath=SUMS)
 def _load_points(source, inside, work):
     m, check = 0, 0.0
     for i in range(source.shape[0]):
@@ -77,7 +78,7 @@ def _load_points(source, inside, work):
     return m if check == 0.0 else 0
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _load_distances(source, inside, work):
     m = 0
     for i in range(source.shape[0]):
@@ -95,7 +96,7 @@ def _load_distances(source, inside, work):
     return m
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def load(source, inside, given, matrix, work):
     """Copies what is inside of points (n, d), or of distances (n, n) if these are given.
 
@@ -110,7 +111,7 @@ def load(source, inside, given, matrix, work):
     return n
 
 
-@njit(nogil=True, cache=True, fastmath=FINITE, inline="always")
+@compiled(fastmath=FINITE, inline="always")
 def _squares_from(joined, x, m, row):
     """Squared distances from a point to the first m rows of x, and of some beyond."""
     for t in range(0, m, TILE):
@@ -128,7 +129,7 @@ def _squares_from(joined, x, m, row):
         row[t], row[t + 1], row[t + 2], row[t + 3] = a, b, c, d
 
 
-@njit(nogil=True, cache=True, fastmath=SUMS)
+@compiled(fastmath=SUMS)
 def _squares_from_two(i, x, n, distances):
     """Squared distances from rows i and i + 1 of x to the rows behind i, and some beyond n."""
     for j in range(i + 1, n, TILE):
@@ -153,7 +154,7 @@ def _squares_from_two(i, x, n, distances):
         row[j], row[j + 1], row[j + 2], row[j + 3] = e, f, g, h
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _squares(n, work):
     """Squared distances of n points, both triangles, with a diagonal of exact zeros."""
     distances = work.distances
@@ -165,7 +166,7 @@ def _squares(n, work):
             distances[j, i] = distances[i, j]
 
 
-@njit(nogil=True, cache=True, fastmath=FINITE, inline="always")
+@compiled(fastmath=FINITE, inline="always")
 def _approach(row, v, n, m, gap, near, outside):
     """Lets point v, at distances ``row``, join the tree; the least gap that is left."""
     least, ties = np.inf, 0
@@ -183,7 +184,7 @@ def _approach(row, v, n, m, gap, near, outside):
     return least
 
 
-@njit(nogil=True, cache=True, fastmath=FINITE, inline="always")
+@compiled(fastmath=FINITE, inline="always")
 def _first_at(least, n, m, gap, near, outside):
     """Where the gap is least; of several, the first in the order of edges."""
     best = 0
@@ -195,13 +196,13 @@ def _first_at(least, n, m, gap, near, outside):
     return best
 
 
-@njit(nogil=True, cache=True, fastmath=FINITE, inline="always")
+@compiled(fastmath=FINITE, inline="always")
 def _copy(x, t, row):
     for k in range(x.shape[1]):
         row[k] = x[t, k]
 
 
-@njit(nogil=True, cache=True, fastmath=FINITE)
+@compiled(fastmath=FINITE)
 def _prim(n, matrix, work):
     """Minimum spanning tree of n points, in the order in which it grows from point 0.
 
@@ -234,7 +235,7 @@ def _prim(n, matrix, work):
             _copy(x, m, x[best])
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _write_sorted(count, n, work, result):
     """Writes the edges of the tree by (length, i, j): each goes where its rank says."""
     edges, length, index = work.edges, work.length, work.label
@@ -251,7 +252,7 @@ def _write_sorted(count, n, work, result):
         result[place, 0], result[place, 1] = index[edges[s, 0]], index[edges[s, 1]]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def merging_edges(source, inside, given, matrix, start, stop, work, edges):
     """Edges at which components merge, by length, of clouds start to stop.
 
@@ -273,7 +274,7 @@ def merging_edges(source, inside, given, matrix, start, stop, work, edges):
     return -1
 
 
-@njit(nogil=True, cache=True, fastmath=SUMS)
+@compiled(fastmath=SUMS)
 def lengths(points, edges, result):
     """Lengths (clouds, k) of edges (clouds, k, 2) between points (clouds, n, d)."""
     for cloud in range(edges.shape[0]):
@@ -287,7 +288,7 @@ def lengths(points, edges, result):
             result[cloud, k] = np.sqrt(total)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def pull_lengths(points, edges, length, grad, result):
     """Adds to ``result`` (clouds, n, d) what gradients at the lengths are at the points."""
     for cloud in range(edges.shape[0]):

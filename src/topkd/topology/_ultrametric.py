@@ -1,10 +1,11 @@
 """The compiled kernel behind :func:`topkd.topology.labelled.single_linkage`."""
 
 import numpy as np
-from numba import njit
+
+from topkd.topology.compiled import compiled
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def attaining_edges(edges, result):
     """Finds the greatest edge on the path between any two points of a spanning tree.
 
