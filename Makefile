@@ -1,17 +1,22 @@
 # One environment for everything: made by the first target that needs it.
 PYTHON ?= python3
 BIN := .venv/bin
+# A process for each core; the suite ends when one of them dies, or a new one would wait for ever.
+WORKERS := -n auto --dist loadfile --max-worker-restart 0
 
-.PHONY: demo test slow check format clean
+.PHONY: demo test slow minimum check format clean
 
 demo: .venv/demo          ## install the package and run the main job on embedded data
 	$(BIN)/topkd run digits
 
 test: .venv/dev           ## all quick tests and the examples in the documentation
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 
 slow: .venv/dev           ## every test
-	$(BIN)/pytest -m ""
+	$(BIN)/pytest $(WORKERS) -m ""
+
+minimum: .venv-minimum/dev ## quick tests with the oldest version of each dependency
+	.venv-minimum/bin/python docs/versions.py
 
 check: .venv/dev          ## lint, format and types
 	$(BIN)/ruff check .
@@ -23,7 +28,7 @@ format: .venv/dev         ## rewrite the code in the house format
 	$(BIN)/ruff format .
 
 clean:                    ## remove the environment and what tools leave behind
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-minimum .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'topkd needs Python 3.10 or newer')"
@@ -35,4 +40,11 @@ clean:                    ## remove the environment and what tools leave behind
 
 .venv/dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv-minimum/dev: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-minimum
+	.venv-minimum/bin/python -m pip install --quiet uv
+	VIRTUAL_ENV=.venv-minimum .venv-minimum/bin/uv pip install --quiet --resolution lowest-direct \
+		--all-extras --requirements pyproject.toml --editable .
 	touch $@
