@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A process for each core; the suite ends when one of them dies, or a new one would wait for ever.
 WORKERS := -n auto --dist loadfile --max-worker-restart 0
 
-.PHONY: demo test slow minimum check format clean
+.PHONY: demo test slow minimum check types format clean
 
 demo: .venv/demo          ## install the package and run the main job on embedded data
 	$(BIN)/topkd run digits
@@ -22,6 +22,10 @@ check: .venv/dev          ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+types: .venv/dev          ## types under every Python that is supported
+	for version in 3.10 3.11 3.12 3.13 3.14; do \
+		$(BIN)/mypy --python-version $$version || exit 1; done
 
 format: .venv/dev         ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .

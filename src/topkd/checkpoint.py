@@ -22,7 +22,7 @@ from topkd import files
 
 # What published checkpoints hold beside tensors: an accuracy as a NumPy number, and the options of
 # the command line, whose class keeps what it is given as attributes and runs nothing.
-_SCALAR = np.float64(0).__reduce__()[0]
+_SCALAR: Any = np.float64(0).__reduce__()[0]
 _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
     (_SCALAR, "numpy._core.multiarray.scalar"),

@@ -105,9 +105,9 @@ def _pass(bits, low, shift, m, before, after, starts):
     for k in range(len(starts)):
         starts[k], first = first, first + starts[k]
     for s in range(m):
-        k = np.int64((bits[before[s]] - low) >> shift & DIGIT)
-        after[starts[k]] = before[s]
-        starts[k] += 1
+        digit = np.int64((bits[before[s]] - low) >> shift & DIGIT)
+        after[starts[digit]] = before[s]
+        starts[digit] += 1
 
 
 @compiled()
