@@ -1,9 +1,6 @@
 """Recipes carried out: stages, resuming, folders, and every recipe that ships."""
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -405,34 +402,3 @@ def test_a_file_cannot_have_code_run(asked, tmp_path, monkeypatch):
         export(path, ["safetensors"], tmp_path / "out", QUIET)
     with pytest.raises(SystemExit, match="ran"):  # the user's own word
         evaluate_file(path, None, None, None, QUIET, trust=True)
-
-
-@pytest.mark.slow
-def test_two_processes_learn_the_same_network(tmp_path):
-    tree = TINY | {"teacher": None, "losses": [{"name": "ce"}], "controls": {}}
-    (tmp_path / "alone.yaml").write_text(yaml.safe_dump(tree | {"name": "alone"}), encoding="utf-8")
-    code = (
-        "import sys, torch; from pathlib import Path; from topkd import recipe\n"
-        "from topkd.experiment import Experiment; from topkd.progress import Progress\n"
-        "from topkd.train import Trainer; import os; run = Trainer.run\n"
-        "def kept(self, folder):\n"
-        "    history = run(self, folder)\n"
-        "    torch.save([w.detach() for w in self.weights], f'rank{os.environ[\"RANK\"]}.pt')\n"
-        "    return history\n"
-        "Trainer.run = kept\n"
-        "e = Experiment(recipe.load('alone.yaml'), Path('runs'), Progress(quiet=True))\n"
-        "e.student('student', 0)\n"
-    )
-    (tmp_path / "two.py").write_text(code, encoding="utf-8")
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "two.py"]
-    subprocess.run(
-        [sys.executable, *words],
-        cwd=tmp_path,
-        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-    assert (tmp_path / "runs/alone/student/seed0/result.json").exists()

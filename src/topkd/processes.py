@@ -33,9 +33,8 @@ def accelerator() -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if joined.num_processes != started:
         raise ValueError(
-            f"{started} processes were started and {joined.num_processes} found each other; each "
-            "would train a network of its own: start them with torchrun or accelerate launch, and "
-            "install a torch that has torch.distributed"
+            f"WORLD_SIZE is {started}, but this process trains with {joined.num_processes - 1} "
+            "others, and each would train a network of its own; start them with torchrun"
         )
     return joined
 

@@ -51,7 +51,7 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or processes.count() == 1:
             return super().forward(input)
-        x = input.float()
+        x = input.float() if input.dtype.itemsize < 4 else input
         dims = [dim for dim in range(x.ndim) if dim != 1]
         count = x.new_tensor(x.numel() / x.shape[1])
         sums = all_reduce(torch.cat([x.sum(dims), count[None]]))

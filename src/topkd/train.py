@@ -286,7 +286,7 @@ class Trainer:
         """Averages the gradients that have not passed through the student."""
         reduce = self.accelerator.reduce  # does nothing where there is one process
         for weight in self.adapters.parameters():
-            if weight.grad is not None:
+            if weight.requires_grad and weight.grad is not None:  # frozen ones may keep an old one
                 weight.grad = reduce(weight.grad, "mean")
         for weight, grad in direct:
             averaged = reduce(grad, "mean")
