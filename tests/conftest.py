@@ -3,18 +3,26 @@
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
 SHARED = Path(__file__).parents[2] / "shared"
 
-torch.set_num_threads(1)  # xdist runs one process on each core already
 settings.register_profile("topkd", deadline=None, derandomize=True, database=None, max_examples=30)
 settings.load_profile("topkd")
 
 
+# torch is imported by the fixtures: the process that only hands out tests does without.
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    import torch
+
+    torch.set_num_threads(1)  # xdist runs one process on each core already
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
+    import torch
+
     torch.manual_seed(0)
 
 
