@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from topkd import cli, recipe
+from topkd import cli, processor, recipe
 from topkd.losses import LOSSES
 
 TINY = {
@@ -164,7 +164,12 @@ def test_show_copy_check(call, tmp_path):
 def test_env_tells_the_versions(call):
     status, out, _ = call("env", "--json")
     assert status == 0
-    assert json.loads(out)["torch"] == torch.__version__
+    told = json.loads(out)
+    assert told["torch"] == torch.__version__
+    assert told["onednn"] == processor.onednn_version()
+    assert told["instruction_set"] == processor.instruction_set()
+    assert told["precision"] == ("bfloat16" if processor.computes_bfloat16() else "float32")
+    assert told["memory_format"].startswith("channels_last; contiguous_format for")
 
 
 class Evil:

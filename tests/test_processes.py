@@ -59,6 +59,16 @@ def finish(run):
     return run.returncode, printed
 
 
+def until(run, sign, stop):
+    """Reads what a run prints and stops it when a sign is there; returns all that was printed."""
+    printed = ""
+    for line in run.stdout:
+        printed += line
+        if sign in line:
+            stop()
+    return printed
+
+
 def run_of(folder):
     return folder / "runs/mine/student/seed0"
 
@@ -139,12 +149,9 @@ def test_a_run_with_a_killed_process_ends_and_resumes_to_the_same_bits(tmp_path,
     for folder in folders:
         write(folder, data=RECIPE["data"] | {"limit": None}, epochs=6)
     assert finish(start(2, folders[0]))[0] == 0
-    run, printed = start(2, folders[1]), ""
-    for line in run.stdout:
-        printed += line
-        if "epoch 2/6" in line:
-            os.kill(rank_of(run, victim), signal.SIGKILL)
-    assert run.wait(timeout=60) == 1
+    with start(2, folders[1]) as run:
+        printed = until(run, "epoch 2/6", lambda: os.kill(rank_of(run, victim), signal.SIGKILL))
+    assert run.returncode == 1
     assert not (run_of(folders[1]) / "result.json").exists()
     assert "topkd" in printed
     said = [line for line in printed.splitlines() if line.startswith("topkd")]
@@ -172,11 +179,8 @@ def rank_of(run, rank):
 @pytest.mark.slow
 def test_another_number_of_processes_is_refused(tmp_path):
     write(tmp_path, data=RECIPE["data"] | {"limit": None}, epochs=6)
-    run = start(2, tmp_path)
-    for line in run.stdout:
-        if "epoch 2/6" in line:
-            run.send_signal(signal.SIGTERM)
-    run.wait(timeout=60)
+    with start(2, tmp_path) as run:
+        until(run, "epoch 2/6", run.terminate)
     done = subprocess.run(
         [sys.executable, "-m", "topkd", "run", "mine.yaml"],
         cwd=tmp_path,
@@ -218,11 +222,8 @@ def test_processes_with_separate_disks_resume(tmp_path):
     (folders[1] / "apart.py").write_text(APART, encoding="utf-8")
     status, printed = finish(start(2, folders[0]))
     assert status == 0, printed
-    run = start(2, folders[1], program=("apart.py",))
-    for line in run.stdout:
-        if line.startswith("student seed 0: epoch 2/3"):
-            run.send_signal(signal.SIGTERM)
-    run.wait(timeout=60)
+    with start(2, folders[1], program=("apart.py",)) as run:
+        until(run, "student seed 0: epoch 2/3", run.terminate)
     status, printed = finish(start(2, folders[1], program=("apart.py",)))
     assert status == 0, printed
     assert not (folders[1] / "disk1/runs").exists()

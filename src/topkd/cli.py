@@ -386,15 +386,16 @@ def doctor(
 
 @app.command()
 def env(as_json: AsJson = False) -> None:
-    """Print machine and versions, for reports of faults."""
+    """Print machine, versions and what is chosen for this machine, for reports of faults."""
+    from topkd.device import choices
     from topkd.environment import environment
 
-    described = environment()
+    described = environment() | choices()
     if as_json:
         typer.echo(json.dumps(described, indent=2))
         return
     for name, value in described.items():
-        typer.echo(f"{name:<10} {value}")
+        typer.echo(f"{name:<15} {value}")
 
 
 def main() -> None:

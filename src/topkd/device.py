@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from topkd import processes, processor
+from topkd.memory_format import BLOCK
 from topkd.recipe import Recipe
 
 LONG = 500_000  # training images from which compiling pays for itself
@@ -44,6 +45,17 @@ class Device:
         """Computes networks in :attr:`dtype` inside the ``with``."""
         half = self.dtype is not torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=half)
+
+
+def choices() -> dict[str, str]:
+    """Describes what is chosen for this machine where a recipe leaves it open."""
+    device = processes.accelerator().device
+    return {
+        "device": str(device),
+        "precision": str(fastest_dtype(device)).removeprefix("torch."),
+        "memory_format": "channels_last; contiguous_format for networks with a strided 1x1 "
+        f"convolution of fewer than {BLOCK} input channels",
+    }
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

@@ -240,6 +240,7 @@ class Experiment:
         predictions = evaluate.predict(student.eval(), self.data.test, self.device.device)
         processes.merge(self.data.faults.unreadable)
         result = self._result(arm, seed, predictions, losses, history)
+        result["environment"] |= _as_text({"memory_format": student.memory_format})
         if processes.rank() == 0:
             self._keep_examples(predictions, folder)
             checkpoint.save_weights(
