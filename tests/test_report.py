@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -100,19 +101,36 @@ def put_files(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def six(tmp_path):
-    """Six seeds of a control and of the recipe's own losses, 0.5 apart on average."""
+def put_six(folder: Path) -> Path:
     gains = (0.25, 0.75, 0.5, 0.0, 1.0, 0.5)
     runs = [result("kd", seed, 90.0 + seed) for seed in range(6)]
     runs += [result("student", seed, 90.0 + seed + gain) for seed, gain in enumerate(gains)]
-    return put(tmp_path / "runs", *runs)
+    return put(folder, *runs)
+
+
+@pytest.fixture
+def six(tmp_path):
+    """Six seeds of a control and of the recipe's own losses, 0.5 apart on average."""
+    return put_six(tmp_path / "runs")
+
+
+def first_two(points: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """Stands for UMAP, which is slow to load."""
+    return points[:, :2], "UMAP"
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Takes the first two coordinates in place of UMAP, which is slow to load."""
-    monkeypatch.setattr(plots, "project", lambda points: (points[:, :2], "UMAP"))
+    monkeypatch.setattr(plots, "project", first_two)
+
+
+@pytest.fixture
+def undrawn(monkeypatch, quick):
+    """Leaves the pictures of a page empty, for tests that read its text."""
+    monkeypatch.setattr(plots, "to_png", lambda figure: b"")
+    monkeypatch.setattr(
+        plots, "to_svg", lambda figure, *, prefix, alt: f'<svg aria-label="{escape(alt)}"></svg>'
+    )
 
 
 class Page(HTMLParser):
@@ -143,6 +161,14 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.shown).split())
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The page of six seeds with all their files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "project", first_two)
+        return Page(report.html(put_files(put_six(tmp_path_factory.mktemp("page")))))
 
 
 def collect_one(folder):
@@ -344,8 +370,7 @@ def test_what_keeps_runs_from_being_compared_is_said(tmp_path):
     assert report.rows(study)[0].last == "99.00 ± 0.00 (2)"
 
 
-def test_the_page_is_whole_and_needs_nothing_else(six, quick):
-    page = Page(report.html(put_files(six)))
+def test_the_page_is_whole_and_needs_nothing_else(page):
     assert page.open == []
     assert ("html", "lang", "en") in page.attributes
     for tag, name, value in page.attributes:
@@ -363,8 +388,7 @@ def test_the_page_is_whole_and_needs_nothing_else(six, quick):
     assert linked <= set(ids)
 
 
-def test_every_picture_is_there_and_described(six, quick):
-    page = Page(report.html(put_files(six)))
+def test_every_picture_is_there_and_described(page):
     # Accuracy and three terms, shares of two arms, three barcodes and their comparison.
     assert page.tags.count("svg") == 4 + 2 + 4
     assert page.tags.count("img") == 1 + 3  # persistence images, three maps
@@ -374,8 +398,7 @@ def test_every_picture_is_there_and_described(six, quick):
     assert all(described)
 
 
-def test_the_page_says_what_matters(six, quick):
-    text = Page(report.html(put_files(six))).text
+def test_the_page_says_what_matters(page):
     for expected in (
         "A detectable difference between student and kd",
         "92.50 ± 1.87 (6)",
@@ -388,7 +411,7 @@ def test_the_page_says_what_matters(six, quick):
         "other classes",
         "For readers new to persistence",
     ):
-        assert expected in text
+        assert expected in page.text
 
 
 def test_hostile_names_are_shown_and_not_obeyed(tmp_path, quick):
@@ -415,7 +438,7 @@ def test_hostile_names_are_shown_and_not_obeyed(tmp_path, quick):
     assert name in page.text
 
 
-def test_terms_that_end_or_begin_on_the_way_are_drawn_while_they_last(six, quick):
+def test_terms_that_end_or_begin_on_the_way_are_drawn_while_they_last(six, undrawn):
     put_files(six)
     for path in six.rglob("metrics.jsonl"):
         early, late = map(json.loads, path.read_text(encoding="utf-8").splitlines())
@@ -454,7 +477,7 @@ def test_a_recipe_without_teacher_has_no_topology(tmp_path):
     assert "No detectable" not in page.text
 
 
-def test_a_ripsnet_of_another_teacher_is_not_shown(six, quick):
+def test_a_ripsnet_of_another_teacher_is_not_shown(six, undrawn):
     put_files(six)
     for path in six.rglob("result.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -463,7 +486,7 @@ def test_a_ripsnet_of_another_teacher_is_not_shown(six, quick):
     assert "no approximator of this teacher" in Page(report.html(six)).text
 
 
-def test_a_broken_ripsnet_is_said(six, quick):
+def test_a_broken_ripsnet_is_said(six, undrawn):
     (put_files(six) / "digits/ripsnet-1.safetensors").write_bytes(b"torn")
     assert "ripsnet-1.safetensors is left out" in Page(report.html(six)).text
 
