@@ -171,9 +171,10 @@ def test_import_of_the_package_is_light():
     assert not loaded & {"torch", "matplotlib", "numba", "numpy", "pydantic", "rich"}
 
 
-def test_training_does_not_load_what_only_pictures_need():
+def test_training_and_reports_load_no_package_before_its_use():
     loaded = loaded_by(
-        "import topkd.topology, topkd.losses, topkd.models, topkd.data, topkd.checkpoint"
+        "import topkd.topology, topkd.losses, topkd.models, topkd.data, topkd.checkpoint\n"
+        "import topkd.report"
     )
     assert not loaded & {
         "matplotlib",
