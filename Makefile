@@ -16,7 +16,7 @@ slow: .venv/dev           ## every test
 	$(BIN)/pytest $(WORKERS) -m ""
 
 minimum: .venv-minimum/dev ## quick tests with the oldest version of each dependency
-	.venv-minimum/bin/python docs/versions.py
+	.venv-minimum/bin/python docs/versions.py $(WORKERS)
 
 check: .venv/dev          ## lint, format and types
 	$(BIN)/ruff check .
