@@ -1,7 +1,7 @@
 # One environment for everything: made by the first target that needs it.
 PYTHON ?= python3
 BIN := .venv/bin
-# A process for each core; the suite ends when one of them dies, or a new one would wait for ever.
+# One process per core. If one dies the suite ends: a replacement would wait forever for work.
 WORKERS := -n auto --dist loadfile --max-worker-restart 0
 
 .PHONY: demo test slow minimum check types format clean
