@@ -36,7 +36,7 @@ def page(result: str) -> str:
 
 
 if __name__ == "__main__":
-    command = [sys.executable, "-m", "pytest", "-q", "--deselect", OF_THIS_PAGE]
+    command = [sys.executable, "-m", "pytest", "-q", "--deselect", OF_THIS_PAGE, *sys.argv[1:]]
     tests = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     line = ""
     for line in tests.stdout:
