@@ -79,7 +79,6 @@ def test_gradients_are_right(isa):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("isa", ["SSE41", "AVX2", "AVX512_CORE", None])
 @pytest.mark.parametrize("group", ["zoo", "foreign", "losses"])
