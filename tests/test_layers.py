@@ -39,6 +39,7 @@ LEVELS = {  # an import points to a lower number, or sideways without a circle
     "models": 2,
     "data": 2,
     "features": 1,
+    "allocator": 1,
     "memory_format": 1,
     "processes": 1,
     "processor": 1,

@@ -195,10 +195,11 @@ def test_another_number_of_processes_is_refused(tmp_path):
     assert "was trained by 2 processes, and now there are 1" in done.stderr
 
 
-APART = """
+FROM_ANOTHER_FOLDER = """
 import os, sys
-os.makedirs(f"disk{os.environ['RANK']}", exist_ok=True)
-os.chdir(f"disk{os.environ['RANK']}")
+folder = sys.argv[1].format(os.environ["RANK"])
+os.makedirs(folder, exist_ok=True)
+os.chdir(folder)
 from topkd import cli
 sys.argv = ["topkd", "run", "../mine.yaml"]
 cli.main()
@@ -207,27 +208,24 @@ cli.main()
 
 @pytest.mark.slow
 def test_processes_with_separate_disks_resume(tmp_path):
-    tree = {
-        "teacher": {"model": "resnet20", "recipe": "digits/teacher"},
-        "data": {"name": "digits"},
-        "losses": [
-            {"name": "ce"},
-            {"name": "topkd", "via": "ripsnet", "training": {"epochs": 10}},
-        ],
-        "batch_size": 32,
-    }
-    folders = [tmp_path / "together", tmp_path / "apart"]
-    for folder in folders:
-        write(folder, **tree)
-    (folders[1] / "apart.py").write_text(APART, encoding="utf-8")
-    status, printed = finish(start(2, folders[0]))
+    teacher = RECIPE | {"name": "teacher", "epochs": 1}
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(teacher), encoding="utf-8")
+    topkd = {"name": "topkd", "via": "ripsnet", "training": {"epochs": 10}}
+    write(
+        tmp_path,
+        teacher={"model": "resnet8x0.25", "recipe": "../teacher.yaml"},
+        losses=[{"name": "ce"}, topkd],
+    )
+    program = tmp_path / "run.py"
+    program.write_text(FROM_ANOTHER_FOLDER, encoding="utf-8")
+    status, printed = finish(start(2, tmp_path, "shared", program=(program.name,)))
     assert status == 0, printed
-    with start(2, folders[1], program=("apart.py",)) as run:
+    with start(2, tmp_path, "disk{}", program=(program.name,)) as run:
         until(run, "student seed 0: epoch 2/3", run.terminate)
-    status, printed = finish(start(2, folders[1], program=("apart.py",)))
+    status, printed = finish(start(2, tmp_path, "disk{}", program=(program.name,)))
     assert status == 0, printed
-    assert not (folders[1] / "disk1/runs").exists()
-    assert_same_run(folders[0], folders[1] / "disk0")
+    assert not (tmp_path / "disk1/runs").exists()
+    assert_same_run(tmp_path / "shared", tmp_path / "disk0")
 
 
 def small():
@@ -250,7 +248,8 @@ def half(rank, folder):
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     network = small()
     synchronize(network)
-    value(DistributedDataParallel(network)(images()[6 * rank : 6 * rank + 6])).backward()
+    shared = DistributedDataParallel(network)
+    value(shared(images()[6 * rank : 6 * rank + 6])).backward()
     found = [weight.grad for weight in network.parameters()]
     torch.save((found, dict(network.named_buffers())), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()

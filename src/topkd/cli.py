@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from topkd.allocator import keep_freed_memory
 from topkd.printing import catalogue, print_files, print_findings, print_results
 
 # The package is imported inside the commands: `topkd --help` should not have to load torch.
@@ -403,6 +404,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # as Python does it for standard error
         sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
+    keep_freed_memory()
     try:
         app(_join_seeds(sys.argv[1:]), prog_name="topkd")
     except SystemExit as end:

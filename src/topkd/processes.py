@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -90,22 +90,58 @@ def merge(values: dict[str, str]) -> None:
             values.update(entries)
 
 
-def share(total: int) -> Tensor:
-    """Lists the part of ``total`` items that this process works on.
+def share(items: int) -> Tensor:
+    """Lists the part of so many items that this process works on.
 
     Every process has equally many, so that the last one may repeat the last item.
     """
-    each = -(-total // count())
-    return torch.arange(rank() * each, (rank() + 1) * each).clamp(max=total - 1)
+    each = -(-items // count())
+    return torch.arange(rank() * each, (rank() + 1) * each).clamp(max=items - 1)
 
 
-def joined(part: Tensor, total: int) -> Tensor:
-    """Joins what the processes computed for their :func:`share` of ``total`` items."""
-    if count() == 1:
-        return part
-    parts = [torch.empty_like(part) for _ in range(count())]
-    distributed.all_gather(parts, part.contiguous())
-    return torch.cat(parts)[:total]
+def joined(part: Tensor, items: int) -> Tensor:
+    """Joins what the processes computed for their :func:`share` of so many items."""
+    return part if count() == 1 else gather(part)[:items]
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes; the gradient of a part is that of the sum, from all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        total = own.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient)
+
+
+class _Gather(torch.autograd.Function):
+    """Joins what all processes have; each gets back the gradient of its part from all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        parts = [torch.empty_like(own) for _ in range(count())]
+        distributed.all_gather(parts, own)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient).chunk(count())[rank()]
+
+
+def total(own: Tensor) -> Tensor:
+    """Sums a tensor over the processes, with gradient."""
+    summed: Tensor = _Sum.apply(own)
+    return summed
+
+
+def gather(own: Tensor) -> Tensor:
+    """Joins tensors (n, ...) of the processes, equally large, along n, with gradient."""
+    gathered: Tensor = _Gather.apply(own.contiguous())
+    return gathered
 
 
 def lost(error: Exception) -> bool:

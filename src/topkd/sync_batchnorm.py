@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from topkd import processes
 
@@ -54,11 +53,11 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         x = input.float() if input.dtype.itemsize < 4 else input
         dims = [dim for dim in range(x.ndim) if dim != 1]
         count = x.new_tensor(x.numel() / x.shape[1])
-        sums = all_reduce(torch.cat([x.sum(dims), count[None]]))
-        mean, total = sums[:-1] / sums[-1], sums[-1].detach()
+        sums = processes.total(torch.cat([x.sum(dims), count[None]]))
+        mean, number = sums[:-1] / sums[-1], sums[-1].detach()
         centered = x - _across(mean, x)
-        variance = all_reduce(centered.square().sum(dims)) / total
-        self._follow(mean.detach(), variance.detach() * total / (total - 1))
+        variance = processes.total(centered.square().sum(dims)) / number
+        self._follow(mean.detach(), variance.detach() * number / (number - 1))
         normalized = centered * _across((variance + self.eps).rsqrt(), x)
         if self.affine:
             normalized = normalized * _across(self.weight, x) + _across(self.bias, x)

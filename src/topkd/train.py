@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 
 from topkd import checkpoint, evaluate, files, optimizer, processes
 from topkd.answers import Answers
@@ -217,10 +216,12 @@ class Trainer:
         values, own = {}, (features, answer, batch)
         gathered = own
         if processes.count() > 1 and any(w.term.batch == "gathered" for w in self.losses):
-            soft = None if batch.soft is None else _gather(batch.soft)
+            soft = None if batch.soft is None else processes.gather(batch.soft)
             # The pixels stay where they are: no loss looks at them, and they are many.
-            labels = Batch(batch.images, _gather(batch.target), _gather(batch.index), soft)
-            gathered = features.apply(_gather), answer.apply(_gather), labels
+            labels = Batch(
+                batch.images, processes.gather(batch.target), processes.gather(batch.index), soft
+            )
+            gathered = features.apply(processes.gather), answer.apply(processes.gather), labels
         for weighted in self.losses:
             title = weighted.term.title
             if not weighted.counts(epoch, self.recipe.epochs):
@@ -339,11 +340,6 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = list(state["history"])
         self.balance = Balance(dict(state["norms"]))
-
-
-def _gather(tensor: Tensor) -> Tensor:
-    """Joins what all processes have; each gets back the gradient of its part from all of them."""
-    return torch.cat(all_gather(tensor.contiguous()))
 
 
 def _carry_back(made: Features, features: Features) -> None:
