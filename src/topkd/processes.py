@@ -30,8 +30,8 @@ def accelerator() -> Accelerator:
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
     # Without a GPU, accelerate joins processes only if it is told to use the CPU.
     joined = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if joined.num_processes != started:
+    started = _started()
+    if joined.num_processes < started:
         raise ValueError(
             f"WORLD_SIZE is {started}, but this process trains with {joined.num_processes - 1} "
             "others, and each would train a network of its own; start them with torchrun"
@@ -40,13 +40,13 @@ def accelerator() -> Accelerator:
 
 
 def count() -> int:
-    """Counts the processes that train together; 1 before they have joined."""
-    return distributed.get_world_size() if _have_joined() else 1
+    """Counts the processes that train together."""
+    return distributed.get_world_size() if _are_several() else 1
 
 
 def rank() -> int:
     """Numbers this process among those that train together, from 0."""
-    return distributed.get_rank() if _have_joined() else 0
+    return distributed.get_rank() if _are_several() else 0
 
 
 def by_first(work: Callable[[], T]) -> T:
@@ -146,9 +146,17 @@ def gather(own: Tensor) -> Tensor:
 
 def lost(error: Exception) -> bool:
     """Tests whether an error means that another of the processes has ended."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    return started > 1 and any(sign in str(error) for sign in _LOST)
+    return _started() > 1 and any(sign in str(error) for sign in _LOST)
 
 
-def _have_joined() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+def _are_several() -> bool:
+    """Tests whether processes train together, and joins them if they have not yet joined."""
+    if not distributed.is_available():
+        return False
+    if not distributed.is_initialized() and _started() > 1:
+        accelerator()
+    return distributed.is_initialized()
+
+
+def _started() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
