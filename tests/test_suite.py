@@ -84,7 +84,7 @@ def cases(faults, quick):
 
 
 @pytest.mark.parametrize(("target", "workers"), [("test", 2), ("slow", 1)])
-@pytest.mark.parametrize("fault", cases(FAULTS, quick=["aborts", "loops"]))
+@pytest.mark.parametrize("fault", cases(FAULTS, quick=["aborts", "waits for itself"]))
 def test_a_fault_is_named_and_ends_the_suite(tmp_path, target, workers, fault):
     done = run(tmp_path, fault, *options(target), workers=workers)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
@@ -95,7 +95,7 @@ def test_a_fault_is_named_and_ends_the_suite(tmp_path, target, workers, fault):
         assert "in wait_in_another_thread" in done.stderr
 
 
-@pytest.mark.parametrize("fault", cases(["aborts", *HANGING], quick=["loops"]))
+@pytest.mark.parametrize("fault", cases(["aborts", *HANGING], quick=["waits for itself"]))
 def test_a_fault_ends_the_run_of_one_file(tmp_path, fault):
     done = run(tmp_path, fault, workers=1)
     assert done.returncode != 0
