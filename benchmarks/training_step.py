@@ -17,7 +17,7 @@ from pathlib import Path
 from turns import in_turn
 
 WAYS = ("plain fp32 contiguous loop", "ours", "ours, compiled", "bound: our convolutions")
-ROUNDS = 25
+ROUNDS = 15
 
 arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 arguments.add_argument("--batch", type=int, default=128)
