@@ -1,6 +1,7 @@
 """Recipes carried out: stages, resuming, folders, and every recipe that ships."""
 
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -106,7 +107,7 @@ def test_what_is_done_is_not_done_again(tiny):
 def test_a_folder_of_another_recipe_is_refused(tiny):
     experiment, _ = tiny
     other = experiment.recipe.model_copy(update={"epochs": 7})
-    with pytest.raises(ValueError, match="epochs is 2 there and 7 here"):
+    with pytest.raises(ValueError, match="another recipe: epochs: 2 there, 7 here; .* name=NAME"):
         Experiment(other, experiment.out, QUIET).student("kd", 0)
 
 
@@ -402,3 +403,122 @@ def test_a_file_cannot_have_code_run(asked, tmp_path, monkeypatch):
         export(path, ["safetensors"], tmp_path / "out", QUIET)
     with pytest.raises(SystemExit, match="ran"):  # the user's own word
         evaluate_file(path, None, None, None, QUIET, trust=True)
+
+
+def altered(path, how):
+    content = path.read_bytes()
+    if how == "flipped":
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    elif how == "cut off":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "emptied":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut off", "emptied", "deleted"])
+@pytest.mark.parametrize("name", ["student.safetensors", "metrics.jsonl", "examples.safetensors"])
+def test_a_finished_run_whose_files_were_altered_is_not_done(tiny, tmp_path, name, how):
+    experiment, _ = tiny
+    shutil.copytree(experiment.out, tmp_path / "runs")
+    path = tmp_path / "runs" / experiment.recipe.name / "kd/seed0" / name
+    altered(path, how)
+    with pytest.raises(ValueError, match=rf"{name} (was altered|is missing)"):
+        Experiment(experiment.recipe, tmp_path / "runs", QUIET).student("kd", 0)
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut off", "emptied"])
+def test_an_altered_result_is_not_used(tiny, tmp_path, how):
+    experiment, _ = tiny
+    shutil.copytree(experiment.out, tmp_path / "runs")
+    path = tmp_path / "runs" / experiment.recipe.name / "kd/seed0/result.json"
+    altered(path, how)
+    with pytest.raises(ValueError, match=r"result\.json (was altered|is not JSON)"):
+        Experiment(experiment.recipe, tmp_path / "runs", QUIET).student("kd", 0)
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut off", "emptied"])
+def test_an_altered_ripsnet_is_not_used(tiny, tmp_path, how):
+    experiment, _ = tiny
+    shutil.copytree(experiment.out, tmp_path / "runs")
+    (path,) = (tmp_path / "runs" / experiment.recipe.name).glob("ripsnet-*.safetensors")
+    altered(path, how)
+    again = Experiment(experiment.recipe, tmp_path / "runs", QUIET)
+    with pytest.raises(ValueError, match=rf"{path.name} was altered; delete it"):
+        again.losses("student", again.new_student(), 0)
+
+
+class Stops(Progress):
+    """Ends the work after the first epoch of a student, as Ctrl-C does."""
+
+    @contextmanager
+    def bar(self, title, total, unit):
+        def advance(amount, news):
+            if "seed" in title and news.startswith("epoch 1/"):
+                raise KeyboardInterrupt
+
+        yield advance
+
+
+def stopped(tree, out):
+    experiment = Experiment(recipe.parse(tree), out, Stops(quiet=True))
+    with pytest.raises(KeyboardInterrupt):
+        experiment.student("student", 0)
+    return experiment
+
+
+def with_teacher(folder, seed):
+    """The tiny recipe with one term, and a teacher in a file."""
+    torch.manual_seed(seed)
+    path = folder / "teacher.safetensors"
+    checkpoint.save_weights(path, MODELS["resnet8x0.25"].build(10).network, {})
+    return TINY | {
+        "name": "stopped",
+        "teacher": {"model": "resnet8x0.25", "checkpoint": str(path)},
+        "losses": [{"name": "ce"}, {"name": "kd"}],
+        "controls": {},
+    }
+
+
+def test_a_run_is_not_resumed_with_another_teacher(tmp_path):
+    tree = with_teacher(tmp_path, seed=0)
+    stopped(tree, tmp_path / "runs")
+    with_teacher(tmp_path, seed=1)
+    with pytest.raises(ValueError, match=r"was trained with another teacher: \w{12} there and"):
+        Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).student("student", 0)
+    with_teacher(tmp_path, seed=0)
+    result = Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).student("student", 0)
+    assert result["epochs"] == TINY["epochs"]
+
+
+def test_another_version_resumes_with_a_warning(tmp_path, monkeypatch):
+    tree = with_teacher(tmp_path, seed=0)
+    stopped(tree, tmp_path / "runs")
+    monkeypatch.setattr("topkd.__version__", "99.0")
+    said = []
+    progress = Progress(quiet=True)
+    monkeypatch.setattr(progress, "say", said.append)
+    Experiment(recipe.parse(tree), tmp_path / "runs", progress).student("student", 0)
+    assert any("was trained by topkd" in line and "99.0" in line for line in said)
+
+
+def test_what_killed_writes_left_is_swept(tmp_path):
+    tree = with_teacher(tmp_path, seed=0)
+    folder = tmp_path / "runs/stopped/student/seed0"
+    (folder / "checkpoint").mkdir(parents=True)
+    for left in (folder / ".result.json.abc.tmp", folder / "checkpoint/.state-1.pt.abc.tmp"):
+        left.write_bytes(b"half")
+    Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).student("student", 0)
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_a_command_that_failed_early_does_not_claim_the_folder(tmp_path):
+    tree = with_teacher(tmp_path, seed=0)
+    typo = tree | {"teacher": tree["teacher"] | {"checkpoint": str(tmp_path / "typo.pth")}}
+    with pytest.raises(OSError, match=r"typo\.pth"):
+        Experiment(recipe.parse(typo), tmp_path / "runs", QUIET).student("student", 0)
+    stopped(tree, tmp_path / "runs")
+    smaller = tree | {"optimizer": tree.get("optimizer", {}) | {"lr": 0.02}}
+    with pytest.raises(ValueError, match=r"optimizer\.lr: .* there, 0\.02 here; .*name=NAME"):
+        Experiment(recipe.parse(smaller), tmp_path / "runs", QUIET).student("student", 0)

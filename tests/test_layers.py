@@ -40,6 +40,8 @@ LEVELS = {  # an import points to a lower number, or sideways without a circle
     "data": 2,
     "features": 1,
     "allocator": 1,
+    "sealed": 1,
+    "state": 1,
     "memory_format": 1,
     "processes": 1,
     "processor": 1,

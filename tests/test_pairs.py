@@ -31,8 +31,8 @@ def test_a_pair_is_trained_by_the_real_command(name, shared, tmp_path):
     checkpoint.save_weights(path, MODELS[read.teacher.model].build(100).network, {})
     changes = [
         f"data.root={shared('data/cifar100')}",
-        "data.validation=0.01",
-        "data.limit=2000",
+        "data.validation=0.003",
+        "data.limit=512",
         f"teacher.checkpoint={path}",
         "epochs=1",
         "threads=1",

@@ -13,9 +13,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from topkd import chapters, plots, report
+from topkd import chapters, files, plots, report
 from topkd.progress import Progress
 from topkd.recipe import Term
+from topkd.results import finished
 from topkd.topology import PersistenceImage, RipsNet, rips
 from topkd.topology.approximation import Approximation, Exact, Fidelity
 
@@ -67,7 +68,7 @@ def put(folder: Path, *results: dict) -> Path:
     for content in results:
         path = folder / content["recipe"] / content["arm"] / f"seed{content['seed']}"
         path.mkdir(parents=True)
-        (path / "result.json").write_text(json.dumps(content), encoding="utf-8")
+        files.write_sealed(path / "result.json", content)
     return folder
 
 
@@ -221,19 +222,55 @@ def test_two_recipes_of_one_name_are_not_mixed(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is not JSON"),
-        ("[]", "is not the result of a run"),
-        (json.dumps({"recipe": "digits"}), "recipe_hash is missing"),
-        (json.dumps(result("kd", 0, 90.0, last={"top1": "high"})), r"last\.top1: .*got 'high'"),
-        (json.dumps(result("kd", 0, float("nan"))), r"last\.top1: expected a finite number"),
+        ({"recipe": "digits"}, "recipe_hash is missing"),
+        (result("kd", 0, 90.0, last={"top1": "high"}), r"last\.top1: .*got 'high'"),
+        (result("kd", 0, float("nan")), r"last\.top1: expected a finite number"),
     ],
 )
 def test_a_broken_result_is_named(tmp_path, content, message):
     path = put(tmp_path, result("kd", 1, 90.0)) / "digits/kd/seed0/result.json"
-    path.parent.mkdir()
-    path.write_text(content, encoding="utf-8")
+    files.write_sealed(path, content)
     with pytest.raises(ValueError, match=f"kd/seed0/result.json .*{message}"):
         report.collect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("90.0", "91.0"), "was altered"),
+        (lambda text: text.replace('"sha256"', '"sha255"'), "was altered"),
+        (lambda text: text[:-20], "is not JSON"),
+        (lambda text: "", "is not JSON"),
+        (lambda text: "[]", "was altered"),
+        (lambda text: "null", "was altered"),
+        (lambda text: "[" * 100_000, "is not JSON"),
+    ],
+)
+def test_an_altered_result_is_named(tmp_path, change, message):
+    path = put(tmp_path, result("kd", 1, 90.0)) / "digits/kd/seed1/result.json"
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"kd/seed1/result.json {message}"):
+        report.collect(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"other", None])
+def test_files_of_a_run_are_compared_with_their_hashes(tmp_path, content):
+    folder = put(tmp_path, result("kd", 1, 90.0)) / "digits/kd/seed1"
+    (folder / "metrics.jsonl").write_bytes(b"measured")
+    run = files.read_sealed(folder / "result.json")
+    recorded = {"files": files.hashes(folder, ["metrics.jsonl"])}
+    files.write_sealed(folder / "result.json", run | recorded)
+    report.collect(tmp_path)
+    assert finished(folder)["seed"] == 1
+    if content is None:  # as where results are kept without weights
+        (folder / "metrics.jsonl").unlink()
+        report.collect(tmp_path)
+    else:
+        (folder / "metrics.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=r"metrics\.jsonl was altered after its run"):
+            report.collect(tmp_path)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl (was altered|is missing)"):
+        finished(folder)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +461,7 @@ def test_hostile_names_are_shown_and_not_obeyed(tmp_path, quick):
     for content in (run, control):
         path = tmp_path / "r" / "arm" / f"seed{id(content)}"
         path.mkdir(parents=True)
-        (path / "result.json").write_text(json.dumps(content), encoding="utf-8")
+        files.write_sealed(path / "result.json", content)
         entry = {
             "test_top1": 1.0,
             "losses": {name: 1.0},
@@ -482,7 +519,7 @@ def test_a_ripsnet_of_another_teacher_is_not_shown(six, undrawn):
     for path in six.rglob("result.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         content["teacher"]["hash"] = "another"
-        path.write_text(json.dumps(content), encoding="utf-8")
+        files.write_sealed(path, {key: content[key] for key in content if key != files.SEAL})
     assert "no approximator of this teacher" in Page(report.html(six)).text
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from topkd import checkpoint, evaluate, plots
+from topkd import checkpoint, evaluate, files, plots
 from topkd.recipe import STUDENT
 from topkd.results import Judged, Result, Run, Study
 from topkd.statistics import Sample
@@ -268,7 +268,7 @@ def images(study: Study) -> Chapter | None:
     pictures, missing = [], []
     for path in sorted(study.folder.glob("*net-*.safetensors")):
         try:
-            approximation = Approximation.from_bytes(path.read_bytes())
+            approximation = Approximation.from_bytes(files.read_checked(path))
         except ValueError as error:
             missing.append(f"{path.name} is left out: {error}")
             continue

@@ -1,4 +1,4 @@
-"""The state of a run, whole or absent; and foreign weights, without running foreign code."""
+"""Weights of networks, ours and those of others, read without running any code in a file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from topkd import files
+from topkd import files, sealed
 
 # What published checkpoints hold beside tensors: an accuracy as a NumPy number, and the options of
 # the command line, whose class keeps what it is given as attributes and runs nothing.
@@ -34,50 +31,13 @@ _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 _WRAPPERS = ("model", "state_dict", "student", "net")  # keys under which others keep the weights
 _ACCURACIES = ("accuracy", "best_acc", "best_acc1", "acc", "top1", "test_acc")  # of it, elsewhere
+_ABOUT = "topkd"  # key of the metadata that files of ours have
 _PREFIXES = ("module.", "student.", "_orig_mod.")
 
 
-def save_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Saves the state of a run; a crash at any moment leaves the last one or this one.
-
-    Args:
-        folder: Where; it holds one state.
-        state: Tensors and plain values, and containers of these.
-    """
-    content = io.BytesIO()
-    torch.save(dict(state), content)
-    data = content.getvalue()
-    name = f"state-{files.sha256(data)[:12]}.pt"
-    files.write(folder / name, data)
-    files.write_json(folder / "latest.json", {"file": name, "sha256": files.sha256(data)})
-    for old in folder.glob("state-*.pt"):
-        if old.name != name:
-            old.unlink()
-
-
-def load_state(folder: Path) -> dict[str, Any] | None:
-    """Loads what :func:`save_state` saved; None if there is nothing.
-
-    Raises:
-        ValueError: If the file is not the one that was saved.
-    """
-    if not (folder / "latest.json").exists():
-        return None
-    latest = files.read_json(folder / "latest.json")
-    if not isinstance(latest, dict) or not {"file", "sha256"} <= latest.keys():
-        raise ValueError(f"{folder / 'latest.json'} is damaged; delete {folder} to start again")
-    path = folder / latest["file"]
-    data = path.read_bytes() if path.exists() else b""
-    if files.sha256(data) != latest["sha256"]:
-        raise ValueError(f"{path} is damaged; delete {folder} to start this run again")
-    state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
-    return state
-
-
 def save_weights(path: Path, network: nn.Module, about: Mapping[str, Any]) -> None:
-    """Saves the weights of a network with what is needed to use them, as safetensors."""
-    weights = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
-    files.write(path, save_safetensors(weights, {"topkd": json.dumps(dict(about))}))
+    """Saves the weights of a network with what is needed to use them, as sealed safetensors."""
+    files.write(path, sealed.pack(network.state_dict(), {_ABOUT: json.dumps(dict(about))}))
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -85,7 +45,7 @@ def read_about(path: Path) -> dict[str, Any]:
     content = path.read_bytes() if path.suffix == ".safetensors" else b""
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        about: dict[str, Any] = json.loads(header["__metadata__"]["topkd"])
+        about: dict[str, Any] = json.loads(header["__metadata__"][_ABOUT])
     except (KeyError, TypeError, ValueError):
         return {}
     return about
@@ -101,13 +61,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds no weights, or code.
+        ValueError: If it holds no weights, or code, or was altered.
     """
     if path.suffix == ".safetensors":
-        try:
-            return _without_prefixes(load_safetensors(path.read_bytes()))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        return _without_prefixes(sealed.unpack(path.read_bytes(), str(path), key=_ABOUT)[0])
     return _weights(_read_pickle(path), path)
 
 

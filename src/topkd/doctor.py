@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
@@ -188,7 +189,7 @@ def _recorded(experiment: Experiment) -> float | None:
     path = experiment.teacher_file
     beside = path.parent / "result.json"
     if path.name == "student.safetensors" and beside.exists():
-        return float(files.read_json(beside)["last"]["top1"])
+        return float(files.read_sealed(beside)["last"]["top1"])
     return checkpoint.read_accuracy(path)
 
 
@@ -265,7 +266,10 @@ class _LearnsFirstError(Exception):
 
 
 class _NoLearning(Progress):
-    """Stops a loss where it would show how far its learning is."""
+    """Stops a loss where it would begin to learn, or would show how far it is."""
+
+    def alone(self, path: Path) -> NoReturn:
+        raise _LearnsFirstError
 
     def bar(self, title: str, total: int, unit: str) -> NoReturn:
         raise _LearnsFirstError

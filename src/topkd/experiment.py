@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save as save_safetensors
 
 from topkd import checkpoint, evaluate, files, processes
@@ -25,11 +25,13 @@ from topkd.models import foreign
 from topkd.models.reused import Reused, rebuild, reuse
 from topkd.progress import Progress
 from topkd.recipe import STUDENT, DataSection, Recipe, Term, View
+from topkd.results import finished
 from topkd.sections import load_data, network_of, published_for, side
 from topkd.strict import RecipeError
 from topkd.terms import Weighted, seen, taps
 from topkd.train import Trainer
 
+RUN_FILES = ("student.safetensors", "metrics.jsonl", "examples.safetensors")
 SHOWN = 1000  # test images whose embeddings are kept for pictures
 
 
@@ -218,9 +220,21 @@ class Experiment:
         named(self.recipe.arms, arm, "arm")
         self._claim_folder()
         folder = self.folder / arm / f"seed{seed}"
-        done = processes.by_first(lambda: _finished(folder))
-        if done is not None:
-            return done
+        with self._working_alone(folder):
+            done = processes.by_first(lambda: finished(folder))
+            return self._train_student(arm, seed, folder) if done is None else done
+
+    @contextmanager
+    def _working_alone(self, folder: Path) -> Iterator[None]:
+        """Locks the folder of a run, and deletes what killed processes have left in it."""
+        if processes.rank() != 0:
+            yield
+            return
+        with self.progress.alone(folder):
+            files.sweep(folder)
+            yield
+
+    def _train_student(self, arm: str, seed: int, folder: Path) -> dict[str, Any]:
         teacher = self.teacher  # trained before the student's random numbers begin
         torch.manual_seed(seed)
         student = self.new_student()
@@ -235,6 +249,7 @@ class Experiment:
             self.device,
             self.progress,
             self._kept_answers(seed),
+            self._identity(),
         )
         history = trainer.run(folder)
         predictions = evaluate.predict(student.eval(), self.data.test, self.device.device)
@@ -246,9 +261,15 @@ class Experiment:
             checkpoint.save_weights(
                 folder / "student.safetensors", student.network, self._about(student)
             )
-            files.write_json(folder / "result.json", result)  # last: it says that all is done
+            result["files"] = files.hashes(folder, RUN_FILES)
+            files.write_sealed(folder / "result.json", result)  # last: it says that all is done
         trainer.accelerator.wait_for_everyone()
         return result
+
+    def _identity(self) -> dict[str, str]:
+        """What a run depends on and must find again when it is resumed."""
+        taught = {} if self.teacher is None else {"teacher": self._teacher_hash[:12]}
+        return {"recipe": self.recipe.hash} | taught
 
     def _kept_answers(self, seed: int) -> Answers | None:
         """Where the teacher's answers are kept, if the recipe says so."""
@@ -342,18 +363,21 @@ class Experiment:
 
     def _claim(self) -> None:
         path = self.folder / "recipe.yaml"
-        if not path.exists():
+        if path.exists() and self._has_runs():
+            there = recipes.load(str(path))
+            if there.hash != self.recipe.hash:
+                differs = recipes.difference(there, self.recipe)
+                raise ValueError(
+                    f"{self.folder} holds runs of another recipe: {differs}; "
+                    "give this one another name with name=NAME, or another place with --out"
+                )
+        else:
             files.write(path, recipes.write(self.recipe))
-            return
-        there = recipes.parse(yaml.safe_load(path.read_text(encoding="utf-8")))
-        if there.hash == self.recipe.hash:
-            return
-        theirs, ours = there.model_dump(mode="json"), self.recipe.model_dump(mode="json")
-        key = next(key for key in ours if ours[key] != theirs[key])
-        raise ValueError(
-            f"{self.folder} holds runs of another recipe: {key} is {theirs[key]} there and "
-            f"{ours[key]} here; choose another place with --out, or delete the folder"
-        )
+
+    def _has_runs(self) -> bool:
+        """Tests whether a run has a result or a state; a command that failed early leaves none."""
+        kept = ("*/seed*/result.json", "*/seed*/checkpoint/latest.json")
+        return any(True for pattern in kept for _ in self.folder.glob(pattern))
 
 
 def evaluate_file(
@@ -405,13 +429,6 @@ def evaluate_file(
         predictions = evaluate.predict(network, images.test, device, advance)
     described = {"model": model, "data": images.name, "images": len(images.test.target)}
     return described | evaluate.quality(predictions)
-
-
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """Reads the result of a run; None if it has not ended."""
-    path = folder / "result.json"
-    result: dict[str, Any] | None = files.read_json(path) if path.exists() else None
-    return result
 
 
 def _as_text(values: Mapping[str, Any]) -> dict[str, str]:

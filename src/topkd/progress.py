@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich import progress
 from rich.console import Console
 from rich.text import Text
+
+from topkd import files
 
 
 class Progress:
@@ -26,6 +29,12 @@ class Progress:
     def say(self, text: str) -> None:
         """Prints a line that stays."""
         self._console.print(text, markup=False)
+
+    @contextmanager
+    def alone(self, path: Path) -> Iterator[None]:
+        """Holds a lock while something is made; says so when another process holds it."""
+        with files.locked(path, lambda: self.say(f"waiting for another process to make {path}")):
+            yield
 
     @contextmanager
     def bar(self, title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:

@@ -336,3 +336,25 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
 def write(recipe: Recipe) -> str:
     """Writes a recipe so that reading it gives the same again."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def difference(there: Recipe, here: Recipe) -> str:
+    """Names the first key at which two recipes differ, with both values."""
+
+    def leaf(key: str, a: Any, b: Any) -> str | None:
+        if a == b:
+            return None
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            a, b = dict(enumerate(a)), dict(enumerate(b))
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = (leaf(f"{key}.{k}", a.get(k), b.get(k)) for k in dict.fromkeys((*a, *b)))
+            return next(found for found in inner if found is not None)
+        return f"{key.removeprefix('.')}: {_shown(a)} there, {_shown(b)} here"
+
+    exclude = {"name"}
+    trees = (recipe.model_dump(mode="json", exclude=exclude) for recipe in (there, here))
+    return leaf("", *trees) or "nothing differs"
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -80,6 +80,7 @@ class Result(_Part):
     facts: dict[str, Facts] = Field(default_factory=dict)
     train_seconds: FiniteFloat
     environment: dict[str, Any]
+    files: dict[str, str] = Field(default_factory=dict)  # of the run: name -> hash
     teacher: Taught | None = None
     likeness: Likeness | None = None
 
@@ -226,9 +227,26 @@ def collect(folder: Path) -> list[Study]:
     return sorted(studies, key=lambda study: (study.first.result.teacher is None, study.recipe))
 
 
+def finished(folder: Path) -> dict[str, Any] | None:
+    """Reads the result of a run with all its files; None if it has not ended.
+
+    Raises:
+        ValueError: If a file of the run was altered or is missing.
+    """
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    values = files.read_sealed(path)
+    files.check_hashes(folder, _read(path).files, need_all=True)
+    return values
+
+
 def _read(path: Path) -> Result:
+    """Reads a result, and checks the files of its run that are there."""
     try:
-        return Result.model_validate(files.read_json(path))
+        result = Result.model_validate(files.read_sealed(path))
+        files.check_hashes(path.parent, result.files)
+        return result
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"

@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from topkd import checkpoint, evaluate, files, optimizer, processes
+import topkd
+from topkd import evaluate, files, optimizer, processes
+from topkd import state as states
 from topkd.answers import Answers
 from topkd.data import Data, training_batches
 from topkd.device import Device
@@ -44,6 +47,8 @@ class Trainer:
         device: Where and in which numbers.
         progress: Tells the user.
         answers: Of the teacher, where they are kept.
+        identity: Name -> what the outcome depends on beyond these, e.g. a hash of the teacher's
+            weights. A run is not resumed with another one.
     """
 
     def __init__(
@@ -57,8 +62,10 @@ class Trainer:
         device: Device,
         progress: Progress,
         answers: Answers | None = None,
+        identity: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.answers = answers
+        self.identity = dict(identity)
         self.accelerator = processes.accelerator()
         self.student = student.to(device.device)
         if recipe.sync_batchnorm:
@@ -93,7 +100,7 @@ class Trainer:
             Diverged: If a loss or a feature becomes NaN or infinite.
             ValueError: If the state in the folder is damaged, or is of another number of processes.
         """
-        state = processes.by_first(lambda: checkpoint.load_state(folder / "checkpoint"))
+        state = processes.by_first(lambda: states.load(folder / "checkpoint"))
         self._resume(state, folder / "checkpoint")
         told = self._say_faults([])
         board = tensorboard(folder) if self.accelerator.is_main_process else None
@@ -323,8 +330,10 @@ class Trainer:
             "history": self.history,
             "norms": self.balance.norms,
             "processes": processes.count(),
+            "identity": self.identity,
+            "topkd": topkd.__version__,
         }
-        checkpoint.save_state(folder / "checkpoint", state)
+        states.save(folder / "checkpoint", state)
         files.write(folder / "metrics.jsonl", files.json_lines(self.history))
 
     def _resume(self, state: Mapping[str, Any] | None, folder: Path) -> None:
@@ -334,6 +343,18 @@ class Trainer:
             raise ValueError(
                 f"{folder} was trained by {state['processes']} processes, and now there are "
                 f"{processes.count()}; start as many again, or delete it to begin anew"
+            )
+        for name, now in self.identity.items():
+            there = state["identity"].get(name)
+            if there != now:
+                raise ValueError(
+                    f"{folder} was trained with another {name}: {there} there and {now} here; "
+                    "bring the first back, or delete the folder to begin anew"
+                )
+        if state["topkd"] != topkd.__version__:
+            self.progress.say(
+                f"warning: {folder} was trained by topkd {state['topkd']}, this is "
+                f"{topkd.__version__}; the result may differ from that of either"
             )
         self.student.network.load_state_dict(state["student"])
         self.adapters.load_state_dict(state["losses"])

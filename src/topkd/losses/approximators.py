@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from topkd import files
+from topkd import files, state
 from topkd.losses.base import Source
 from topkd.topology import Diagrams, PersistenceImage, PersistenceVector, length_unit, rips
 from topkd.topology.approximation import (
@@ -87,25 +87,40 @@ def learn(
     """
     about = json.dumps([source.teacher_hash, size, form, asdict(training), dimension, scale])
     path = source.folder / f"{network}-{files.sha256(about.encode())[:8]}.safetensors"
-    if path.exists():
-        return Approximation.from_bytes(path.read_bytes())
+    if not files.is_complete(path):
+        with source.progress.alone(path):
+            _learn(source, size, form, network, training, dimension, scale, path)
+    return Approximation.from_bytes(files.read_checked(path))
+
+
+def _learn(
+    source: Source,
+    size: int,
+    form: Form,
+    network: Name,
+    training: Training,
+    dimension: int,
+    scale: Unit | None,
+    path: Path,
+) -> None:
+    """Trains an approximator and writes it, unless another process has done so by now."""
+    if files.is_complete(path):
+        return
     stream = _Clouds(source, size, training.passes)
     first, held_out = stream.training(0), stream.held_out()
     exact = fit(rips(first, max_dim=dimension), form, dimension, scale)
-    saved = path.with_suffix(".state")
-    state = torch.load(saved, weights_only=True) if saved.exists() else None
+    kept = path.with_suffix(".state")
+    resumed = state.load(kept)
     title = {"ripsnet": "RipsNet", "distancenet": "DistanceNet"}[network]
     with source.progress.bar(title, training.length(network), "epochs") as advance:
-        if state is not None:
-            advance(state["epoch"], "")
+        if resumed is not None:
+            advance(resumed["epoch"], "")
 
-        def after_epoch(epoch: int, error: float, state: dict[str, Any]) -> None:
+        def after_epoch(epoch: int, error: float, reached: dict[str, Any]) -> None:
             often = epoch % 10 == 0
             advance(1, f"epoch {epoch}, held-out error {error:.5f}" if often else "")
             if often:
-                content = io.BytesIO()
-                torch.save(state, content)
-                files.write(saved, content.getvalue())
+                state.save(kept, reached)
 
         trained = train(
             stream.training,
@@ -113,7 +128,7 @@ def learn(
             exact,
             training,
             network=network,
-            state=state,
+            state=resumed,
             after_epoch=after_epoch,
         )
     judged = fidelity(trained, exact, first, held_out)
@@ -125,9 +140,8 @@ def learn(
         )
     width = first.shape[-1]
     approximation = Approximation(trained, exact, size, width, source.teacher_hash, judged)
-    files.write(path, approximation.to_bytes())
-    saved.unlink(missing_ok=True)
-    return approximation
+    files.write_checked(path, approximation.to_bytes())
+    state.delete(kept)
 
 
 class _Clouds:

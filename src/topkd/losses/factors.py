@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from topkd import files, processes
+from topkd import files, processes, state
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
 from topkd.losses.hints import mean_square
@@ -223,18 +222,23 @@ def learn(
     with torch.random.fork_rng(devices=[]):  # the translator is the same, trained or loaded
         torch.manual_seed(0)
         network = Paraphraser(channels, factors)
-    if path.exists():
-        weights = load(path.read_bytes())
-        error = weights.pop("error").item()
-        network.load_state_dict(weights)
-        return network.eval(), error
-    error = _train(network, source, path.with_suffix(".state"), epochs, lr)
-    source.progress.say(f"Paraphraser: {error:.1%} of the maps is lost in {factors} channels")
-    network = network.cpu().eval()
-    weights = network.state_dict() | {"error": torch.tensor(error, dtype=torch.float64)}
-    files.write(path, save(weights))
-    path.with_suffix(".state").unlink(missing_ok=True)
-    return network, error
+    if not files.is_complete(path):
+        with source.progress.alone(path):
+            _learn(network, source, path, epochs, lr)
+    weights = load(files.read_checked(path))
+    error = weights.pop("error").item()
+    network.load_state_dict(weights)
+    return network.eval(), error
+
+
+def _learn(network: Paraphraser, source: Source, path: Path, epochs: int, lr: float) -> None:
+    """Trains a paraphraser and writes it, unless another process has done so by now."""
+    if not files.is_complete(path):
+        error = _train(network, source, path.with_suffix(".state"), epochs, lr)
+        source.progress.say(f"Paraphraser: {error:.1%} of the maps is lost")
+        weights = network.cpu().state_dict() | {"error": torch.tensor(error, dtype=torch.float64)}
+        files.write_checked(path, save(weights))
+        state.delete(path.with_suffix(".state"))
 
 
 def _train(network: Paraphraser, source: Source, saved: Path, epochs: int, lr: float) -> float:
@@ -243,11 +247,11 @@ def _train(network: Paraphraser, source: Source, saved: Path, epochs: int, lr: f
         network.to(next(source.teacher.network.parameters()).device)
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     done, error = 0, math.nan
-    if saved.exists():
-        state = torch.load(saved, map_location="cpu", weights_only=True)
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        done, error = state["epoch"], state["error"]
+    resumed = state.load(saved)
+    if resumed is not None:
+        network.load_state_dict(resumed["network"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        done, error = resumed["epoch"], resumed["error"]
     with source.progress.bar("Paraphraser", epochs * source.images, "images") as advance:
         advance(done * source.images, "")
         for epoch in range(done, epochs):
@@ -255,17 +259,13 @@ def _train(network: Paraphraser, source: Source, saved: Path, epochs: int, lr: f
             advance(0, f"epoch {epoch + 1}, {error:.1%} lost")
             if not math.isfinite(error):
                 raise ValueError(f"ft: the paraphraser diverged at lr {lr}; give it a smaller one")
-            content = io.BytesIO()
-            torch.save(
-                {
-                    "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "epoch": epoch + 1,
-                    "error": error,
-                },
-                content,
-            )
-            files.write(saved, content.getvalue())
+            reached = {
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "epoch": epoch + 1,
+                "error": error,
+            }
+            state.save(saved, reached)
     return error
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topkd import processes
+from topkd import files, processes
 from topkd.features import Batch, Features
 from topkd.losses.approximators import check_fit, fit, learn, scale_of
 from topkd.losses.base import Source
@@ -136,7 +136,7 @@ class TopKD(LabelFree):
                         lambda: learn(source, size, form, via, training, dimension, scale)
                     )
                 else:
-                    content = processes.by_first(Path(file).read_bytes)
+                    content = processes.by_first(lambda: files.read_checked(Path(file)))
                     approximation = Approximation.from_bytes(content)
                     check_fit(approximation, file, source.teacher_hash, size, dimension, scale)
             describe, exact = approximation.network, approximation.exact
