@@ -185,6 +185,7 @@ class Evil:
         (("check", "tiny.yaml", "losses.kd.temprature=4"), "losses[1].temprature: unknown key"),
         (("check", "tiny.yaml", "losses.4=1"), "there is no '4'; there are ce, kd, topkd"),
         (("run", "digits", "--seeds", "a"), "--seeds: expected numbers such as 0,1,2 or 0-2"),
+        (("run", "digits", "--seeds", "2-0"), "--seeds: '2-0' is empty; give the smaller number"),
         (("report", "."), "no result.json"),
         (("evaluate", "absent.pth", "--model", "resnet8", "--data", "digits"), "absent.pth: No su"),
         (("evaluate", "evil.pth", "--model", "resnet8", "--data", "digits"), "evil.pth is refused"),

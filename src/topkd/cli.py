@@ -469,4 +469,6 @@ def _numbers(seeds: str) -> list[int]:
             numbers.extend(range(int(first), int(last or first) + 1))
     except ValueError:
         raise ValueError(f"--seeds: expected numbers such as 0,1,2 or 0-2, got {seeds!r}") from None
+    if not numbers:
+        raise ValueError(f"--seeds: {seeds!r} is empty; give the smaller number first")
     return numbers
