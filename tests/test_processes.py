@@ -15,6 +15,8 @@ from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from topkd import processes
+from topkd.experiment import evaluate_file
+from topkd.progress import Progress
 from topkd.sync_batchnorm import synchronize
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -90,6 +92,9 @@ def test_documented_command_trains_one_network(tmp_path):
     assert status == 0, printed
     assert result_of(tmp_path)["processes"] == 2
     assert printed.count("epoch 1/1") == 1
+    alone = evaluate_file(run_of(tmp_path), None, None, None, Progress(quiet=True))
+    for metric, value in result_of(tmp_path)["last"].items():  # of both halves of the test images
+        assert value == pytest.approx(alone[metric], rel=1e-5), metric
 
 
 def test_a_process_that_would_train_alone_is_refused(monkeypatch):
