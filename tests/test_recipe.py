@@ -1,14 +1,16 @@
 """Recipes: strict, changed by key=value, and clear about what is wrong."""
 
 import copy
+import math
 
 import pytest
 import yaml
 
 from topkd import recipe
+from topkd.checks import teacher_recipe
 from topkd.losses import LOSSES
 from topkd.recipe import load, names, parse, write
-from topkd.strict import RecipeError, parse_options
+from topkd.strict import RecipeError, parse_options, read_yaml
 
 SMALL = {
     "name": "small",
@@ -55,14 +57,19 @@ def test_reading_what_was_written_gives_the_same(name, tmp_path):
     [
         "optimizer.lr=1e-5",
         "optimizer.weight_decay=1e-30",
-        "name='a: b # c'",
+        "data.root='a: b # c'",
         "name='1e3'",
+        "name='1.5'",
+        "name='0'",
+        "data.root='1:30'",
+        "data.root='2024-01-01'",
         "name=ä",
     ],
 )
 def test_awkward_values_are_written_so_that_they_can_be_read(change):
     first = load("digits", [change])
     assert parse(yaml.safe_load(write(first))) == first
+    assert parse(read_yaml(write(first), "here")) == first
 
 
 @pytest.mark.parametrize("name", names())
@@ -215,7 +222,7 @@ def test_numbers_that_are_none_are_refused(number, where):
 def test_a_recipe_that_does_not_exist():
     with pytest.raises(RecipeError, match="there is no recipe 'digist'; did you mean 'digits'?"):
         load("digist")
-    with pytest.raises(RecipeError, match="there is no recipe 'zzz'; there are .*digits"):
+    with pytest.raises(RecipeError, match="there is no recipe 'zzz'; `topkd list recipes` lists"):
         load("zzz")
 
 
@@ -371,3 +378,100 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     )
     with pytest.raises(RecipeError, match="the key 'epochs' stands twice"):
         recipe.load(str(tmp_path / "twice.yaml"))
+
+
+PLAIN = {"data": {"name": "digits"}, "student": {"model": "resnet8"}, "losses": [{"name": "ce"}]}
+BOMB = "a0: &a0 [1, 1]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (BOMB, "it has more than 100,000 parts"),
+        ("[" * 3000, "is nested too deep"),
+        ("{a: " * 3000, "is nested too deep"),
+        ("a: " + "[" * 200 + "]" * 200, "is nested too deep"),
+        ("a: &a [*a]", "what begins in line 1 contains itself"),
+        ("a: &a {b: *a}", "what begins in line 1 contains itself"),
+        ("? [1, 2]\n: 3", "the key [1, 2] in line 1 is no text; quote it"),
+        ("7: 3", "the key 7 in line 1 is no text; quote it"),
+        ("on: 3", "the key True in line 1 is no text; quote it"),
+        ("epochs: !!int abc", "invalid literal for int"),
+        ("epochs: 1\nepochs: 2", "the key 'epochs' stands twice, again in line 2"),
+        ("a: [", "expected the node content, but found '<stream end>' in line 1, column 5"),
+        ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
+        ("a: \x07", "special characters are not allowed"),
+        ("--- 1\n--- 2", "but found another document in line 2, column 1"),
+        ("- 1", "a recipe is a mapping of keys to values"),
+        ("", "a recipe is a mapping of keys to values"),
+    ],
+)
+def test_yaml_that_is_no_recipe_is_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        recipe.load(str(path))
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), (".5", 0.5), ("1.", 1.0), ("-3", -3), ("1_000", 1000), ("-.inf", -math.inf),
+        ("1:30", "1:30"), ("2024-01-01", "2024-01-01"), ("010", "010"), ("0x1F", "0x1F"),
+        ("1:30.5", "1:30.5"), ("true", True), ("~", None),
+    ],
+)  # fmt: skip
+def test_numbers_are_those_of_yaml_1_2(text, value):
+    found = read_yaml(f"a: {text}", "here")["a"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_mappings_can_be_merged():
+    text = "a: &a {lr: 1, momentum: 2}\nb: {<<: *a, lr: 3}"
+    assert read_yaml(text, "here")["b"] == {"lr": 3, "momentum": 2}
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "/elsewhere/x", "../../x", "a/../b", "a//b", "a/", "a\0b", ".a", "a\\b", "~"]
+)
+def test_a_name_stays_below_out(name):
+    with pytest.raises(RecipeError, match="cannot name a folder below --out"):
+        recipe.parse(PLAIN | {"name": name})
+
+
+@pytest.mark.parametrize("name", ["mine", "cifar100/resnet20-resnet8", "my run.2", "étude+1"])
+def test_names_of_folders_are_taken(name):
+    assert recipe.parse(PLAIN | {"name": name}).name == name
+
+
+def test_many_epochs_are_checked_at_once():
+    terms = [{"name": "ce", "stop": 5_000_000}, {"name": "kd", "start": 5_000_001}]
+    assert recipe.parse(PLAIN | {"losses": terms, "epochs": 9_999_999}).epochs == 9_999_999
+    terms[1]["start"] += 1
+    with pytest.raises(RecipeError, match="no term with a weight counts in epoch 5000001"):
+        recipe.parse(PLAIN | {"losses": terms, "epochs": 9_999_999})
+
+
+def test_a_teachers_recipe_is_found_beside_the_recipe(tmp_path):
+    teacher = PLAIN | {"student": {"model": "resnet8"}, "epochs": 3}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(teacher), encoding="utf-8")
+    own = PLAIN | {"teacher": {"model": "resnet8", "recipe": "t.yaml"}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    assert teacher_recipe(recipe.load(str(tmp_path / "mine.yaml"))).epochs == 3
+    (tmp_path / "t.yaml").unlink()
+    with pytest.raises(RecipeError, match=r"^there is no file t\.yaml$"):
+        teacher_recipe(recipe.load(str(tmp_path / "mine.yaml")))
+
+
+def test_a_difference_is_told_at_its_leaf():
+    there = recipe.parse(PLAIN | {"optimizer": {"lr": 0.05}})
+    here = recipe.parse(PLAIN | {"optimizer": {"lr": 0.02}})
+    assert recipe.difference(there, here) == "optimizer.lr: 0.05 there, 0.02 here"
+    other = recipe.parse(PLAIN | {"teacher": {"model": "resnet8", "checkpoint": "a.pth"}})
+    assert recipe.difference(here, other).startswith("teacher: null there, {")

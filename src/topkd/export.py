@@ -23,7 +23,7 @@ from topkd.models.foreign import refuse_code
 from topkd.progress import Progress
 from topkd.recipe import DataSection
 from topkd.sections import load_data
-from topkd.strict import RecipeError, change_by, near
+from topkd.strict import RecipeError, change_by, near, read_yaml
 
 CONFIG = "config.json"
 TOLERANCE = 1e-4  # of logits: float32 computed in another order
@@ -340,7 +340,7 @@ def card(student: Student, config: Mapping[str, Any]) -> str:
         autoescape=False,  # noqa: S701  (Markdown)
     )
     study = student.study
-    recipe = None if study is None or study.text is None else yaml.safe_load(study.text)
+    recipe = None if study is None or study.text is None else read_yaml(study.text, "recipe.yaml")
     return environment.get_template("model-card.md").render(
         header=_as_yaml(_header(student, config)),
         about=student.about,

@@ -10,10 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, model_validator
 
-from topkd.strict import Loader, RecipeError, Section, change_by, near, validated
+from topkd.strict import RecipeError, Section, change_by, near, read_yaml, validated, write_yaml
 
 STUDENT = "student"  # the name of the run with the recipe's own losses, beside its controls
 
@@ -189,7 +188,7 @@ class Optimizer(Section):
     """What changes the weights, and how its rate changes."""
 
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 0.05
+    lr: Annotated[float, Field(gt=0, le=1e6)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of AdamW, the first beta; the second is 0.999."""
     nesterov: bool = False
@@ -233,6 +232,15 @@ class Recipe(Section):
     """Whether to compile the networks; auto does so for long runs on a GPU."""
 
     @model_validator(mode="after")
+    def _name_is_a_folder(self) -> Recipe:
+        if self.name and not re.fullmatch(r"\w[\w .+-]*(/\w[\w .+-]*)*", self.name):
+            raise ValueError(
+                f"name: {self.name!r} cannot name a folder below --out; use letters, digits, "
+                "' ', '.', '+', '-' and '_', with '/' between folders"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _control_names_are_folders(self) -> Recipe:
         for name in self.controls:
             if name == STUDENT or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
@@ -252,7 +260,9 @@ class Recipe(Section):
                 raise ValueError(f"{arm}: {', '.join(doubled)} appears twice; give a label to each")
             if sum(term.share or 0 for term in terms) >= 1 or all(term.share for term in terms):
                 raise ValueError(f"{arm}: shares must leave something to a term with a weight")
-            for epoch in range(1, self.epochs + 1):
+            ends = [term.stop for term in terms if term.stop is not None]
+            changes = {1, *(term.start for term in terms), *(end + 1 for end in ends)}
+            for epoch in sorted(epoch for epoch in changes if epoch <= self.epochs):
                 if not any(t.weight * t.schedule(epoch, self.epochs) for t in terms if not t.share):
                     raise ValueError(f"{arm}: no term with a weight counts in epoch {epoch}")
         return self
@@ -291,7 +301,11 @@ def text(name: str) -> str:
             raise RecipeError(f"{name} is not UTF-8: {error}") from error
     if name in names():
         return (resources.files("topkd") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    raise RecipeError(f"there is no recipe {name!r}{near(name, names())}")
+    if Path(name).suffix in (".yaml", ".yml"):
+        raise RecipeError(f"there is no file {name}")
+    raise RecipeError(
+        f"there is no recipe {name!r}{near(name, names(), '; `topkd list recipes` lists them')}"
+    )
 
 
 def about(name: str) -> str:
@@ -311,17 +325,23 @@ def load(name: str, changes: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: If the recipe or a change is wrong.
     """
-    try:
-        tree = yaml.load(text(name), Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is not YAML: {error}") from error
+    tree = read_yaml(text(name), name)
     if not isinstance(tree, dict):
         raise RecipeError(f"{name}: a recipe is a mapping of keys to values")
     default = Path(name).stem if Path(name).is_file() else name
     tree.setdefault("name", default)
     for change in changes:
         change_by(tree, change)
+    _find_beside(tree, Path(name))
     return parse(tree)
+
+
+def _find_beside(tree: dict[str, Any], file: Path) -> None:
+    """Lets ``teacher.recipe`` name a file that lies beside the recipe's own."""
+    teacher = tree.get("teacher")
+    named = teacher.get("recipe") if isinstance(teacher, dict) else None
+    if isinstance(named, str) and file.is_file() and (file.parent / named).is_file():
+        tree["teacher"] = {**tree["teacher"], "recipe": str(file.parent / named)}
 
 
 def parse(tree: Mapping[str, Any]) -> Recipe:
@@ -335,7 +355,7 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
 
 def write(recipe: Recipe) -> str:
     """Writes a recipe so that reading it gives the same again."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml(recipe.model_dump(mode="json"))
 
 
 def difference(there: Recipe, here: Recipe) -> str:

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -18,6 +17,7 @@ from torch import Tensor
 from topkd import files
 from topkd.recipe import STUDENT, Term
 from topkd.statistics import Paired, paired
+from topkd.strict import read_yaml
 
 Value = TypeVar("Value")
 
@@ -160,7 +160,7 @@ class Study:
     @property
     def cloud_size(self) -> int:
         """How many points make a cloud: the batch size of the recipe."""
-        size = _tree(self.text).get("batch_size", 64)
+        size = _tree(self.text, "recipe.yaml").get("batch_size", 64)
         return size if isinstance(size, int) and size > 1 else 64
 
     def over_seeds(self, arm: str, read: Callable[[Result], Value | None]) -> dict[int, Value]:
@@ -263,10 +263,7 @@ def _study(recipe: str, arms: Mapping[str, Mapping[int, Run]]) -> Study:
     run = next(iter(next(iter(arms.values())).values()))
     path = run.folder.parent.parent / "recipe.yaml"
     text = path.read_text(encoding="utf-8") if path.exists() else None
-    try:
-        named = list(_tree(text).get("controls") or {})
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    named = list(_tree(text, str(path)).get("controls") or {})
     losses = {arm: next(iter(seeds.values())).result.losses for arm, seeds in arms.items()}
     controls = sorted(arms.keys() - {STUDENT}, key=lambda arm: _place(arm, named, losses))
     order = [*controls, STUDENT] if STUDENT in arms else controls
@@ -284,6 +281,6 @@ def _place(
     return position, -shared, len(losses[arm]), arm
 
 
-def _tree(text: str | None) -> dict[str, Any]:
-    tree = yaml.safe_load(text) if text else None
+def _tree(text: str | None, where: str) -> dict[str, Any]:
+    tree = read_yaml(text, where) if text else None
     return tree if isinstance(tree, dict) else {}

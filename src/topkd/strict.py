@@ -13,6 +13,10 @@ from typing import Annotated, Any, TypeGuard
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+LARGEST, DEEPEST = 100_000, 100  # parts of a recipe, and levels
+_MERGE = "tag:yaml.org,2002:merge"
+_OTHERWISE = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; it says where, what was got and what would be right."""
@@ -129,11 +133,19 @@ def _inside(model: Any, step: Any) -> Any:
     return options[0] if is_union and options else model
 
 
-def near(word: str, words: Sequence[str]) -> str:
-    """Ends a message about a wrong word with the right one, or with all there are."""
+def near(word: str, words: Sequence[str], otherwise: str | None = None) -> str:
+    """Ends a message about a wrong word with the right one, or with all there are.
+
+    Args:
+        word: The wrong one.
+        words: Those that would be right.
+        otherwise: What is said in place of all there are.
+    """
     near = get_close_matches(word, words, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"
+    if otherwise is not None:
+        return otherwise
     return f"; there are {', '.join(words)}" if words else ""
 
 
@@ -147,10 +159,7 @@ def change_by(tree: dict[str, Any], change: str) -> None:
     steps = re.findall(r"[^.\[\]]+", key)
     if not equals or not steps:
         raise RecipeError(f"a change is written key=value, got {change!r}")
-    try:
-        new = yaml.load(value, Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{change}: the value is not YAML: {error}") from error
+    new = read_yaml(value, f"{_shortened(change)}: the value")
     here: Any = tree
     for step in steps[:-1]:
         if isinstance(here, list):
@@ -172,27 +181,100 @@ def _place(items: list[Any], step: str, change: str) -> int:
     found = [item.get("name") if isinstance(item, dict) else item for item in items]
     if step in found:
         return found.index(step)
-    if step.isdigit() and int(step) < len(items):
+    if step.isascii() and step.isdigit() and int(step) < len(items):
         return int(step)
     raise RecipeError(f"{change}: there is no {step!r}; there are {', '.join(map(str, found))}")
 
 
-class Loader(yaml.SafeLoader):
-    """YAML that reads 1e-4 as a number, as people mean it, and takes no key twice."""
+def read_yaml(text: str, where: str) -> Any:
+    """Reads YAML in bounded time and memory.
+
+    Numbers are those of YAML 1.2: ``1e-4`` is one, as people mean it, and ``1:30`` is text.
+
+    Args:
+        text: What is read.
+        where: What it is, for messages.
+
+    Raises:
+        RecipeError: If it is not YAML, has a key twice or a key that is no text, refers to itself,
+            or is larger or nested deeper than any recipe.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_size(node)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RecipeError(f"{where} is not YAML: {error.problem}{place}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{where} is not YAML: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{where} is nested too deep") from error
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Refuses what would be huge once its aliases are filled in, or would never end."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, above: tuple[int, ...]) -> int:
+        if id(node) in above:
+            raise yaml.YAMLError(f"what begins in line {node.start_mark.line + 1} contains itself")
+        if len(above) > DEEPEST:
+            raise RecursionError
+        if id(node) not in sizes:
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            inner = [n for part in parts for n in (part if isinstance(part, tuple) else (part,))]
+            sizes[id(node)] = 1 + sum(size(each, (*above, id(node))) for each in inner)
+        return sizes[id(node)]
+
+    if size(root, ()) > LARGEST:
+        raise yaml.YAMLError(f"it has more than {LARGEST:,} parts")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose keys are text, each there once, and whose numbers are those of YAML 1.2."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OTHERWISE]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        doubled = [key for number, key in enumerate(keys) if key in keys[:number]]
-        if doubled:
-            line = node.start_mark.line + 1
-            raise yaml.YAMLError(
-                f"the key {doubled[0]!r} stands twice in what begins in line {line}"
-            )
+        own = [key for key, _ in node.value if key.tag != _MERGE]
+        keys = [self.construct_object(key, deep=True) for key in own]
+        for number, (key, at) in enumerate(zip(keys, own, strict=True)):
+            line = at.start_mark.line + 1
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"the key {key!r} in line {line} is no text; quote it")
+            if key in keys[:number]:
+                raise yaml.YAMLError(f"the key {key!r} stands twice, again in line {line}")
         return super().construct_mapping(node, deep=deep)
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that this reader or a reader of YAML 1.1 would take for something else."""
+
+
+def write_yaml(tree: Any) -> str:
+    """Writes plain values so that this reader and those of YAML 1.1 read the same."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+_INT = r"^[-+]?(0|[1-9][\d_]*)$"
+_FLOAT = r"^([-+]?(\d[\d_]*\.\d*|\.\d+|(\d+\.?\d*|\.\d+)[eE][-+]?\d+|\.inf)|\.nan)$"
+for _kind in (_Loader, _Dumper):
+    for _tag, _pattern in (("int", _INT), ("float", _FLOAT)):
+        _kind.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(_pattern, re.IGNORECASE), list("-+0123456789.")
+        )
