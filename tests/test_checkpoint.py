@@ -224,17 +224,32 @@ def test_weights_come_back_as_they_were(tmp_path):
     ("name", "content"),
     [
         ("weights.pth", b"anything"),
-        ("weights.safetensors", b""),
-        ("weights.safetensors", b"garbage, and more of it"),
         ("weights.safetensors", save_safetensors(WEIGHTS)),
-        ("weights.safetensors", save_safetensors(WEIGHTS, {"topkd": "no JSON"})),
-        ("weights.safetensors", struct.pack("<Q", 2) + b"[]"),
+        ("weights.safetensors", save_safetensors(WEIGHTS, {"format": "pt"})),
     ],
 )
 def test_nothing_is_known_about_files_of_others(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     assert checkpoint.read_about(path) == {}
+
+
+@pytest.mark.parametrize("read", [checkpoint.read_about, checkpoint.load_weights])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"garbage, and more of it",
+        struct.pack("<Q", 2) + b"[]",
+        save_safetensors(WEIGHTS)[:-1],
+        save_safetensors(WEIGHTS, {"topkd": "no JSON"}),
+    ],
+)
+def test_safetensors_that_are_not_whole_are_named(tmp_path, read, content):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} (is not a whole safetensors file|was altered)"):
+        read(path)
 
 
 def test_fill_lists_the_first_that_differ():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference.equality import same
+from safetensors.torch import save
 from torch import nn
 
 from topkd import files, sealed, state
@@ -281,23 +282,37 @@ def test_a_flipped_bit_of_sealed_json_is_noticed(tmp_path):
 
 def test_a_flipped_bit_of_sealed_tensors_is_noticed():
     tensors = {"a": torch.randn(3, 2), "b": torch.arange(5), "c": torch.tensor(1.5)}
-    content = sealed.pack(tensors, {"topkd": json.dumps({"model": "resnet8"})})
-    assert same(sealed.unpack(content, "x", key="topkd")[0], tensors)
+    about = {"model": "resnet8", "classes": ["a", "b"]}
+    content = sealed.pack(tensors, about)
+    assert same(sealed.unpack(content, "x")[0], tensors)
+    assert sealed.unpack(content, "x")[1] == about
     for changed in flips(content):
         try:
-            found, metadata = sealed.unpack(changed, "x", key="topkd")
+            found, told = sealed.unpack(changed, "x")
         except ValueError:
             continue
-        assert same(found, tensors)  # what changed is in no tensor:
-        assert metadata.get("topkd") in (None, json.dumps({"model": "resnet8"}))  # a key's name
+        assert same(found, tensors)
+        assert told in (about, {})  # a space became another one, or the key's name changed
+
+
+def test_sealed_tensors_are_the_same_bytes_every_time():
+    tensors = {"a": torch.ones(2), "b": torch.zeros(3)}
+    contents = {sealed.pack(tensors, {"b": 1, "a": [None, 0.5]}) for _ in range(20)}
+    assert len(contents) == 1
+
+
+@pytest.mark.parametrize(
+    "told", ["", "null", "[]", "{}", '{"about": 1, "sha256": "x"}', "[" * 9999]
+)
+def test_metadata_of_the_wrong_kind_is_refused(told):
+    with pytest.raises(ValueError, match="x was altered"):
+        sealed.unpack(save({"a": torch.ones(2)}, {sealed.KEY: told}), "x")
 
 
 def test_tensors_of_others_need_no_hash():
-    from safetensors.torch import save
-
-    found, metadata = sealed.unpack(save({"a": torch.ones(2)}, {"format": "pt"}), "x", key="topkd")
+    found, about = sealed.unpack(save({"a": torch.ones(2)}, {"format": "pt"}), "x")
     assert same(found, {"a": torch.ones(2)})
-    assert metadata == {"format": "pt"}
+    assert about == {}
 
 
 @pytest.mark.parametrize("how", ["cut off", "one bit", "empty"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -31,24 +30,21 @@ _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 _WRAPPERS = ("model", "state_dict", "student", "net")  # keys under which others keep the weights
 _ACCURACIES = ("accuracy", "best_acc", "best_acc1", "acc", "top1", "test_acc")  # of it, elsewhere
-_ABOUT = "topkd"  # key of the metadata that files of ours have
 _PREFIXES = ("module.", "student.", "_orig_mod.")
 
 
 def save_weights(path: Path, network: nn.Module, about: Mapping[str, Any]) -> None:
     """Saves the weights of a network with what is needed to use them, as sealed safetensors."""
-    files.write(path, sealed.pack(network.state_dict(), {_ABOUT: json.dumps(dict(about))}))
+    files.write(path, sealed.pack(network.state_dict(), about))
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Reads what :func:`save_weights` was told; nothing of files that others wrote."""
-    content = path.read_bytes() if path.suffix == ".safetensors" else b""
-    try:
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        about: dict[str, Any] = json.loads(header["__metadata__"][_ABOUT])
-    except (KeyError, TypeError, ValueError):
-        return {}
-    return about
+    """Reads the description in a file that :func:`save_weights` wrote; empty for others' files.
+
+    Raises:
+        ValueError: If the file is of safetensors and is not whole, or was altered.
+    """
+    return sealed.unpack(path.read_bytes(), str(path))[1] if path.suffix == ".safetensors" else {}
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -64,7 +60,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         ValueError: If it holds no weights, or code, or was altered.
     """
     if path.suffix == ".safetensors":
-        return _without_prefixes(sealed.unpack(path.read_bytes(), str(path), key=_ABOUT)[0])
+        return _without_prefixes(sealed.unpack(path.read_bytes(), str(path))[0])
     return _weights(_read_pickle(path), path)
 
 

@@ -1,10 +1,11 @@
-"""Safetensors files with a hash of their tensors and metadata."""
+"""Safetensors files with a hash of their tensors and of what they say of themselves."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,32 +13,40 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-_SEAL = "sha256"
+KEY = "topkd"
+"""Key of the metadata of our files: one, since safetensors writes several in any order."""
 
 
-def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Writes tensors and metadata as safetensors, with a hash of both in the metadata.
+def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
+    """Writes tensors as safetensors, with a description and a hash of both in the metadata.
+
+    Args:
+        tensors: Name -> tensor.
+        about: Description, of values that JSON has.
 
     Examples:
-        >>> import torch
         >>> content = pack({"a": torch.ones(2)}, {"is": "an example"})
-        >>> unpack(content, "here", key="is")
+        >>> unpack(content, "here")
         ({'a': tensor([1., 1.])}, {'is': 'an example'})
-        >>> unpack(content.replace(b"example", b"exemple"), "here", key="is")
+        >>> unpack(content.replace(b"example", b"exemple"), "here")
         Traceback (most recent call last):
         ValueError: here was altered: its sha256 does not match its content
     """
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    return save_safetensors(plain, {**metadata, _SEAL: _seal(plain, metadata)})
+    told = json.loads(json.dumps(dict(about)))
+    metadata = json.dumps({"about": told, "sha256": _seal(plain, told)})
+    return save_safetensors(plain, {KEY: metadata})
 
 
-def unpack(content: bytes, origin: str, *, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unpack(content: bytes, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads what :func:`pack` wrote, or safetensors of others, which have no hash.
 
     Args:
         content: Of the file.
         origin: Its name, for the messages.
-        key: A key of the metadata that only files with a hash have.
+
+    Returns:
+        The tensors and the description; of files of others, an empty one.
 
     Raises:
         ValueError: If it is not whole, or was altered.
@@ -47,15 +56,22 @@ def unpack(content: bytes, origin: str, *, key: str) -> tuple[dict[str, Tensor],
     except SafetensorError as error:
         raise ValueError(f"{origin} is not a whole safetensors file: {error}") from error
     size = int.from_bytes(content[:8], "little")
-    metadata: dict[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
-    seal = metadata.pop(_SEAL, None)
-    if (seal is not None or key in metadata) and seal != _seal(tensors, metadata):
+    metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+    if KEY not in metadata:
+        return tensors, {}
+    try:
+        told = json.loads(metadata[KEY])
+        about, seal = told["about"], told["sha256"]
+        intact = isinstance(about, dict) and seal == _seal(tensors, about)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        intact = False
+    if not intact:
         raise ValueError(f"{origin} was altered: its sha256 does not match its content")
-    return tensors, metadata
+    return tensors, about
 
 
-def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+def _seal(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
