@@ -245,7 +245,7 @@ def test_nothing_is_known_about_files_of_others(tmp_path, name, content):
         save_safetensors(WEIGHTS, {"topkd": "no JSON"}),
     ],
 )
-def test_safetensors_that_are_not_whole_are_named(tmp_path, read, content):
+def test_what_a_damaged_file_says_of_itself_is_not_read(tmp_path, read, content):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{path} (is not a whole safetensors file|was altered)"):
