@@ -1,6 +1,6 @@
 """Gradients of networks and losses beside float64 ones; run as a program, under an instruction set.
 
-    python -m reference.gradients THREADS GROUP
+    python -m reference.gradients THREADS GROUP [PART OF]
 
 A crash of oneDNN takes this process down and not the test.
 """
@@ -177,12 +177,15 @@ def adapter_error():
 
 GROUPS = {
     "quick": quick,
-    "zoo": lambda: networks(dict.fromkeys(MODELS, 32)),
-    "foreign": lambda: networks(FOREIGN),
+    "zoo": lambda part: networks(dict.fromkeys(list(MODELS)[part], 32)),
+    "foreign": lambda part: networks(dict(list(FOREIGN.items())[part])),
     "losses": losses,
 }
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[1]))
-    for name, error in GROUPS[sys.argv[2]]():
+    part = (
+        [slice(int(sys.argv[3]), None, int(sys.argv[4]))] if sys.argv[3:] else []
+    )  # every so many, from the n-th
+    for name, error in GROUPS[sys.argv[2]](*part):
         print(f"{name}\t{error:.3g}", flush=True)
