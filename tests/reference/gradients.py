@@ -138,7 +138,7 @@ def networks(names):
 
 def quick():
     yield "strided 1x1 kernels", network_error(Tapped(Narrow(10), [], head="fc"), 16)
-    yield from networks({"resnet8x0.25": 32, "torchvision:shufflenet_v2_x0_5": 32})
+    yield from networks({"resnet8x0.25": 32, "torchvision:mobilenet_v3_small": 64})
     yield AN_ADAPTER, adapter_error()
 
 
