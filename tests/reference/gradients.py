@@ -86,27 +86,25 @@ def distance(found, expected):
 
 
 def network_error(tapped, size):
-    """Trains some steps; returns the greatest error of a step's gradients."""
-    exact = copy.deepcopy(tapped.network).double().to(memory_format=torch.contiguous_format)
-    optimizer = torch.optim.SGD(tapped.parameters(), lr=1e-3)
-    worst = 0.0
+    """Trains some steps; returns the error of the gradients of the last one."""
+    optimizer = torch.optim.SGD(tapped.train().parameters(), lr=1e-3)
     for step in range(STEPS):
-        exact.load_state_dict(tapped.network.state_dict())
+        optimizer.step()  # the first has no gradients and does nothing
+        before = copy.deepcopy(tapped.network)
         batch = shown(size)
-        gradients = []
-        for network, images in (
-            (tapped, batch.images),
-            (exact, batch.images.double().contiguous()),
-        ):
-            network.train().zero_grad()
-            torch.manual_seed(step)  # for dropout
-            made = network(images)
-            logits = made.logits if isinstance(made, Features) else made
-            F.cross_entropy(logits, batch.target).backward()
-            gradients.append([w.grad for w in network.parameters() if w.grad is not None])
-        worst = max(worst, distance(*gradients))
-        optimizer.step()
-    return worst
+        found = gradients_of(tapped, batch.images, batch.target, step)
+    exact = before.double().to(memory_format=torch.contiguous_format)
+    return distance(
+        found, gradients_of(exact, batch.images.double().contiguous(), batch.target, step)
+    )
+
+
+def gradients_of(network, images, target, seed):
+    network.zero_grad()
+    torch.manual_seed(seed)  # for dropout
+    made = network(images)
+    F.cross_entropy(made.logits if isinstance(made, Features) else made, target).backward()
+    return [w.grad for w in network.parameters() if w.grad is not None]
 
 
 def loss_error(loss, student, teacher, batch):
