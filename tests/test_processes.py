@@ -14,8 +14,9 @@ import yaml
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from topkd import processes
+from topkd import checkpoint, processes
 from topkd.experiment import evaluate_file
+from topkd.models import MODELS
 from topkd.progress import Progress
 from topkd.sync_batchnorm import synchronize
 
@@ -150,9 +151,17 @@ def test_processes_have_the_same_weights_and_halves_of_the_data(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_run_with_a_killed_process_ends_and_resumes_to_the_same_bits(tmp_path, victim):
+    teacher = tmp_path / "teacher.safetensors"
+    checkpoint.save_weights(teacher, MODELS["resnet8x0.25"].build(10).network, {})
+    changes = {
+        "data": RECIPE["data"] | {"limit": None},
+        "teacher": {"model": "resnet8x0.25", "checkpoint": str(teacher)},
+        "losses": [{"name": "ce"}, {"name": "crd", "weight": 0.1}],  # keeps a memory of its images
+        "epochs": 6,
+    }
     folders = [tmp_path / "whole", tmp_path / "killed"]
     for folder in folders:
-        write(folder, data=RECIPE["data"] | {"limit": None}, epochs=6)
+        write(folder, **changes)
     assert finish(start(2, folders[0]))[0] == 0
     with start(2, folders[1]) as run:
         printed = until(run, "epoch 2/6", lambda: os.kill(rank_of(run, victim), signal.SIGKILL))

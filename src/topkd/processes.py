@@ -81,13 +81,23 @@ def copy_from_first(tensors: Sequence[Tensor]) -> None:
             distributed.broadcast(tensor, src=0)
 
 
+def of_all(value: T) -> list[T]:
+    """Collects a value of every process, in the order of their ranks.
+
+    Args:
+        value: What can be pickled.
+    """
+    if count() == 1:
+        return [value]
+    values: list[T] = [value] * count()
+    distributed.all_gather_object(values, value)
+    return values
+
+
 def merge(values: dict[str, str]) -> None:
     """Adds to a dictionary the entries that it has in the other processes."""
-    if count() > 1:
-        everyones: list[dict[str, str]] = [{}] * count()
-        distributed.all_gather_object(everyones, values)
-        for entries in everyones:
-            values.update(entries)
+    for entries in of_all(values):
+        values.update(entries)
 
 
 def share(items: int) -> Tensor:

@@ -112,8 +112,10 @@ class Trainer:
             for epoch in left:
                 entry = self._epoch(epoch, advance)
                 self.history.append(entry)
+                # Each process has, say, its own memory of the images that it has seen.
+                buffers = processes.of_all(dict(self.adapters.named_buffers()))
                 if self.accelerator.is_main_process:
-                    self._save(folder)
+                    self._save(folder, buffers[1:])
                 if board is not None:
                     write_scalars(board, entry)
                 told = self._say_faults(told)
@@ -322,7 +324,7 @@ class Trainer:
 
         return first_try
 
-    def _save(self, folder: Path) -> None:
+    def _save(self, folder: Path, others: Sequence[Mapping[str, Tensor]]) -> None:
         state = {
             "student": self.student.network.state_dict(),
             "losses": self.adapters.state_dict(),
@@ -330,6 +332,7 @@ class Trainer:
             "history": self.history,
             "norms": self.balance.norms,
             "processes": processes.count(),
+            "buffers_of_others": list(others),
             "identity": self.identity,
             "topkd": topkd.__version__,
         }
@@ -358,6 +361,8 @@ class Trainer:
             )
         self.student.network.load_state_dict(state["student"])
         self.adapters.load_state_dict(state["losses"])
+        own = state["buffers_of_others"][processes.rank() - 1] if processes.rank() > 0 else {}
+        self.adapters.load_state_dict(own, strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = list(state["history"])
         self.balance = Balance(dict(state["norms"]))
