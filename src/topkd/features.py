@@ -86,11 +86,11 @@ class _Tap:
 class Tapped(nn.Module):
     """A classifier that also returns what chosen modules computed on the way.
 
-    The network is read through hooks and computes what it did, in the memory format that
-    :func:`~topkd.memory_format.memory_format` chooses for its weights and its images. A tap is the
-    name of a module, whose output is read; with ``:in`` after the name, its input is, which the
-    module then overwrites no longer. A network that answers with a pair has two heads: its logits
-    come first, those of the head that learns from teachers second.
+    The network is read through hooks and computes what it did. Its weights are made contiguous, and
+    its images are laid out in the format that :func:`~topkd.memory_format.memory_format` chooses. A
+    tap is the name of a module, whose output is read; with ``:in`` after the name, its input is,
+    which the module then overwrites no longer. A network that answers with a pair has two heads:
+    its logits come first, those of the head that learns from teachers second.
 
     Args:
         network: Any classifier, wherever it comes from.
@@ -124,7 +124,8 @@ class Tapped(nn.Module):
     ) -> None:
         super().__init__()
         self.memory_format = memory_format(network)
-        self.network = network.to(memory_format=self.memory_format)
+        # Its images decide, and weights that are channels-last would overrule them.
+        self.network = network.to(memory_format=torch.contiguous_format)
         self._to_map = to_map
         self.maps, self.preactivations = tuple(maps), tuple(preactivations)
         self.others: tuple[str, ...] = ()

@@ -15,8 +15,9 @@ def memory_format(network: nn.Module) -> torch.memory_format:
     Channels-last is faster on every processor. It must not be used where a network holds a dense,
     strided 1x1 convolution with fewer input channels than a block of the processor's instruction
     set: there, oneDNN's gradient of the weights writes past the end of a buffer, and the process
-    crashes, hangs or continues with wrong gradients. Such a network is computed contiguously, in
-    both its weights and its inputs, since either alone makes a convolution channels-last.
+    crashes, hangs or continues with wrong gradients. Such a network needs contiguous weights and
+    contiguous images, since either of them makes a convolution channels-last. For all others,
+    channels-last images are enough.
 
     The choice depends on the network alone, so that a run means the same on every machine.
 

@@ -109,17 +109,22 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         std: Of each channel.
 
     Returns:
-        Floats (n, 3, h, w), channels-last in memory.
+        Floats (n, 3, h, w), contiguous; :class:`~topkd.features.Tapped` lays them out as is best
+        for its network.
     """
     byte = torch.arange(256, dtype=torch.float64)[:, None] / 255
     table = ((byte - torch.tensor(mean)) / torch.tensor(std)).float()  # what a byte becomes
-    images = np.empty(pixels.shape, np.float32)
-    _look_up(pixels.contiguous().numpy().reshape(-1, 3), table.numpy(), images.reshape(-1, 3))
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+    n, height, width, _ = pixels.shape
+    images = np.empty((n, 3, height, width), np.float32)
+    _look_up(pixels.contiguous().numpy(), table.numpy(), images)
+    return torch.from_numpy(images)
 
 
 @compiled()
 def _look_up(pixels: np.ndarray, table: np.ndarray, images: np.ndarray) -> None:
-    for i in range(len(pixels)):
+    n, height, width, _ = pixels.shape
+    for i in range(n):
         for c in range(3):
-            images[i, c] = table[pixels[i, c], c]
+            for y in range(height):
+                for x in range(width):
+                    images[i, c, y, x] = table[pixels[i, y, x, c], c]

@@ -129,7 +129,7 @@ class Augmented:
         mixed = images * own + images[partner] * (1 - own)
         labels, counts = F.one_hot(target, self.classes).float(), own.mean()
         soft = labels * counts + labels[partner] * (1 - counts)
-        return mixed.contiguous(memory_format=torch.channels_last), soft
+        return mixed, soft
 
 
 def with_augmentation(data: Data, augmentation: Augmentation, workers: int | None = None) -> Data:
