@@ -132,7 +132,8 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None
         origin: Where they come from, for the message.
 
     Raises:
-        ValueError: If names or shapes differ; the message lists the first that do.
+        ValueError: If names or shapes differ, of which the message lists the first, or a weight is
+            NaN or infinite.
     """
     own = network.state_dict()
     wrong = [
@@ -145,6 +146,15 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None
         more = f"\n  and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         listed = "\n  ".join(wrong[:3])
         raise ValueError(f"{origin} does not fit this network:\n  {listed}{more}")
+    parameters = dict(network.named_parameters())
+    for name, tensor in ((name, weights[name]) for name in own if name in weights):
+        # Buffers may be infinite, as the masks of some transformers are.
+        lost = ~tensor.isfinite() if name in parameters else tensor.isnan()
+        if lost.any():
+            raise ValueError(
+                f"{origin}: {name} holds NaN or infinity; the file is damaged, or its training "
+                "diverged"
+            )
     network.load_state_dict(dict(weights), strict=False)
 
 

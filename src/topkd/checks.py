@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from topkd import recipe as recipes
-from topkd.data import DATA
+from topkd.data import DATA, TRAINING_IMAGES, refuse_few
 from topkd.losses import LOSSES, Loss
 from topkd.models import foreign
 from topkd.recipe import STUDENT, Recipe, StudentSection, Term, View
@@ -43,6 +43,13 @@ def check(recipe: Recipe) -> None:
         _check_network(recipe.teacher, "teacher")
         if recipe.teacher.checkpoint is None and not recipe.teacher.pretrained:
             teacher_recipe(recipe)
+
+
+def check_batches(recipe: Recipe) -> None:
+    """Raises ``ValueError`` if the training images, as far as they are known, fill no batch."""
+    for count in (recipe.data.limit, TRAINING_IMAGES.get(recipe.data.name)):
+        if count is not None:
+            refuse_few(count, recipe.batch_size)
 
 
 def _check_network(section: StudentSection, where: str) -> None:

@@ -341,9 +341,11 @@ def check(recipe: RecipeName, changes: Changes = None) -> None:
     """Check every name and option of a recipe, without running it."""
     from topkd import recipe as recipes
     from topkd.checks import check as check_recipe
+    from topkd.checks import check_batches
 
     loaded = recipes.load(recipe, changes or [])
     check_recipe(loaded)
+    check_batches(loaded)
     taught = f", taught by {loaded.teacher.model}" if loaded.teacher else ""
     arms = ", ".join(loaded.arms)
     typer.echo(f"{loaded.name} is right: {loaded.student.model}{taught}; runs {arms}")

@@ -26,7 +26,7 @@ from topkd.models.reused import Reused, rebuild, reuse
 from topkd.progress import Progress
 from topkd.recipe import STUDENT, DataSection, Recipe, Term, View
 from topkd.results import finished
-from topkd.sections import load_data, network_of, published_for, side
+from topkd.sections import load_data, network_of, published_for, refuse_large_batches, side
 from topkd.strict import RecipeError
 from topkd.terms import Weighted, seen, taps
 from topkd.train import Trainer
@@ -197,8 +197,10 @@ class Experiment:
         """Carries out everything that comes before the first student is trained.
 
         Raises:
-            ValueError: If the folder holds runs of another recipe.
+            ValueError: If the folder holds runs of another recipe, or a batch has more images than
+                the training set.
         """
+        refuse_large_batches(self.recipe, self.data)
         self._claim_folder()
         for arm in self.recipe.arms:
             self.losses(arm, self.new_student(), 0)
@@ -235,6 +237,7 @@ class Experiment:
             yield
 
     def _train_student(self, arm: str, seed: int, folder: Path) -> dict[str, Any]:
+        refuse_large_batches(self.recipe, self.data)
         teacher = self.teacher  # trained before the student's random numbers begin
         torch.manual_seed(seed)
         student = self.new_student()

@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import torch
 
-from topkd.data import DATA, Augmentation, Data, with_augmentation
+from topkd import processes
+from topkd.data import DATA, Augmentation, Data, refuse_few, with_augmentation
 from topkd.features import Tapped
 from topkd.models import foreign
-from topkd.recipe import DataSection, StudentSection, TeacherSection
+from topkd.recipe import DataSection, Recipe, StudentSection, TeacherSection
 from topkd.strict import RecipeError, parse_options
 
 
 def network_of(section: StudentSection, data: Data, size: int | None = None) -> Tapped:
-    """Builds a network for the images of a data set, or for those of another size."""
+    """Builds a network for the images of a data set, or for those of another size.
+
+    Raises:
+        ValueError: If the network is unknown, or cannot take images of this size.
+    """
     shown = side(data) if size is None else size
-    return foreign.build(
-        section.model, len(data.classes), shown, pretrained=section.pretrained, **section.taps
-    )
+    try:
+        network = foreign.build(
+            section.model, len(data.classes), shown, pretrained=section.pretrained, **section.taps
+        )
+        _try(network, shown)
+    except (RuntimeError, AssertionError) as error:  # torch's, and those of networks of others
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{section.model} cannot take images of {shown} px: {reason}") from error
+    return network
+
+
+def _try(network: Tapped, size: int) -> None:
+    """Evaluates a network once, which raises if it cannot take images of this size."""
+    training = network.training
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        network.eval().network(torch.zeros(1, 3, size, size))
+    network.train(training)
 
 
 def published_for(section: TeacherSection, data: Data) -> foreign.Published:
@@ -38,6 +57,11 @@ def published_for(section: TeacherSection, data: Data) -> foreign.Published:
 def side(data: Data) -> int:
     """Pixels on a side of what networks are shown."""
     return data.test.read(torch.arange(1), None).shape[-1]
+
+
+def refuse_large_batches(recipe: Recipe, data: Data) -> None:
+    """Raises ``ValueError`` if a batch of all processes has more images than the training set."""
+    refuse_few(len(data.train.target), recipe.batch_size * processes.count())
 
 
 def load_data(section: DataSection) -> Data:

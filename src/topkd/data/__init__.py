@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from topkd.data.augmented import Augmentation, Augmented, with_augmentation
 from topkd.data.base import Data, Faults, Images, InMemory, Subset, same_order
-from topkd.data.batches import plain_batches, training_batches
+from topkd.data.batches import plain_batches, refuse_few, training_batches
 from topkd.data.cifar import cifar10, cifar100
 from topkd.data.dataset import dataset, from_dataset
 from topkd.data.digits import digits
@@ -23,8 +23,12 @@ DATA: Mapping[str, Callable[..., Data]] = {
 }
 """Name -> function that loads it; its arguments are the options of ``data`` in a recipe."""
 
+TRAINING_IMAGES: Mapping[str, int] = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1257}
+"""Name -> number of training images, where it is always the same."""
+
 __all__ = [
     "DATA",
+    "TRAINING_IMAGES",
     "Augmentation",
     "Augmented",
     "Data",
@@ -34,6 +38,7 @@ __all__ = [
     "Subset",
     "from_dataset",
     "plain_batches",
+    "refuse_few",
     "same_order",
     "training_batches",
     "with_augmentation",

@@ -44,12 +44,19 @@ def training_batches(
         ValueError: If there are fewer images than a batch needs, or one cannot be read.
     """
     count = len(images.target)
-    if count < size * ranks:
-        raise ValueError(f"{count} training images are too few for a batch of {size * ranks}")
+    refuse_few(count, size * ranks)
     order = torch.from_numpy(shuffled(images, seed, epoch))
     own = order[: count - count % (size * ranks)].view(-1, ranks, size)[:, rank]
     drawn = seed if augmentation_seed is None else augmentation_seed
     yield from _read_ahead(images, list(own), (drawn, epoch))
+
+
+def refuse_few(count: int, size: int) -> None:
+    """Raises ``ValueError`` if there are fewer training images than a batch has."""
+    if count < size:
+        raise ValueError(
+            f"{count} training images are too few for a batch of {size}; make batch_size smaller"
+        )
 
 
 def plain_batches(images: Images, size: int, index: Tensor | None = None) -> Iterator[Batch]:
