@@ -240,14 +240,54 @@ def cores() -> int:
 
 
 def in_color(picture: Image.Image) -> Image.Image:
-    """Converts a picture of any kind to red, green and blue, of eight bits each."""
+    """Converts a picture of any kind to red, green and blue, of eight bits each, and upright.
+
+    Raises:
+        ValueError: If it is of numbers whose scale is unknown.
+        OSError: If it cannot be decoded.
+    """
     from PIL import Image
 
-    if picture.mode.startswith("I"):  # gray of 16 bits, which PIL would clip
-        return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8)).convert("RGB")
-    if picture.mode == "P":  # a palette, perhaps with a transparent color
+    picture.load()
+    turn = _UPRIGHT.get(_orientation(picture))
+    if picture.mode == "F" or picture.mode.startswith("I"):  # PIL would clip these
+        picture = Image.fromarray(_bytes(np.asarray(picture), picture))
+    elif picture.mode == "P":  # a palette, perhaps with a transparent color
         picture = picture.convert("RGBA")
-    return picture.convert("RGB")
+    color = picture.convert("RGB")
+    return color if turn is None else color.transpose(Image.Transpose(turn))
+
+
+_UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> PIL's transposition
+
+
+def _orientation(picture: Image.Image) -> int:
+    if picture.format == "TIFF":  # turned when it was loaded; old versions of Pillow forget that
+        return 1
+    try:
+        orientation: int = picture.getexif().get(0x0112, 1)
+    except Exception:  # whatever damaged metadata provoke; the picture itself can be read
+        return 1
+    return orientation
+
+
+def _bytes(values: np.ndarray, picture: Image.Image) -> np.ndarray:
+    """Scales gray of 16 bits, or of floats from 0 to 1, to bytes."""
+    least, most = values.min(), values.max()
+    if picture.mode == "F":
+        if not (least >= 0 and most <= 1):
+            raise ValueError(f"floats must be from 0 to 1, got {least:.4g} to {most:.4g}")
+        return (255 * values).round().astype(np.uint8)
+    # Old versions of Pillow open PNG of 16 bits as of 32.
+    if picture.mode == "I" and picture.format not in ("PNG", "PPM"):
+        if least < 0 or most > 65535:
+            raise ValueError(f"integers must be from 0 to 65535, got {least} to {most}")
+        if 0 < most < 256:
+            raise ValueError(
+                f"integers of 32 bits from {least} to {most} would be nearly black, as 65535 is "
+                "white; save them with 8 bits"
+            )
+    return (values // 257).astype(np.uint8)
 
 
 def _center(size: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -1,0 +1,176 @@
+"""Pictures as cameras, scanners and microscopes write them: orientation, depth, size."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from topkd.data import from_dataset
+from topkd.data.folder import folder
+from topkd.data.parquet import parquet
+from topkd.data.pictures import in_color, open_bytes
+from topkd.data.webdataset import webdataset
+
+PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+ORIENTATION = 274
+# How EXIF 2.3 has a picture stored, for a viewer that undoes it.
+STORED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def upright(height=16, width=16):
+    """A picture of which no turn and no mirror image is itself."""
+    corner = np.arange(height * width).reshape(height, width) * 255 // (height * width)
+    return np.stack([corner, 255 - corner, corner // 2], -1).astype(np.uint8)
+
+
+def turned(orientation, suffix):
+    """The bytes of an upright picture that is stored otherwise."""
+    picture = Image.fromarray(upright())
+    if orientation in STORED:
+        picture = picture.transpose(STORED[orientation])
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    content = io.BytesIO()
+    options = {"quality": 100, "subsampling": 0} if suffix == "jpeg" else {"lossless": True}
+    picture.save(content, suffix, exif=exif, **options)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["jpeg", "png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(orientation, suffix):
+    with open_bytes(turned(orientation, suffix)) as picture:
+        found = np.asarray(in_color(picture)).astype(int)
+    assert np.abs(found - upright()).max() <= (12 if suffix == "jpeg" else 0)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0no such thing", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"x"]
+)
+def test_metadata_that_cannot_be_read_turn_nothing(exif):
+    content = io.BytesIO()
+    Image.fromarray(upright()).save(content, "png", exif=exif)
+    with open_bytes(content.getvalue()) as picture:
+        assert np.array_equal(in_color(picture), upright())
+
+
+@pytest.fixture
+def sideways(tmp_path):
+    """The same two pictures, stored sideways, as every kind of source has them."""
+    content = turned(6, "png")
+    for part in ("train", "val"):
+        for name in "ab":
+            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / part / name / "0.png").write_bytes(content)
+    return tmp_path, content
+
+
+def by_folder(root, content):
+    return folder(root=str(root), size=16, padding=0, **PLAIN)
+
+
+def by_parquet(root, content):
+    pa, files = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for part in ("train", "val"):
+        rows = {"image": [{"bytes": content}] * 2, "label": [0, 1]}
+        files.write_table(pa.table(rows), root / f"{part}.parquet")
+    return parquet(root=str(root), size=16, padding=0, **PLAIN)
+
+
+def by_webdataset(root, content):
+    wds = pytest.importorskip("webdataset")
+    for part in ("train", "val"):
+        with wds.TarWriter(str(root / f"{part}.tar")) as tar:
+            for label in (0, 1):
+                tar.write({"__key__": str(label), "png": content, "cls": label})
+    return webdataset(root=str(root), size=16, padding=0, **PLAIN)
+
+
+def by_dataset(root, content):
+    samples = [(open_bytes(content), label) for label in (0, 1)]
+    return from_dataset(samples, samples, size=16, padding=0, **PLAIN)
+
+
+@pytest.mark.parametrize("load", [by_folder, by_parquet, by_webdataset, by_dataset])
+def test_every_source_turns_pictures_upright(sideways, load):
+    data = load(*sideways)
+    for part in (data.train, data.test):
+        for found in part.read_bytes(torch.arange(2), None):
+            assert np.array_equal(found, upright())
+
+
+# --- Depth ---------------------------------------------------------------------------------------
+
+GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def saved(values, suffix, **options):
+    content = io.BytesIO()
+    Image.fromarray(values).save(content, suffix, **options)
+    return content.getvalue()
+
+
+def big_endian(values):
+    """A TIFF of a kind that Pillow does not write: a header, a list of tags, the pixels."""
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: 16, 259: 1, 262: 1, 273: 110, 278: height, 279: 512}
+    listed = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"MM\0*" + struct.pack(">IH", 8, len(tags))
+    return head + listed + bytes(4) + values.astype(">u2").tobytes()
+
+
+SIXTEEN = GRAY.astype(np.uint16) * 257
+DEEP = {
+    "16 bits, png": saved(SIXTEEN, "png"),
+    "16 bits, tiff": saved(SIXTEEN, "tiff"),
+    "16 bits, big-endian tiff": big_endian(SIXTEEN),
+    "16 bits, pgm": b"P5 16 16 65535\n" + SIXTEEN.astype(">u2").tobytes(),
+    "32 bits": saved(GRAY.astype(np.int32) * 257, "tiff"),
+    "floats": saved((GRAY / 255).astype(np.float32), "tiff"),
+}
+
+
+@pytest.mark.parametrize("content", DEEP.values(), ids=DEEP)
+def test_deep_pictures_have_the_gray_of_the_same_picture_of_eight_bits(content):
+    with open_bytes(content) as picture:
+        assert np.array_equal(in_color(picture), np.stack([GRAY] * 3, -1))
+
+
+@pytest.mark.parametrize("least", [0, 1])
+def test_a_png_of_16_bits_is_one_whichever_mode_pillow_gives_it(least):
+    """Before version 11 Pillow opened it in its mode of 32 bits."""
+    picture = Image.fromarray(np.full((2, 2), least * 257, np.int32))
+    picture.format = "PNG"
+    assert (np.asarray(in_color(picture)) == least).all()
+
+
+LOST = {
+    "integers above 16 bits": (np.array([[0, 65536]], np.int32), "0 to 65536"),
+    "negative integers": (np.array([[-1, 100]], np.int32), "-1 to 100"),
+    "bytes in 32 bits": (np.array([[0, 255]], np.int32), "0 to 255"),
+    "floats above 1": (np.array([[0, 255]], np.float32), "0 to 255"),
+    "negative floats": (np.array([[-0.5, 0.5]], np.float32), "-0.5 to 0.5"),
+    "floats that are none": (np.array([[0, np.nan]], np.float32), "nan"),
+}
+
+
+@pytest.mark.parametrize(("values", "got"), LOST.values(), ids=LOST)
+def test_pictures_whose_scale_nobody_knows_are_named(tmp_path, values, got):
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.fromarray(GRAY).save(tmp_path / place / "0.png")
+    Image.fromarray(values).save(tmp_path / "train/b/1.tiff")
+    data = folder(root=str(tmp_path), size=8)
+    with pytest.raises(ValueError, match=f"train/b/1.tiff: not a readable image: .*{got}"):
+        data.train.read(torch.arange(3), None)
