@@ -192,21 +192,44 @@ class Data:
         Raises:
             ValueError: If the share leaves a class without an image on either side.
         """
-        chosen = _by_class(self.train.target, share)
-        kept = np.setdiff1d(np.arange(len(self.train.target)), chosen)
-        for side in (chosen, kept):
-            if len(set(self.train.target[side].tolist())) < len(set(self.train.target.tolist())):
-                raise ValueError(
-                    f"{self.name}: a validation share of {share} leaves a class without images"
-                )
-        train = Subset(self.train, torch.from_numpy(kept))
-        held_out = Subset(self.train, torch.from_numpy(chosen))
+        kept, chosen = stratified_split(
+            self.train.target, share, f"{self.name}: a validation share"
+        )
+        train, held_out = Subset(self.train, kept), Subset(self.train, chosen)
         return replace(self, train=train, test=held_out, judged_on="validation")
 
     def with_limit(self, images: int) -> Data:
-        """Trains on so many images only, of each class as many as of the others."""
-        chosen = _by_class(self.train.target, min(1.0, images / len(self.train.target)))
-        return replace(self, train=Subset(self.train, torch.from_numpy(chosen)))
+        """Trains on so many images only, the same share of each class.
+
+        Classes that this leaves without an image are reported in :attr:`faults`.
+        """
+        target = self.train.target
+        chosen = torch.from_numpy(_by_class(target, min(1.0, images / len(target))))
+        lost = sorted(set(target.tolist()) - set(target[chosen].tolist()))
+        self.faults.empty += [self.classes[label] for label in lost]
+        return replace(self, train=Subset(self.train, chosen))
+
+
+def stratified_split(target: Tensor, share: float, what: str) -> tuple[Tensor, Tensor]:
+    """Splits images in two, every class in the same way, which depends on the labels alone.
+
+    Args:
+        target: Labels of the images, (n,).
+        share: Of the second part.
+        what: The share is called, for the message.
+
+    Returns:
+        Which images belong to either part.
+
+    Raises:
+        ValueError: If the share leaves a class without an image in either part.
+    """
+    chosen = _by_class(target, share)
+    kept = np.setdiff1d(np.arange(len(target)), chosen)
+    for part in (chosen, kept):
+        if len(set(target[part].tolist())) < len(set(target.tolist())):
+            raise ValueError(f"{what} of {share} leaves a class without images")
+    return torch.from_numpy(kept), torch.from_numpy(chosen)
 
 
 def _by_class(target: Tensor, share: float) -> np.ndarray:

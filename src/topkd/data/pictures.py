@@ -28,6 +28,16 @@ SMALL = 128  # pixels a side: up to there, threads wait for each other longer th
 OnError = Literal["stop", "skip"]
 
 
+def is_hidden(name: str) -> bool:
+    """Tells whether a file or folder is no data: a hidden one, or what other programs leave.
+
+    Examples:
+        >>> [is_hidden(name) for name in ("._0.png", ".ipynb_checkpoints", "@eaDir", "0.png")]
+        [True, True, True, False]
+    """
+    return name.startswith(".") or name in ("@eaDir", "__MACOSX")
+
+
 class StorageError(ValueError):
     """A shard that cannot be read: unlike a single bad picture, it always stops the work."""
 

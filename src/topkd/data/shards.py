@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from topkd.data.base import Faults, refuse_clashes
+from topkd.data.pictures import is_hidden
 
 JUDGED = ("validation", "valid", "val", "test")  # the first that there is is judged by
 
@@ -21,7 +22,7 @@ def splits(root: Path, suffix: str) -> tuple[list[Path], list[Path]]:
     folder it lies in (``train/0000.parquet``).
 
     Args:
-        root: Folder to search, with all folders in it.
+        root: Folder to search, with all folders in it but hidden ones.
         suffix: Of the files.
 
     Raises:
@@ -29,6 +30,8 @@ def splits(root: Path, suffix: str) -> tuple[list[Path], list[Path]]:
     """
     found: dict[str, list[Path]] = {}
     for path in sorted(root.rglob(f"*{suffix}")):
+        if any(map(is_hidden, path.relative_to(root).parts)):
+            continue
         found.setdefault(_split(path.relative_to(root)), []).append(path)
     judge = next((name for name in JUDGED if name in found), None)
     if "train" not in found or judge is None:
