@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 BATCH = 64  # pictures at a time
 
@@ -43,11 +43,15 @@ class Student:
     def prepare(self, picture: Image.Image) -> np.ndarray:
         """Cuts out what networks see, scales and normalises it: (3, size, size)."""
         size, box = self.config["size"], None
+        picture = in_color(picture)
         if self.config["crop"] is not None:  # a share of the shorter side, in the middle
-            side = min(picture.size) * self.config["crop"]
+            shorter = min(picture.size)
+            side = max(shorter * self.config["crop"], min(shorter, self.config["crop_least"]))
             left, top = ((length - side) / 2 for length in picture.size)
+            if side == size:  # whole pixels, which are not scaled
+                left, top = left // 1, top // 1
             box = (left, top, left + side, top + side)
-        square = in_color(picture).resize((size, size), Image.Resampling.BILINEAR, box)
+        square = picture.resize((size, size), Image.Resampling.BILINEAR, box)
         pixels = np.asarray(square) / 255
         normalised = (pixels - self.config["mean"]) / self.config["std"]
         return normalised.astype(np.float32).transpose(2, 0, 1)
@@ -63,7 +67,12 @@ class Student:
 
 
 def in_color(picture: Image.Image) -> Image.Image:
-    """Converts a picture of any kind to red, green and blue, of eight bits each."""
+    """Converts a picture of any kind to red, green and blue, of eight bits each, and upright."""
+    picture.load()
+    if picture.format != "TIFF":  # turned when it was loaded
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("floats have no known scale")
     if picture.mode.startswith("I"):  # gray of 16 bits, which Pillow would clip
         return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8)).convert("RGB")
     if picture.mode == "P":  # a palette, perhaps with a transparent color

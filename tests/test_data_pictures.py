@@ -76,35 +76,35 @@ def sideways(tmp_path):
     return tmp_path, content
 
 
-def by_folder(root, content):
-    return folder(root=str(root), size=16, padding=0, **PLAIN)
+def by_folder(root, content, **frame):
+    return folder(root=str(root), **frame, **PLAIN)
 
 
-def by_parquet(root, content):
+def by_parquet(root, content, **frame):
     pa, files = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for part in ("train", "val"):
         rows = {"image": [{"bytes": content}] * 2, "label": [0, 1]}
         files.write_table(pa.table(rows), root / f"{part}.parquet")
-    return parquet(root=str(root), size=16, padding=0, **PLAIN)
+    return parquet(root=str(root), **frame, **PLAIN)
 
 
-def by_webdataset(root, content):
+def by_webdataset(root, content, **frame):
     wds = pytest.importorskip("webdataset")
     for part in ("train", "val"):
         with wds.TarWriter(str(root / f"{part}.tar")) as tar:
             for label in (0, 1):
                 tar.write({"__key__": str(label), "png": content, "cls": label})
-    return webdataset(root=str(root), size=16, padding=0, **PLAIN)
+    return webdataset(root=str(root), **frame, **PLAIN)
 
 
-def by_dataset(root, content):
+def by_dataset(root, content, **frame):
     samples = [(open_bytes(content), label) for label in (0, 1)]
-    return from_dataset(samples, samples, size=16, padding=0, **PLAIN)
+    return from_dataset(samples, samples, **frame, **PLAIN)
 
 
 @pytest.mark.parametrize("load", [by_folder, by_parquet, by_webdataset, by_dataset])
 def test_every_source_turns_pictures_upright(sideways, load):
-    data = load(*sideways)
+    data = load(*sideways, size=16, padding=0)
     for part in (data.train, data.test):
         for found in part.read_bytes(torch.arange(2), None):
             assert np.array_equal(found, upright())
@@ -174,3 +174,87 @@ def test_pictures_whose_scale_nobody_knows_are_named(tmp_path, values, got):
     data = folder(root=str(tmp_path), size=8)
     with pytest.raises(ValueError, match=f"train/b/1.tiff: not a readable image: .*{got}"):
         data.train.read(torch.arange(3), None)
+
+
+# --- Crop ----------------------------------------------------------------------------------------
+
+
+def seen(size, picture, **options):
+    """The pixels of one picture that a network is shown in evaluation."""
+    images = from_dataset([(picture, 0)], [(picture, 0)], size=size, **PLAIN, **options).test
+    return images.read_bytes(torch.tensor([0]), None)[0].numpy()
+
+
+@pytest.mark.parametrize("size", [8, 28, 32])
+def test_pictures_of_the_size_are_left_alone(size):
+    pixels = upright(size, size)
+    assert np.array_equal(seen(size, pixels), pixels)
+
+
+@pytest.mark.parametrize("shape", [(32, 45), (45, 32)])
+def test_of_oblong_pictures_whose_shorter_side_has_the_size_the_middle_is_left_alone(shape):
+    pixels = upright(*shape)
+    top, left = ((length - 32) // 2 for length in shape)
+    assert np.array_equal(seen(32, pixels), pixels[top : top + 32, left : left + 32])
+
+
+@pytest.mark.parametrize("length", [5, 20, 31])
+def test_of_smaller_pictures_all_is_scaled(length):
+    picture = Image.fromarray(upright(length, length))
+    expected = picture.resize((32, 32), Image.Resampling.BILINEAR)
+    assert np.array_equal(seen(32, picture), expected)
+
+
+@pytest.mark.parametrize("length", [33, 36])
+def test_of_pictures_up_to_8_7_of_the_size_the_middle_is_not_scaled(length):
+    pixels, edge = upright(length, length), (length - 32) // 2
+    assert np.array_equal(seen(32, pixels), pixels[edge : edge + 32, edge : edge + 32])
+
+
+@pytest.mark.parametrize(
+    ("crop", "size", "shape"),
+    [
+        (None, 28, (64, 64)),
+        (None, 28, (96, 64)),
+        (0.875, 28, (64, 64)),
+        (0.875, 112, (64, 64)),
+        (1.0, 28, (64, 64)),
+        (1.0, 28, (64, 96)),
+        (0.5, 16, (64, 64)),
+        (0.9, 36, (80, 80)),
+    ],
+)
+def test_the_crop_is_that_of_torchvision_and_timm(crop, size, shape):
+    """They scale the shorter side to size / crop and cut out the middle; here it is the converse.
+
+    What differs is what scaling reads beyond the cut, and where a side is rounded to pixels.
+    """
+    from torchvision.transforms.v2 import functional
+
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    waves = [128 + 100 * np.sin(rows / a + columns / b) for a, b in ((9, 14), (20, 11), (15, 30))]
+    picture = Image.fromarray(np.stack(waves, -1).astype(np.uint8))
+    scaled = functional.resize(picture, [round(size / (crop or 0.875))])
+    expected = np.asarray(functional.center_crop(scaled, [size, size])).astype(int)
+    found = seen(size, picture, **({} if crop is None else {"crop": crop})).astype(int)
+    inner = np.abs(found - expected)[1:-1, 1:-1]
+    assert inner.mean() < 3
+    assert inner.max() < 12
+
+
+@pytest.mark.parametrize("crop", [0.0, -0.5, 1.01])
+def test_crops_that_are_none_are_refused(crop):
+    with pytest.raises(ValueError, match=f"crop must be above 0 and at most 1, got {crop}"):
+        seen(8, upright(), crop=crop)
+
+
+def test_padding_leaves_nothing_to_crop():
+    with pytest.raises(ValueError, match="padding scales the complete picture; leave out crop"):
+        seen(8, upright(), crop=0.9, padding=1)
+
+
+@pytest.mark.parametrize("load", [by_folder, by_parquet, by_webdataset, by_dataset])
+def test_every_source_has_the_crop(sideways, load):
+    data = load(*sideways, size=8, crop=0.5)
+    for found in data.test.read_bytes(torch.arange(2), None):
+        assert np.array_equal(found, upright()[4:12, 4:12])

@@ -422,8 +422,10 @@ def test_serving_refuses_another_file(example, made, tmp_path):
         example.Student(tmp_path)
 
 
-@pytest.mark.parametrize("padding", [None, 2])
-def test_serving_prepares_pictures_as_training_did(example, made, tmp_path, padding):
+@pytest.mark.parametrize(
+    ("size", "options"), [(16, {}), (16, {"padding": 2}), (16, {"crop": 0.9}), (45, {}), (40, {})]
+)
+def test_serving_prepares_pictures_as_training_did(example, made, tmp_path, size, options):
     generator = np.random.default_rng(0)
     color = Image.fromarray(generator.integers(0, 256, (50, 70, 3), dtype=np.uint8))
     gray16 = Image.fromarray(generator.integers(0, 65536, (40, 33), dtype=np.uint16))
@@ -433,12 +435,16 @@ def test_serving_prepares_pictures_as_training_did(example, made, tmp_path, padd
         "palette": color.quantize(16),
         "clear": color.convert("RGBA"),
         "deep": gray16,
+        "sideways": color,
     }
+    exif = Image.Exif()
+    exif[274] = 6  # the orientation of a picture taken with the camera on its side
+    written = {name: {"exif": exif} if name == "sideways" else {} for name in pictures}
     for part in ("train", "val"):
         (tmp_path / part / "only").mkdir(parents=True)
         for name, picture in pictures.items():
-            picture.save(tmp_path / part / "only" / f"{name}.png")
-    section = DataSection(name="folder", root=str(tmp_path), size=16, padding=padding)
+            picture.save(tmp_path / part / "only" / f"{name}.png", **written[name])
+    section = DataSection(name="folder", root=str(tmp_path), size=size, **options)
     data = load_data(section)
     about = {"model": "resnet8x0.25", "classes": ["only"], "mean": data.mean, "std": data.std}
     network = MODELS["resnet8x0.25"].network(classes=1)

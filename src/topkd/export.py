@@ -17,6 +17,7 @@ from torch import Tensor
 import topkd
 from topkd import checkpoint, files, results
 from topkd.data import DATA, Data, Images, InMemory, Subset, plain_batches
+from topkd.data.pictures import CROP
 from topkd.evaluate import BATCH
 from topkd.formats import FORMATS, Answer, Subject, build, require
 from topkd.models.foreign import refuse_code
@@ -292,7 +293,7 @@ def _config(student: Student, about: Mapping[str, Any], weights: str) -> dict[st
         "mean": about["mean"],
         "std": about["std"],
         "size": about["size"],
-        "crop": _crop(about["data"]),
+        **_crop(about["data"], about["size"]),
         "input": "images: float32 (n, 3, size, size), red green blue, (x / 255 - mean) / std",
         "output": "logits: float32 (n, classes)",
         "data": about["data"],
@@ -302,12 +303,17 @@ def _config(student: Student, about: Mapping[str, Any], weights: str) -> dict[st
     }
 
 
-def _crop(data: Mapping[str, Any]) -> float | None:
-    """What part of the shorter side networks see of a picture, as a square; None for all of it."""
+def _crop(data: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Describes the middle square of a picture that networks are shown, or all of it if None.
+
+    ``crop`` is its share of the shorter side, ``crop_least`` its least side in pixels, where a
+    picture has so many.
+    """
     options = inspect.signature(DATA[data["name"]]).parameters
-    if "padding" not in options:
-        return None
-    return 7 / 8 if data.get("padding", options["padding"].default) is None else None
+    if "padding" not in options or data.get("padding") is not None:
+        return {"crop": None, "crop_least": 0}
+    crop = data.get("crop")
+    return {"crop": CROP, "crop_least": size} if crop is None else {"crop": crop, "crop_least": 0}
 
 
 def _without_folders(tree: Any, key: str = "") -> Any:

@@ -10,6 +10,7 @@ from topkd.data.dataset import dataset, from_dataset
 from topkd.data.digits import digits
 from topkd.data.folder import folder
 from topkd.data.parquet import parquet
+from topkd.data.pictures import with_crop
 from topkd.data.webdataset import webdataset
 
 DATA: Mapping[str, Callable[..., Data]] = {
@@ -42,4 +43,5 @@ __all__ = [
     "same_order",
     "training_batches",
     "with_augmentation",
+    "with_crop",
 ]

@@ -56,6 +56,7 @@ def from_dataset(
     classes: Sequence[str] | None = None,
     size: int = 224,
     padding: int | None = None,
+    crop: float | None = None,
     flip: bool = True,
     mean: tuple[float, float, float] = MEAN,
     std: tuple[float, float, float] = STD,
@@ -76,6 +77,8 @@ def from_dataset(
         classes: Their names in order; if not told, the attribute ``classes``, or numbers.
         size: Pixels on a side of what networks see.
         padding: Width of the black border that training crops are cut from, for small pictures.
+        crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
+            but as many pixels as networks see where a picture has them.
         flip: Whether pictures may be mirrored in training.
         mean: By which each channel is normalised, of values in [0, 1].
         std: By which each channel is normalised.
@@ -91,7 +94,7 @@ def from_dataset(
         >>> data.classes, data.test.read(torch.arange(2), None).shape
         (['0', '1'], torch.Size([2, 3, 8, 8]))
     """
-    faults, frame = Faults(), Frame(size, padding, flip, mean, std)
+    faults, frame = Faults(), Frame(size, padding, flip, mean, std, crop)
     names = classes or getattr(train, "classes", None)
     origins = [f"{part} {type(d).__name__}" for part, d in (("train", train), ("test", test))]
     labels = [_labels(d, origin) for d, origin in zip((train, test), origins, strict=True)]
@@ -107,6 +110,7 @@ def dataset(
     classes: tuple[str, ...] | None = None,
     size: int = 224,
     padding: int | None = None,
+    crop: float | None = None,
     flip: bool = True,
     mean: tuple[float, float, float] = MEAN,
     std: tuple[float, float, float] = STD,
@@ -120,6 +124,8 @@ def dataset(
         classes: Their names in order; if not told, the attribute ``classes``, or numbers.
         size: Pixels on a side of what networks see.
         padding: Width of the black border that training crops are cut from, for small pictures.
+        crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
+            but as many pixels as networks see where a picture has them.
         flip: Whether pictures may be mirrored in training.
         mean: By which each channel is normalised, of values in [0, 1].
         std: By which each channel is normalised.
@@ -135,6 +141,7 @@ def dataset(
         classes=classes,
         size=size,
         padding=padding,
+        crop=crop,
         flip=flip,
         mean=mean,
         std=std,

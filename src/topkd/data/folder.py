@@ -60,6 +60,7 @@ def folder(
     split: float | None = None,
     size: int = 224,
     padding: int | None = None,
+    crop: float | None = None,
     flip: bool = True,
     mean: tuple[float, float, float] = MEAN,
     std: tuple[float, float, float] = STD,
@@ -70,8 +71,8 @@ def folder(
     Hidden files and folders, and links that lead back into a class, are left out and reported.
 
     In training a random part of each picture, 8 to 100 % of its area at a side ratio of 3/4 to
-    4/3, is scaled to the square and mirrored half of the time. Otherwise it is the middle square,
-    7/8 of the shorter side. With ``padding``, pictures are scaled to the square as a whole.
+    4/3, is scaled to the square and mirrored half of the time. Otherwise it is the middle square
+    of ``crop``. With ``padding``, pictures are scaled to the square as a whole.
 
     Args:
         root: Folder with the two trees.
@@ -79,6 +80,8 @@ def folder(
             is always the same pictures, as long as none is added or removed.
         size: Pixels on a side of what networks see.
         padding: Width of the black border that training crops are cut from, for small pictures.
+        crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
+            but as many pixels as networks see where a picture has them.
         flip: Whether pictures may be mirrored in training.
         mean: By which each channel is normalised, of values in [0, 1].
         std: By which each channel is normalised.
@@ -94,7 +97,7 @@ def folder(
         Going Deeper with Convolutions (Szegedy et al., CVPR 2015), for the random part
         https://arxiv.org/abs/1409.4842
     """
-    frame = Frame(size, padding, flip, mean, std)
+    frame = Frame(size, padding, flip, mean, std, crop)
     top, faults = Path(root).expanduser(), Faults()
     if split is None:
         trees = _trees(top)

@@ -106,6 +106,7 @@ def parquet(
     label: str | None = None,
     size: int = 224,
     padding: int | None = None,
+    crop: float | None = None,
     flip: bool = True,
     mean: tuple[float, float, float] = MEAN,
     std: tuple[float, float, float] = STD,
@@ -127,6 +128,8 @@ def parquet(
             the files describe as such, or ``label``.
         size: Pixels on a side of what networks see.
         padding: Width of the black border that training crops are cut from, for small pictures.
+        crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
+            but as many pixels as networks see where a picture has them.
         flip: Whether pictures may be mirrored in training.
         mean: By which each channel is normalised, of values in [0, 1].
         std: By which each channel is normalised.
@@ -139,7 +142,7 @@ def parquet(
         FileNotFoundError: If there are no files to train on or to judge by, or one is missing.
         ValueError: If a file cannot be read, or has no such columns, or labels that are no classes.
     """
-    frame = Frame(size, padding, flip, mean, std)
+    frame = Frame(size, padding, flip, mean, std, crop)
     top, faults = Path(root).expanduser(), Faults()
     parts = splits(top, ".parquet")
     image, label, names = _columns(parts[0][0], image, label)

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from topkd.data.augment import crop_and_flip, draws, normalise
-from topkd.data.base import Blocks, Data, Faults
+from topkd.data.base import Blocks, Data, Faults, Images, Subset
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as pretrained networks use
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
+CROP = 7 / 8  # of the shorter side, with which networks for ImageNet are commonly evaluated
 SMALL = 128  # pixels a side: up to there, threads wait for each other longer than they work
 
 OnError = Literal["stop", "skip"]
@@ -83,8 +84,12 @@ class Frame:
     """What networks see of a picture: which part, and on which scale.
 
     Without padding, in training it is a random part of 8 to 100 % of the area at a side ratio of
-    3/4 to 4/3, and otherwise the middle square, 7/8 of the shorter side. With padding it is the
-    whole picture, scaled to the square, and in training cropped at random from a black border.
+    3/4 to 4/3, and otherwise the middle square. With padding it is the whole picture, scaled to the
+    square, and in training cropped at random from a black border.
+
+    The middle square is ``crop`` of the shorter side, as timm's ``crop_pct``. If not told, it is
+    7/8, but no fewer pixels than networks see where a picture has them: what has the size already
+    is left alone.
     """
 
     size: int  # of the square
@@ -92,12 +97,30 @@ class Frame:
     flip: bool = True  # mirrored half of the time in training
     mean: Sequence[float] = MEAN
     std: Sequence[float] = STD
+    crop: float | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1 or (self.padding or 0) < 0:
             raise ValueError(
                 f"size must be 1 or more and padding 0 or more, got {self.size} and {self.padding}"
             )
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise ValueError(f"crop must be above 0 and at most 1, got {self.crop}")
+        if self.crop is not None and self.padding is not None:
+            raise ValueError("padding scales the complete picture; leave out crop, or padding")
+
+    def middle(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Chooses the middle square of a picture of (width, height): left, top, right, bottom."""
+        width, height = size
+        shorter = min(size)
+        if self.crop is None:
+            side = max(CROP * shorter, min(shorter, self.size))
+        else:
+            side = self.crop * shorter
+        left, top = (width - side) / 2, (height - side) / 2
+        if side == self.size:  # whole pixels, which are not scaled
+            left, top = left // 1, top // 1
+        return left, top, left + side, top + side
 
 
 @dataclass(frozen=True)
@@ -142,7 +165,7 @@ class Pictures:
 
     def _middle(self, index: int) -> np.ndarray:
         picture = self._picture(index)
-        return self._scaled(picture, _center(picture.size))
+        return self._scaled(picture, self.frame.middle(picture.size))
 
     def _part(self, index: int, uniform: list[float]) -> np.ndarray:
         picture = self._picture(index)
@@ -176,6 +199,16 @@ class Pictures:
             f"{self.stored.name(index)}: not a readable image, nor is any other of class "
             f"{int(self.target[index])}"
         )
+
+
+def with_crop(images: Images, crop: float) -> Images | None:
+    """Reads the same images with another ``crop``; None where that is no option of theirs."""
+    if isinstance(images, Subset):
+        inner = with_crop(images.images, crop)
+        return None if inner is None else replace(images, images=inner)
+    if not isinstance(images, Pictures) or images.frame.padding is not None:
+        return None
+    return replace(images, frame=replace(images.frame, crop=crop))
 
 
 def picture_data(
@@ -298,13 +331,6 @@ def _bytes(values: np.ndarray, picture: Image.Image) -> np.ndarray:
                 "white; save them with 8 bits"
             )
     return (values // 257).astype(np.uint8)
-
-
-def _center(size: tuple[int, int]) -> tuple[float, float, float, float]:
-    width, height = size
-    side = min(size) * 7 / 8
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
 
 
 def _random_box(size: tuple[int, int], uniform: list[float]) -> tuple[float, float, float, float]:

@@ -163,6 +163,7 @@ def webdataset(
     keep: int | None = None,
     size: int = 224,
     padding: int | None = None,
+    crop: float | None = None,
     flip: bool = True,
     mean: tuple[float, float, float] = MEAN,
     std: tuple[float, float, float] = STD,
@@ -191,6 +192,8 @@ def webdataset(
         keep: Fetched shards that may lie there at a time, 3 or more; all if not told.
         size: Pixels on a side of what networks see.
         padding: Width of the black border that training crops are cut from, for small pictures.
+        crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
+            but as many pixels as networks see where a picture has them.
         flip: Whether pictures may be mirrored in training.
         mean: By which each channel is normalised, of values in [0, 1].
         std: By which each channel is normalised.
@@ -205,7 +208,7 @@ def webdataset(
     References:
         https://github.com/webdataset/webdataset
     """
-    frame = Frame(size, padding, flip, mean, std)
+    frame = Frame(size, padding, flip, mean, std, crop)
     top, faults = Path(root).expanduser(), Faults()
     parts = _shards(top, train, test)
     if any(is_elsewhere(shard) for part in parts for shard in part) and cache is None:
