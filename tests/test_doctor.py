@@ -1,11 +1,14 @@
 """What would go wrong, found before: recipes with one thing wrong each, and healthy ones."""
 
+import sys
 from dataclasses import replace
-from itertools import chain, count
+from itertools import chain, count, product
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from topkd import checkpoint, doctor, recipe
 from topkd.data import DATA, InMemory, digits
@@ -212,6 +215,63 @@ def test_a_pretrained_teacher_is_asked(taught, tmp_path, monkeypatch):
     assert not told(findings, "wrong")
     (finding,) = told(findings, "look")
     assert "none is recorded, guessing gives 10.00 %" in finding.found
+
+
+class Rim(torch.nn.Module):
+    """Tells whether the outermost pixels are brighter than all, in any normalization."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(1, 2)
+        self.fc.weight.data = torch.tensor([[0.0], [1.0]])
+        self.fc.bias.data.zero_()
+
+    def forward(self, images):
+        rim = [images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]]
+        return self.fc((torch.cat(rim, -1).mean((1, 2)) - images.mean((1, 2, 3)))[:, None])
+
+
+@pytest.fixture
+def rimmed(tmp_path, monkeypatch):
+    """Pictures whose class is whether their rim is bright, and a network that knows them whole.
+
+    A few pixels farther inside it is the other way round.
+    """
+    generator = np.random.default_rng(0)
+    for part, label, number in product(("train", "val"), (0, 1), range(40)):
+        pixels = generator.integers(64, 192, (48, 48, 3), dtype=np.uint8)
+        for edge, bright in ((3, 1 - label), (2, 1 - label), (1, 1 - label), (0, label)):
+            edges = [edge, 47 - edge]
+            pixels[edges] = pixels[:, edges] = 255 * bright
+        path = tmp_path / part / str(label) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    checkpoint.save_weights(tmp_path / "rim.safetensors", Rim(), {})
+    monkeypatch.setitem(sys.modules, "rims", SimpleNamespace(rim=lambda classes: Rim()))
+
+    def experiment(**options):
+        section = {
+            "model": "rims:rim",
+            "head": "fc",
+            "checkpoint": str(tmp_path / "rim.safetensors"),
+        }
+        data = {"name": "folder", "root": str(tmp_path), "size": 40} | options
+        tree = TINY | {"data": data, "teacher": section, "losses": [{"name": "ce"}]}
+        return Experiment(recipe.parse(tree), tmp_path / "runs", QUIET)
+
+    return experiment
+
+
+def test_another_crop_is_found_and_named(rimmed):
+    wrong = told(doctor.examine(rimmed()), "wrong")
+    assert [finding.part for finding in wrong] == ["teacher", "crop"]
+    assert wrong[1].found == "of the middle 1 of each picture it is right on 100.00 %"
+    assert wrong[1].advice == "set data.crop=1"
+    assert not told(doctor.examine(rimmed(crop=1)), "wrong")  # the advice is a change as it stands
+
+
+def test_where_pictures_are_shown_whole_no_crop_is_tried(rimmed):
+    assert not told(doctor.examine(rimmed(padding=1)), "wrong")
 
 
 # --- Data ----------------------------------------------------------------------------------------

@@ -361,10 +361,10 @@ def doctor(
 ) -> None:
     """Try a recipe for a minute, and tell what to change before hours are spent on it.
 
-    Does the teacher reach its recorded accuracy on these images? Are they normalised as it knows
-    them, and its classes in the same order? Do the taps give every loss what it needs, and is a
-    term too light to matter? How good is an approximator? How long does an epoch take here, in how
-    much memory?
+    Does the teacher reach its recorded accuracy on these images? Are they normalised and
+    cropped as it knows them, and its classes in the same order? Do the taps give every loss what it
+    needs, and is a term too light to matter? How good is an approximator? How long does an epoch
+    take here, in how much memory?
 
     `good` is as it should be, `look` deserves a thought, `wrong` spoils the runs; if anything is
     wrong, the exit status is 1. Nothing is written. `topkd check` looks at the words of a recipe

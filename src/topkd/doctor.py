@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from topkd import checkpoint, evaluate, files
-from topkd.data import Images, Subset, training_batches
+from topkd.data import Images, Subset, training_batches, with_crop
 from topkd.evaluate import Predictions
 from topkd.experiment import Experiment
 from topkd.features import Tapped, Teacher
@@ -38,6 +38,7 @@ USUAL = {  # mean and standard deviation with which networks are commonly traine
     "to -1 ... 1": ((0.5,) * 3, (0.5,) * 3),
     "to 0 ... 1": ((0.0,) * 3, (1.0,) * 3),
 }
+CROPS = (0.875, 0.9, 0.95, 1.0)  # of the shorter side, as networks are commonly evaluated
 
 Verdict = Literal["good", "look", "wrong"]
 
@@ -163,14 +164,15 @@ def _judge(experiment: Experiment, teacher: Teacher) -> Iterator[Finding]:
         said, least = f"recorded is {recorded:.2f} %", recorded - _noise(predictions)
     causes: list[Finding] = []
     if recorded is None or top1 < least:
-        causes, best = _normalisations(experiment, teacher, images, predictions)
-        causes += _class_order(best, data.classes)
+        causes, teacher, best = _normalisations(experiment, teacher, images, predictions)
+        found, best = _crops(experiment, teacher, images, best)
+        causes += [*found, *_class_order(best, data.classes)]
     verdict: Verdict = "wrong" if top1 < least else "good" if recorded is not None else "look"
     advice = {
         "good": "",
         "look": "is that what it should reach?",
-        "wrong": "no other mean, std or order of classes helps: is it this network, are these the "
-        "images it was trained for?",
+        "wrong": "no other mean, std, crop or order of classes helps: is it this network, are "
+        "these the images it was trained for?",
     }
     yield Finding(
         "teacher",
@@ -195,29 +197,54 @@ def _recorded(experiment: Experiment) -> float | None:
 
 def _normalisations(
     experiment: Experiment, teacher: Teacher, images: Images, predictions: Predictions
-) -> tuple[list[Finding], Predictions]:
+) -> tuple[list[Finding], Teacher, Predictions]:
     """Tries a teacher with other means and deviations, and tells if one suits it better.
 
     Returns:
-        The finding, if there is one, and the predictions with the best of them.
+        The finding, if there is one, and the teacher and its predictions with the best of them.
     """
     data, section = experiment.data, experiment.recipe.teacher
     assert section is not None
     about = {} if section.pretrained else checkpoint.read_about(experiment.teacher_file)
     told = {"as its file says": (about["mean"], about["std"])} if "mean" in about else {}
     known = {**told, "as the data": (data.mean, data.std), **USUAL}
-    tried = {}
+    others, tried = {}, {}
     for name, (mean, std) in known.items():
         other = Teacher(teacher.network, mean, std, data.mean, data.std, section.size)
         device = experiment.device.device
-        tried[name] = evaluate.predict(other.to(device), images, device)
+        others[name] = other.to(device)
+        tried[name] = evaluate.predict(others[name], images, device)
     best = max(tried, key=lambda name: evaluate.top_k(tried[name], 1))
     top1 = evaluate.top_k(tried[best], 1)
     if top1 <= evaluate.top_k(predictions, 1) + _noise(predictions):
-        return [], predictions
+        return [], teacher, predictions
     found = f"of images normalised {best} it is right on {top1:.2f} %"
     advice = f"set {_settings('teacher', *known[best])}"
-    return [Finding("teacher's normalisation", found, "wrong", advice)], tried[best]
+    finding = Finding("teacher's normalisation", found, "wrong", advice)
+    return [finding], others[best], tried[best]
+
+
+def _crops(
+    experiment: Experiment, teacher: Teacher, images: Images, predictions: Predictions
+) -> tuple[list[Finding], Predictions]:
+    """Tries a teacher on other crops of the images, and tells if one suits it better.
+
+    Returns:
+        The finding, if there is one, and the predictions of the best of them.
+    """
+    tried = {}
+    for crop in CROPS:
+        others = with_crop(images, crop)
+        if others is not None:
+            tried[crop] = evaluate.predict(teacher, others, experiment.device.device)
+    best = max(tried, key=lambda crop: evaluate.top_k(tried[crop], 1), default=None)
+    if best is None:
+        return [], predictions
+    top1 = evaluate.top_k(tried[best], 1)
+    if top1 <= evaluate.top_k(predictions, 1) + _noise(predictions):
+        return [], predictions
+    found = f"of the middle {best:g} of each picture it is right on {top1:.2f} %"
+    return [Finding("crop", found, "wrong", f"set data.crop={best:g}")], tried[best]
 
 
 def _class_order(predictions: Predictions, classes: Sequence[str]) -> Iterator[Finding]:
