@@ -134,6 +134,16 @@ def test_hidden_shards_are_no_shards(tmp_path, name):
 # --- Classes without train/ and val/ -------------------------------------------------------------
 
 
+def test_validation_pictures_are_never_replaced(tree):
+    for path in tree.glob("train/*/*.png"):
+        path.write_bytes(b"")
+    data = folder(root=str(tree), size=8, on_error="skip").with_validation(0.5)
+    with pytest.raises(ValueError, match="nor is any other of class 0"):
+        data.train.read(torch.arange(1), None)
+    with pytest.raises(ValueError, match="it is empty"):
+        data.test.read(torch.arange(1), None)
+
+
 @pytest.fixture
 def flat(tmp_path):
     """Fifty pictures of three classes, 10, 15 and 25."""

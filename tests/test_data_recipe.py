@@ -94,6 +94,14 @@ def test_the_size_of_a_teacher_is_named_too(forty, teacher):
     assert said.startswith("torchvision:vit_b_16 cannot take images of 9 px: ")
 
 
+@pytest.mark.parametrize("model", ["torchvision:vgg11", "torchvision:vit_b_16"])
+def test_evaluation_names_the_size_too(tmp_path, model):
+    torch.save({}, tmp_path / "some.pth")
+    words = ["evaluate", str(tmp_path / "some.pth"), "--model", model, "--data", "digits"]
+    result = CliRunner().invoke(app, words)
+    assert str(result.exception).startswith(f"{model} cannot take images of 8 px: ")
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_no_numbers_are_named_where_they_are_loaded(forty, teacher, value):
     network = MODELS["resnet8"].build(2).network

@@ -26,7 +26,15 @@ from topkd.models.reused import Reused, rebuild, reuse
 from topkd.progress import Progress
 from topkd.recipe import STUDENT, DataSection, Recipe, Term, View
 from topkd.results import finished
-from topkd.sections import load_data, network_of, published_for, refuse_large_batches, side
+from topkd.sections import (
+    evaluate_once,
+    load_data,
+    network_of,
+    published_for,
+    refuse_large_batches,
+    side,
+    taking,
+)
 from topkd.strict import RecipeError
 from topkd.terms import Weighted, seen, taps
 from topkd.train import Trainer
@@ -422,7 +430,9 @@ def evaluate_file(
     images = load_data(section)
     own = about if about.get("model") == model else {}
     size, taps = own.get("size", side(images)), own.get("taps", {})
-    network = foreign.build(model, len(images.classes), size, **taps)
+    with taking(model, side(images)):
+        network = foreign.build(model, len(images.classes), size, **taps)
+        evaluate_once(network, side(images))
     if own.get("reused"):
         network = rebuild(network, own["reused"])
     checkpoint.fill(network.network, weights, str(path))

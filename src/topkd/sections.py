@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from topkd import processes
@@ -19,19 +22,26 @@ def network_of(section: StudentSection, data: Data, size: int | None = None) -> 
         ValueError: If the network is unknown, or cannot take images of this size.
     """
     shown = side(data) if size is None else size
-    try:
+    with taking(section.model, shown):
         network = foreign.build(
             section.model, len(data.classes), shown, pretrained=section.pretrained, **section.taps
         )
-        _try(network, shown)
-    except (RuntimeError, AssertionError) as error:  # torch's, and those of networks of others
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{section.model} cannot take images of {shown} px: {reason}") from error
+        evaluate_once(network, shown)
     return network
 
 
-def _try(network: Tapped, size: int) -> None:
-    """Evaluates a network once, which raises if it cannot take images of this size."""
+@contextmanager
+def taking(model: str, size: int) -> Iterator[None]:
+    """Names network and size in an error of a network that cannot take images of this size."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:  # torch's, and those of networks of others
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{model} cannot take images of {size} px: {reason}") from error
+
+
+def evaluate_once(network: Tapped, size: int) -> None:
+    """Evaluates a network on a black image, which raises if it cannot take images of this size."""
     training = network.training
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         network.eval().network(torch.zeros(1, 3, size, size))

@@ -195,7 +195,10 @@ class Data:
         kept, chosen = stratified_split(
             self.train.target, share, f"{self.name}: a validation share"
         )
-        train, held_out = Subset(self.train, kept), Subset(self.train, chosen)
+        # A training image that cannot be read may be replaced, one to evaluate on never.
+        whole: Any = self.train
+        strict = replace(whole, on_error="stop") if hasattr(whole, "on_error") else whole
+        train, held_out = Subset(self.train, kept), Subset(strict, chosen)
         return replace(self, train=train, test=held_out, judged_on="validation")
 
     def with_limit(self, images: int) -> Data:
