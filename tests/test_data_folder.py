@@ -1,7 +1,9 @@
 """Folders as people have them: hidden files, links, and classes without train/ and val/."""
 
+import io
 import os
 import shutil
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from topkd.cli import app
 from topkd.data import Data, InMemory
 from topkd.data.folder import folder
 from topkd.data.shards import splits
+from topkd.data.webdataset import webdataset
 
 
 def picture(path, seed=0):
@@ -120,6 +123,26 @@ def test_a_folder_that_may_not_be_read_is_named(tree, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match="train/cat/secret"):
         folder(root=str(tree))
+
+
+@pytest.mark.parametrize("place", ["", "./", "set/", "__MACOSX/set/"])
+def test_what_macos_adds_to_archives_is_no_sample(tmp_path, place):
+    """Its tar writes a second file for each, with what only macOS knows of it."""
+    pytest.importorskip("webdataset")
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(png, "png")
+    plain = "" if place == "__MACOSX/set/" else place
+    members = {f"{place}._0.png": b"Mac OS X", f"{place}._0.cls": b"Mac OS X"}
+    members |= {f"{plain}0.png": png.getvalue(), f"{plain}0.cls": b"0"}
+    for part in ("train", "val"):
+        with tarfile.open(tmp_path / f"{part}.tar", "w") as tar:
+            for name, content in members.items():
+                about = tarfile.TarInfo(name)
+                about.size = len(content)
+                tar.addfile(about, io.BytesIO(content))
+    data = webdataset(root=str(tmp_path), size=8)
+    assert data.train.target.tolist() == [0]
+    assert data.train.stored.name(0).endswith(f"train.tar: {plain}0.png")
 
 
 @pytest.mark.parametrize("name", ["._train-0.parquet", ".cache/train-0.parquet"])

@@ -26,6 +26,7 @@ from topkd.data.pictures import (
     Names,
     OnError,
     StorageError,
+    is_hidden,
     open_bytes,
     picture_data,
 )
@@ -288,7 +289,8 @@ def _look_through(file: IO[bytes], shard: str, label: str) -> list[Entry]:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 name, rest = split(member.name)
-                if not member.isfile() or name is None:
+                places = [part for part in member.name.split("/") if part not in (".", "..")]
+                if not member.isfile() or name is None or any(map(is_hidden, places)):
                     continue
                 if not samples or samples[-1][0] != name:  # neighbours of one name are a sample
                     samples.append((name, {}))
