@@ -227,6 +227,8 @@ def elsewhere(tmp_path):
 
 def test_without_images_random_ones_are_taken_and_it_is_said(elsewhere, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"absent.*; give --data root=FOLDER, or --size PIXELS"):
+        export(elsewhere, ["torch-export"], tmp_path / "out", QUIET, trust=True)
+    with pytest.raises(ValueError, match=r"asks to open data\.root=.*specify it yourself"):
         export(elsewhere, ["torch-export"], tmp_path / "out", QUIET)
     config = export(elsewhere, ["torch-export"], tmp_path / "out", Progress(), size=32)
     assert "checking on 64 random images, so no accuracy is told" in capsys.readouterr().err
@@ -346,7 +348,7 @@ def test_mistakes_are_one_line(run, made, elsewhere, tmp_path, monkeypatch, capf
         ((elsewhere, "onnx", made[0], "--size=8"), "holds another student; choose another --out"),
         ((run, "onnx", tmp_path / "full"), "is there already and no export"),
         ((tmp_path / "bare.safetensors", "onnx", new), "does not tell classes, data, mean, model"),
-        ((run, "onnx", new, "--data=root"), "a change is written key=value, got 'root'"),
+        ((run, "onnx", new, "--data=root"), "data.name: there is no 'root'"),
         ((run, "onnx", new, "--data=rot=x"), "data.rot: unknown key"),
         ((run, "onnx", new, "--data=name=digit"), "there is no 'digit'; did you mean 'digits'?"),
     ]
@@ -451,7 +453,9 @@ def test_serving_prepares_pictures_as_training_did(example, made, tmp_path, size
     about["data"] = section.model_dump(mode="json")
     checkpoint.save_weights(tmp_path / "w.safetensors", network, about)
     student = example.Student(made[0])
-    student.config = export(tmp_path / "w.safetensors", ["safetensors"], tmp_path / "out", QUIET)
+    student.config = export(
+        tmp_path / "w.safetensors", ["safetensors"], tmp_path / "out", QUIET, trust=True
+    )
     paths = sorted((tmp_path / "val/only").iterdir())
     found = [student.prepare(Image.open(path)) for path in paths]
     expected = data.test.read(torch.arange(len(paths)), None).numpy()

@@ -573,7 +573,7 @@ def test_a_recipe_of_foreign_networks_is_carried_out(own_module, tmp_path, publi
     about = checkpoint.read_about(folder / "student.safetensors")
     assert about["size"] == 8
     assert about["taps"] == {"maps": ["last"], "head": "head"}
-    again = evaluate_file(folder, None, None, None, QUIET, trust=True)
+    again = evaluate_file(folder, None, (), QUIET, trust=True)
     assert again["top1"] == pytest.approx(result["last"]["top1"])
 
 
@@ -586,7 +586,7 @@ def test_a_transformer_is_built_for_the_images_and_evaluated_again(tmp_path, mon
     folder = tmp_path / "foreign/student/seed0"
     weights = checkpoint.load_weights(folder / "student.safetensors")
     assert weights["pos_embed"].shape[1] == 1 + (32 // 16) ** 2
-    again = evaluate_file(folder, None, None, None, QUIET)
+    again = evaluate_file(folder, None, (), QUIET)
     assert again["top1"] == pytest.approx(result["last"]["top1"])
 
 

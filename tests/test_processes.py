@@ -93,7 +93,7 @@ def test_documented_command_trains_one_network(tmp_path):
     assert status == 0, printed
     assert result_of(tmp_path)["processes"] == 2
     assert printed.count("epoch 1/1") == 1
-    alone = evaluate_file(run_of(tmp_path), None, None, None, Progress(quiet=True))
+    alone = evaluate_file(run_of(tmp_path), None, (), Progress(quiet=True))
     for metric, value in result_of(tmp_path)["last"].items():  # of both halves of the test images
         assert value == pytest.approx(alone[metric], rel=1e-5), metric
 

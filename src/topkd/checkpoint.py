@@ -8,13 +8,15 @@ import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from topkd import files, sealed
+from topkd.strict import Section, validated
 
 # What published checkpoints hold beside tensors: an accuracy as a NumPy number, and the options of
 # the command line, whose class keeps what it is given as attributes and runs nothing.
@@ -28,9 +30,33 @@ _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     np.dtypes.Int64DType,
     argparse.Namespace,
 ]
+LARGEST_SIDE = 16_384  # pixels
 _WRAPPERS = ("model", "state_dict", "student", "net")  # keys under which others keep the weights
 _ACCURACIES = ("accuracy", "best_acc", "best_acc1", "acc", "top1", "test_acc")  # of it, elsewhere
 _PREFIXES = ("module.", "student.", "_orig_mod.")
+
+
+class Named(Section):
+    """A section that has a name, and any other keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+
+
+class About(Section):
+    """Types of what the metadata of a network's weights may say; more is allowed."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = ""
+    classes: tuple[str, ...] = ()
+    size: Annotated[int, Field(gt=0, le=LARGEST_SIDE)] = 1
+    mean: tuple[float, float, float] = (0, 0, 0)
+    std: tuple[float, float, float] = (1, 1, 1)
+    data: Named | None = None
+    taps: dict[Literal["maps", "head", "preactivations"], str | tuple[str, ...]] = {}
+    reused: dict[str, Any] | None = None
 
 
 def save_weights(path: Path, network: nn.Module, about: Mapping[str, Any]) -> None:
@@ -42,9 +68,14 @@ def read_about(path: Path) -> dict[str, Any]:
     """Reads the description in a file that :func:`save_weights` wrote; empty for others' files.
 
     Raises:
-        ValueError: If the file is of safetensors and is not whole, or was altered.
+        ValueError: If the file is of safetensors and is incomplete or was altered, or an entry of
+            its description has another type than :class:`About` says.
     """
-    return sealed.unpack(path.read_bytes(), str(path))[1] if path.suffix == ".safetensors" else {}
+    if path.suffix != ".safetensors":
+        return {}
+    about = sealed.unpack(path.read_bytes(), str(path))[1]
+    validated(About, about, f"{path}: metadata")
+    return about
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -45,7 +45,8 @@ Out = Annotated[Path, typer.Option(help="Where runs are kept, in a folder called
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Endpoint = Annotated[str | None, typer.Option(help="Address of the hub, if it is another one.")]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="The file may name code of yours, MODULE:CALLABLE, to run.")
+    bool,
+    typer.Option("--trust", help="Let the file name code to run and paths to open."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
@@ -150,8 +151,14 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="Network in the file, if the file does not tell.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Images to judge by, if other.")] = None,
-    root: Annotated[str | None, typer.Option(help="Folder of the images.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|KEY=VALUE",
+            help="Evaluation data set, or a change to the one in the file, e.g. `root=FOLDER`.",
+        ),
+    ] = None,
+    root: Annotated[str | None, typer.Option(help="The same as `--data root=FOLDER`.")] = None,
     trust: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -163,7 +170,8 @@ def evaluate(
     from topkd.experiment import evaluate_file
     from topkd.progress import Progress
 
-    result = evaluate_file(target, model, data, root, Progress(quiet=quiet), trust=trust)
+    changes = [*(data or []), *([f"root={json.dumps(root)}"] if root else [])]
+    result = evaluate_file(target, model, changes, Progress(quiet=quiet), trust=trust)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return

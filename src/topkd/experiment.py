@@ -17,6 +17,7 @@ from topkd import recipe as recipes
 from topkd.answers import Answers
 from topkd.checks import check, named, options_of, teacher_recipe, told
 from topkd.data import DATA, Data, same_order, training_batches
+from topkd.data.trust import changed
 from topkd.device import Device
 from topkd.environment import environment
 from topkd.features import Batch, Features, Tapped, Teacher
@@ -394,8 +395,7 @@ class Experiment:
 def evaluate_file(
     target: Path,
     model: str | None,
-    data: str | None,
-    root: str | None,
+    data: Sequence[str],
     progress: Progress,
     *,
     trust: bool = False,
@@ -405,10 +405,9 @@ def evaluate_file(
     Args:
         target: The folder of a run, a file of ours, or a checkpoint of others.
         model: Which network it is; a file of ours tells by itself.
-        data: Which images; a file of ours tells by itself.
-        root: Where the images are.
+        data: Name of a data set, or changes ``key=value`` to the section in the file.
         progress: Tells the user.
-        trust: Whether the file may ask for code of yours, as MODULE:CALLABLE.
+        trust: Whether the file may name code, paths and addresses.
 
     Raises:
         RecipeError: If a name is missing or unknown.
@@ -416,16 +415,16 @@ def evaluate_file(
     """
     path = target / "student.safetensors" if target.is_dir() else target
     about = checkpoint.read_about(path)
-    if not trust:
-        foreign.refuse_code(about, str(path))
+    if model is None and not trust:
+        foreign.refuse_code(about.get("model", ""), str(path))
     model = model or about.get("model")
-    tree = {"name": data} if data else about.get("data")
-    if model is None or tree is None:
+    tree = changed(about.get("data") or {}, data, str(path), trust=trust)
+    if model is None or "name" not in tree:
         raise RecipeError(f"{path} does not tell which network it is: give --model and --data")
     with told("--model"):
         foreign.find(model)
     named(DATA, tree["name"], "--data")
-    section = DataSection.model_validate(tree | ({"root": root} if root else {}))
+    section = DataSection.model_validate(tree)
     weights = checkpoint.load_weights(path)
     images = load_data(section)
     own = about if about.get("model") == model else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,13 +17,14 @@ import topkd
 from topkd import checkpoint, files, results
 from topkd.data import DATA, Data, Images, InMemory, Subset, plain_batches
 from topkd.data.pictures import CROP
+from topkd.data.trust import changed
 from topkd.evaluate import BATCH
 from topkd.formats import FORMATS, Answer, Subject, build, require
 from topkd.models.foreign import refuse_code
 from topkd.progress import Progress
 from topkd.recipe import DataSection
 from topkd.sections import load_data
-from topkd.strict import RecipeError, change_by, near, read_yaml
+from topkd.strict import RecipeError, near, read_yaml
 
 CONFIG = "config.json"
 TOLERANCE = 1e-4  # of logits: float32 computed in another order
@@ -143,7 +143,7 @@ def export(
         license: Of the weights, as the Hugging Face hub calls it.
         limit: Check on so many test images, evenly spread; on all if not told.
         tolerance: Largest difference of a logit from the network's, but for rounded formats.
-        trust: Whether the file may ask for code of yours, as MODULE:CALLABLE.
+        trust: Whether the file may name code, paths and addresses.
 
     Returns:
         What ``config.json`` holds.
@@ -157,8 +157,8 @@ def export(
     order = _order(to)
     student = load_student(target)
     if not trust:
-        refuse_code(student.about, str(student.path))
-    images, missing = _load(student.about, data)
+        refuse_code(student.about["model"], str(student.path))
+    images, missing = _load(student, data, trust=trust, needed=size is None)
     shown, told = _shown(student.about, images, size, limit, missing)
     seen = shown.read(torch.arange(1), None).shape[-1]
     given = {"data": _without_folders(student.about["data"]), "size": seen}
@@ -218,11 +218,17 @@ def _make(
     return entry
 
 
-def _load(about: Mapping[str, Any], changes: Sequence[str]) -> tuple[Data | None, str]:
+def _load(
+    student: Student, changes: Sequence[str], *, trust: bool, needed: bool
+) -> tuple[Data | None, str]:
     """Loads the images of a run, or says why there are none."""
-    tree = copy.deepcopy(about["data"])
-    for change in changes:
-        change_by(tree, change)
+    about = student.about
+    try:
+        tree = changed(about["data"], changes, str(student.path), trust=trust)
+    except ValueError as error:
+        if needed:
+            raise
+        return None, str(error)
     if tree["name"] not in DATA:
         raise RecipeError(f"data.name: there is no {tree['name']!r}{near(tree['name'], [*DATA])}")
     try:

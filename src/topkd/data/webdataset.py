@@ -46,6 +46,17 @@ class Entry:
     label: str
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A tar file: a path on this machine, or an address or command that gives one."""
+
+    place: str
+    is_remote: bool
+
+    def __str__(self) -> str:
+        return self.place
+
+
 class Shelf:
     """Opens shards; those from elsewhere are fetched to a folder first, and the oldest go again.
 
@@ -64,17 +75,17 @@ class Shelf:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def open(self, shard: str) -> IO[bytes]:
+    def open(self, shard: Shard) -> IO[bytes]:
         """Opens a shard for reading.
 
         Raises:
             StorageError: If it cannot be opened or fetched.
         """
         try:
-            if not is_elsewhere(shard):
-                return open(shard, "rb")
+            if not shard.is_remote:
+                return open(shard.place, "rb")
             with self._lock:
-                return self._fetched(shard)
+                return self._fetched(shard.place)
         except OSError as error:
             raise StorageError(f"{shard} cannot be read: {error}") from error
 
@@ -119,7 +130,7 @@ class Members:
     """
 
     def __init__(
-        self, shards: Sequence[str], entries: Sequence[Sequence[Entry]], shelf: Shelf
+        self, shards: Sequence[Shard], entries: Sequence[Sequence[Entry]], shelf: Shelf
     ) -> None:
         self.shards, self.shelf = shards, shelf
         every = [entry for samples in entries for entry in samples]
@@ -133,7 +144,7 @@ class Members:
     def blocks(self) -> Blocks | None:
         """The shard of each picture, where not all shards can be kept here."""
         keep = self.shelf.keep
-        if keep is None or not any(map(is_elsewhere, self.shards)):
+        if keep is None or not any(shard.is_remote for shard in self.shards):
             return None
         return Blocks(self._shard, (keep - 2) * self._largest)
 
@@ -212,7 +223,7 @@ def webdataset(
     frame = Frame(size, padding, flip, mean, std, crop)
     top, faults = Path(root).expanduser(), Faults()
     parts = _shards(top, train, test)
-    if any(is_elsewhere(shard) for part in parts for shard in part) and cache is None:
+    if any(shard.is_remote for part in parts for shard in part) and cache is None:
         raise ValueError("shards from elsewhere need data.cache, a folder to fetch them to")
     if keep is not None and keep < 3:
         raise ValueError(f"data.keep must be 3 or more, got {keep}")
@@ -228,30 +239,40 @@ def webdataset(
     return picture_data(f"webdataset {top.name}", members, target, known, frame, on_error, faults)
 
 
-def is_elsewhere(shard: str) -> bool:
-    """Tells whether a shard must be fetched.
-
-    Examples:
-        >>> is_elsewhere("https://a.org/0.tar"), is_elsewhere("pipe:cat 0.tar"), is_elsewhere("0")
-        (True, True, False)
-    """
-    return re.match(r"pipe:|\w+://", shard) is not None
-
-
-def _shards(root: Path, train: str | None, test: str | None) -> list[list[str]]:
+def _shards(root: Path, train: str | None, test: str | None) -> list[list[Shard]]:
     if train is None and test is None:
-        return [[str(path) for path in part] for part in splits(root, ".tar")]
+        return [[Shard(str(path), False) for path in part] for part in splits(root, ".tar")]
     if train is None or test is None:
         raise ValueError("data.train and data.test go together: tell both or neither")
-    parts = []
-    for key, pattern in (("train", train), ("test", test)):
-        expanded = _package().shardlists.expand_urls(pattern)
-        part = [shard if is_elsewhere(shard) else str(root / shard) for shard in expanded]
-        for shard in part:
-            if not is_elsewhere(shard) and not Path(shard).is_file():
-                raise FileNotFoundError(f"{shard} is missing, which data.{key} names")
-        parts.append(part)
-    return parts
+    return [_expanded(root, pattern, key) for key, pattern in (("train", train), ("test", test))]
+
+
+def _expanded(root: Path, pattern: str, key: str) -> list[Shard]:
+    """Expands braces, and tells paths from what must be fetched.
+
+    This is done once, before a path is joined to its folder: a file or folder whose name looks like
+    a command or an address is still a file or folder.
+    """
+    shards = []
+    for written in _package().shardlists.expand_urls(pattern):
+        if re.match(r"pipe:|\w+://", written):
+            _refuse_quotes(written, key)
+            shards.append(Shard(written, True))
+            continue
+        path = root / written
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, which data.{key} names")
+        shards.append(Shard(str(path), False))
+    return shards
+
+
+def _refuse_quotes(address: str, key: str) -> None:
+    """Refuses addresses that would end the quotes in which webdataset hands them to a shell."""
+    wrong = re.search(r"['\"`\\\s\x00-\x1f]", address)
+    if wrong and not address.startswith("pipe:"):
+        raise ValueError(
+            f"data.{key}: the address {address!r} holds {wrong[0]!r}; write it percent-encoded"
+        )
 
 
 def _parsed(labels: list[str]) -> list[int | str]:
@@ -261,11 +282,11 @@ def _parsed(labels: list[str]) -> list[int | str]:
     return list(labels)
 
 
-def _entries(shard: str, label: str, shelf: Shelf) -> list[Entry]:
+def _entries(shard: Shard, label: str, shelf: Shelf) -> list[Entry]:
     """Looks through a shard, or recalls what was found when it was."""
-    key = [shard, label]
-    if not is_elsewhere(shard):
-        about = Path(shard).stat()
+    key = [shard.place, label]
+    if not shard.is_remote:
+        about = Path(shard.place).stat()
         key += [str(about.st_size), str(about.st_mtime_ns)]
     known = None
     if shelf.cache is not None:
@@ -273,7 +294,7 @@ def _entries(shard: str, label: str, shelf: Shelf) -> list[Entry]:
         if known.exists():
             return [Entry(*entry) for entry in files.read_json(known)]
     with shelf.open(shard) as file:
-        found = _look_through(file, shard, label)
+        found = _look_through(file, shard.place, label)
     if known is not None:
         rows = [(e.name, e.offset, e.size, e.label) for e in found]
         files.write(known, json.dumps(rows))

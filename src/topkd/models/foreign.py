@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -71,27 +71,21 @@ def find(name: str) -> Model:
     return _of_timm(rest) if origin == "timm" else _of_user(origin, rest)
 
 
-def refuse_code(about: Mapping[str, Any], origin: str) -> None:
-    """Refuses a file that asks for a network or for images by MODULE:CALLABLE.
+def refuse_code(model: str, origin: str) -> None:
+    """Refuses a file that asks for a network by MODULE:CALLABLE.
 
-    To find these means to import a module and to call what is in it, which a file of unknown origin
+    To find it means to import a module and to call what is in it, which a file of unknown origin
     must not bring about.
 
     Args:
-        about: What the file tells of itself.
-        origin: Its name, for the message.
+        model: The network that the file names.
+        origin: Name of the file, for the message.
 
     Raises:
-        ValueError: If it asks for such a thing.
+        ValueError: If the network is neither ours, nor torchvision's, nor timm's.
     """
-    model, data = str(about.get("model", "")), about.get("data", {})
-    parts = [str(data.get(part, "")) for part in ("train", "test")]
-    own = [model] if ":" in model and model.split(":")[0] not in _ORIGINS else []
-    own += [part for part in parts if data.get("name") == "dataset" or "pipe:" in part]
-    if own:
-        raise ValueError(
-            f"{origin} asks to run {', '.join(own)}; if that is code of yours, say --trust"
-        )
+    if ":" in model and model.split(":")[0] not in _ORIGINS:
+        raise ValueError(f"{origin} asks to run {model}; if that is code of yours, say --trust")
 
 
 def build(
