@@ -83,3 +83,23 @@ def test_a_full_disk_is_an_error_before_anything_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match="No space left"):
         kept(tmp_path)(shown(0), 1, ask)
+
+
+def test_a_damaged_cache_is_computed_again(tmp_path):
+    every = shown(*range(IMAGES))
+    right = kept(tmp_path)(every, 1, ask)
+    (path,) = tmp_path.glob("*/epoch1.bin")
+    content = path.read_bytes()
+    assert len(content) == IMAGES * (4 + 2 * (CLASSES + WIDTH))
+    flips = [(place, bit) for place in range(len(content)) for bit in range(8)]
+    damaged = [
+        content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :]
+        for place, bit in flips[::7]
+    ]
+    damaged += [content[:50], b"", content + b"more", bytes(len(content))]
+    for other in damaged:
+        path.write_bytes(other)
+        found = kept(tmp_path)(every, 1, ask)
+        assert torch.equal(found.logits, right.logits)
+        assert torch.equal(found.embedding, right.embedding)
+        assert path.read_bytes()[: len(content)] == content

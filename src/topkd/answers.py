@@ -26,9 +26,10 @@ class Answers:
     here. Every student learns from the rounded numbers, the first one too, so that it makes no
     difference which of them came first.
 
-    An epoch is a file of :math:`2 (c + d) + 1` bytes an image, for c classes and embeddings of d
+    An epoch is a file of :math:`2 (c + d) + 4` bytes an image, for c classes and embeddings of d
     numbers. It is read and written through a memory map: what a run has computed is there even if
-    it was stopped.
+    it was stopped. Each image has a checksum: what is missing, half-written or damaged is computed
+    again.
 
     Args:
         folder: Above the folder in which they are kept.
@@ -63,7 +64,11 @@ class Answers:
         self.images, self.classes, self.width = images, classes, width
         self.computed = 0  # images that the teacher was asked about
         self._epoch = 0
-        self._open: tuple[NDArray[np.int16], NDArray[np.uint8]]
+        self._open: tuple[NDArray[np.int16], NDArray[np.uint32]]
+        # Odd, so that no flipped bit goes unnoticed.
+        self._factors = np.random.default_rng(0).integers(
+            2**32, size=classes + width, dtype=np.uint32
+        ) | np.uint32(1)
 
     def __call__(self, batch: Batch, epoch: int, ask: Callable[[Tensor], Features]) -> Features:
         """Finds the answers to a batch; where one is missing, asks about all of it.
@@ -76,26 +81,32 @@ class Answers:
         Raises:
             OSError: If there is no space left for an epoch.
         """
-        kept, there = self._of(epoch)
+        kept, sums = self._of(epoch)
         index = batch.index.cpu().numpy()
-        if not there[index].all():
+        if (self._checksums(kept[index]) != sums[index]).any():
             answer = ask(batch.images)
             both = torch.cat([answer.logits, answer.embedding], 1)
             kept[index] = both.bfloat16().cpu().view(torch.int16).numpy()
-            there[index] = 1
+            sums[index] = self._checksums(kept[index])
             self.computed += len(index)
         both = torch.from_numpy(kept[index]).view(torch.bfloat16).to(batch.images.device)
         return Features(both[:, : self.classes], both[:, self.classes :])
 
-    def _of(self, epoch: int) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+    def _of(self, epoch: int) -> tuple[NDArray[np.int16], NDArray[np.uint32]]:
         if epoch != self._epoch:
-            numbers = self.images * (self.classes + self.width)
+            size = self.images * (4 + 2 * (self.classes + self.width))
             path = self.folder / f"epoch{epoch}.bin"
-            _reserve(path, 2 * numbers + self.images)
-            whole = np.memmap(path, np.uint8, "r+")
-            kept = whole[: 2 * numbers].view(np.int16).reshape(self.images, -1)
-            self._epoch, self._open = epoch, (kept, whole[2 * numbers :])
+            _reserve(path, size)
+            whole = np.memmap(path, np.uint8, "r+", shape=(size,))
+            sums = whole[: 4 * self.images].view(np.uint32)
+            kept = whole[4 * self.images :].view(np.int16).reshape(self.images, -1)
+            self._epoch, self._open = epoch, (kept, sums)
         return self._open
+
+    def _checksums(self, rows: NDArray[np.int16]) -> NDArray[np.uint32]:
+        """Computes a checksum of each row; that of a row of zeros is one."""
+        weighted = rows.view(np.uint16) * self._factors
+        return weighted.sum(1, dtype=np.uint32) + np.uint32(1)
 
 
 def _reserve(path: Path, size: int) -> None:
