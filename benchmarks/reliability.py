@@ -22,7 +22,6 @@ import io
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import sys
