@@ -152,6 +152,10 @@ def evaluate(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Images to judge by, if other.")] = None,
     root: Annotated[str | None, typer.Option(help="Folder of the images.")] = None,
+    weights: Annotated[
+        Literal["plain", "ema"],
+        typer.Option(help="Of a file with both: as trained, or their running mean."),
+    ] = "plain",
     trust: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -163,7 +167,8 @@ def evaluate(
     from topkd.experiment import evaluate_file
     from topkd.progress import Progress
 
-    result = evaluate_file(target, model, data, root, Progress(quiet=quiet), trust=trust)
+    progress = Progress(quiet=quiet)
+    result = evaluate_file(target, model, data, root, progress, weights=weights, trust=trust)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return

@@ -90,7 +90,9 @@ class Experiment:
             weights, noted = processes.by_first(
                 lambda: (checkpoint.load_weights(path), checkpoint.read_about(path))
             )
-            checkpoint.fill(network.network, weights, str(path))
+            said = checkpoint.fill(network.network, weights, str(path), section.weights)
+            if said:
+                self.progress.say(f"teacher: {said} (teacher.weights)")
             about: dict[str, Any] = {
                 "mean": shown[0],
                 "std": shown[1],
@@ -398,6 +400,7 @@ def evaluate_file(
     root: str | None,
     progress: Progress,
     *,
+    weights: checkpoint.Which = "plain",
     trust: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the network in a file on test images, in float32.
@@ -408,6 +411,7 @@ def evaluate_file(
         data: Which images; a file of ours tells by itself.
         root: Where the images are.
         progress: Tells the user.
+        weights: Which to take of a file with plain and averaged ones.
         trust: Whether the file may ask for code of yours, as MODULE:CALLABLE.
 
     Raises:
@@ -426,7 +430,7 @@ def evaluate_file(
         foreign.find(model)
     named(DATA, tree["name"], "--data")
     section = DataSection.model_validate(tree | ({"root": root} if root else {}))
-    weights = checkpoint.load_weights(path)
+    loaded = checkpoint.load_weights(path)
     images = load_data(section)
     own = about if about.get("model") == model else {}
     size, taps = own.get("size", side(images)), own.get("taps", {})
@@ -435,7 +439,9 @@ def evaluate_file(
         evaluate_once(network, side(images))
     if own.get("reused"):
         network = rebuild(network, own["reused"])
-    checkpoint.fill(network.network, weights, str(path))
+    said = checkpoint.fill(network.network, loaded, str(path), weights)
+    if said:
+        progress.say(f"{path}: {said} (--weights)")
     device = processes.accelerator().device
     network.to(device).eval()
     with progress.bar("Evaluating", len(images.test.target), "images") as advance:
