@@ -68,9 +68,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         return sealed.unpack(path.read_bytes(), str(path))[0]
     tree = _read_pickle(path)
     weights = dict(_tensors(tree, "")) if isinstance(tree, Mapping) else {}
-    if not weights:
+    if not isinstance(tree, Mapping) or (tree and not weights):
         found = _some(map(str, tree)) if isinstance(tree, Mapping) else f"a {type(tree).__name__}"
-        raise ValueError(f"{path} holds no weights by name; it holds {found or 'nothing'}")
+        raise ValueError(f"{path} holds no weights by name; it holds {found}")
     return weights
 
 
@@ -190,6 +190,8 @@ def _chosen(
 
 def _prefixes(own: Mapping[str, Tensor], weights: Iterable[str]) -> list[str]:
     """Lists the prefixes under which all names of a network are found, or else most of them."""
+    if all(map(_is_count, own)):
+        return [""]
     found: Counter[str] = Counter()
     for name in weights:
         starts = (0, *(dot.end() for dot in re.finditer(r"\.", name)))
@@ -286,7 +288,7 @@ def _quoted(prefixes: Iterable[str]) -> str:
 def _some(names: Iterable[str]) -> str:
     listed = list(names)
     more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return ", ".join(listed[:_SHOWN]) + more
+    return ", ".join(listed[:_SHOWN]) + more or "nothing"
 
 
 def hash_of(network: nn.Module) -> str:

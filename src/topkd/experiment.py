@@ -102,8 +102,14 @@ class Experiment:
             same_order(self.data.classes, about["classes"], str(path))
             own = about["mean"], about["std"]
         own = section.mean or own[0], section.std or own[1]
+        self._say_where(network, "teacher")
         teacher = Teacher(network, *own, *shown, size=section.size)
         return teacher.to(self.device.device)
+
+    def _say_where(self, network: Tapped, role: str) -> None:
+        """Says where a network is read if that was found by a trial."""
+        if network.found:
+            self.progress.say(f"{network.found}; {role}.head and {role}.maps overrule it")
 
     @property
     def teacher_file(self) -> Path:
@@ -199,7 +205,10 @@ class Experiment:
             return student
         assert self.teacher is not None
         images = self.data.test.read(torch.arange(2), None).to(self.device.device)
-        named = self.recipe.teacher.maps if self.recipe.teacher else None
+        section, taught_by = self.recipe.teacher, self.teacher.network
+        named = section.maps if section else None
+        if not named and taught_by.found:  # nothing says that it has a module avgpool
+            named = taught_by.maps
         tap = named[-1] if named else "avgpool:in"
         return reuse(student.to(self.device.device), self.teacher, images, teacher_tap=tap)
 
@@ -252,6 +261,7 @@ class Experiment:
         torch.manual_seed(seed)
         student = self.new_student()
         losses = self.losses(arm, student, seed)
+        self._say_where(student, "student")
         trainer = Trainer(
             student,
             teacher,
@@ -401,6 +411,7 @@ def evaluate_file(
     progress: Progress,
     *,
     weights: checkpoint.Which = "plain",
+    head: str | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the network in a file on test images, in float32.
@@ -412,6 +423,7 @@ def evaluate_file(
         root: Where the images are.
         progress: Tells the user.
         weights: Which to take of a file with plain and averaged ones.
+        head: Name of the classifier, where it is neither known nor found.
         trust: Whether the file may ask for code of yours, as MODULE:CALLABLE.
 
     Raises:
@@ -433,15 +445,19 @@ def evaluate_file(
     loaded = checkpoint.load_weights(path)
     images = load_data(section)
     own = about if about.get("model") == model else {}
-    size, taps = own.get("size", side(images)), own.get("taps", {})
+    size, taps = own.get("size", side(images)), dict(own.get("taps", {}))
+    if head is not None:
+        taps["head"] = head
     with taking(model, side(images)):
         network = foreign.build(model, len(images.classes), size, **taps)
-        evaluate_once(network, side(images))
+        evaluate_once(network, side(images), model, images)
     if own.get("reused"):
         network = rebuild(network, own["reused"])
     said = checkpoint.fill(network.network, loaded, str(path), weights)
     if said:
         progress.say(f"{path}: {said} (--weights)")
+    if network.found:
+        progress.say(network.found)
     device = processes.accelerator().device
     network.to(device).eval()
     with progress.bar("Evaluating", len(images.test.target), "images") as advance:
