@@ -281,6 +281,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ({"best_acc": 71.74}, 71.74),
         ({"accuracy": np.float64(0.5)}, 50.0),
         ({"best_acc1": torch.tensor(76.5), "acc": 3.0}, 76.5),
+        ({"best_prec1": torch.tensor(91.25), "epoch": 200}, 91.25),
         ({"epoch": 240}, None),
         ({"accuracy": {"top1": 71.74}}, None),
         ({"acc": torch.tensor([71.0, 90.0])}, None),

@@ -287,6 +287,36 @@ def test_a_public_network_is_evaluated_by_its_name_alone(here, call):
     assert (status, err) == (2, message)
 
 
+def test_a_head_that_is_not_found_is_given(here, call):
+    (here / "cifar_resnet.py").write_text(
+        RESNET + "\n\ndef soft():\n    return nn.Sequential(resnet20(), nn.Softmax(1))\n",
+        encoding="utf-8",
+    )
+    network = foreign.build("cifar_resnet:soft", 10, 8, head="0.linear").network
+    torch.save({"model_state_dict": network.state_dict()}, here / "soft.pth")
+    words = ("evaluate", "soft.pth", "--model", "cifar_resnet:soft", "--data", "digits")
+    status, _, err = call(*words)
+    assert status == 2
+    assert "cifar_resnet:soft answers with what no layer of it gives: give its head" in err
+    status, out, err = call(*words, "--head", "0.linear")
+    assert status == 0, err
+    assert out.startswith("cifar_resnet:soft on the 540 test images of digits")
+
+
+def test_a_size_that_a_network_cannot_take_is_told_with_the_network(here, call):
+    (here / "cifar_resnet.py").write_text(
+        RESNET + "\n\ndef flat():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))\n",
+        encoding="utf-8",
+    )
+    (here / "own.yaml").write_text(
+        yaml.safe_dump(TREE | {"student": {"model": "cifar_resnet:flat"}}), encoding="utf-8"
+    )
+    data = ("data.name=folder", "data.root=.", "data.size=64", "data.limit=null")
+    status, _, err = call("check", "own.yaml", *data, "losses=[{name: ce}]", "controls={}")
+    assert status == 2
+    assert err.startswith("topkd: student: cannot take images of 64 px: mat1 and mat2 shapes")
+
+
 TREE = {
     "name": "own",
     "data": {"name": "digits", "limit": 64},

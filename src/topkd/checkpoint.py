@@ -30,7 +30,10 @@ _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     np.dtypes.Int64DType,
     argparse.Namespace,
 ]
-_ACCURACIES = ("accuracy", "best_acc", "best_acc1", "acc", "top1", "test_acc")  # of it, elsewhere
+_ACCURACIES = (  # of it, elsewhere
+    *("accuracy", "best_accuracy", "test_accuracy", "best_acc", "best_acc1", "acc", "test_acc"),
+    *("best_prec1", "prec1", "top1", "best_top1"),
+)
 _NOTED = (*_ACCURACIES, "n_averaged", "epoch")  # what may lie as a tensor among the weights
 _AVERAGED = {"ema", "swa", "avg", "averaged", "average", "shadow"}  # words in names of such weights
 _SHOWN = 3  # names in a message

@@ -80,7 +80,7 @@ def found_taps(recipe: Recipe) -> list[str]:
         with torch.random.fork_rng(devices=[]), told(role):
             try:
                 network = foreign.build(section.model, 2, size, **section.taps)
-            except RuntimeError as error:
+            except (RuntimeError, AssertionError) as error:  # of torch, and of transformers
                 reason = str(error).strip().partition("\n")[0]
                 raise ValueError(f"cannot take images of {size} px: {reason}") from error
         if network.found:
