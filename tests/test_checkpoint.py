@@ -178,6 +178,15 @@ def test_names_that_have_nothing_in_common_are_told(tmp_path):
         taken(path)
 
 
+def test_a_file_that_holds_itself_is_read(tmp_path):
+    tree = {"model": dict(WEIGHTS)}
+    tree["model"]["again"] = tree
+    for _ in range(60):  # 2^60 ways lead to the weights
+        tree = {"one": tree, "other": tree}
+    torch.save(tree, tmp_path / "circle.pth")
+    assert same(taken(tmp_path / "circle.pth"), WEIGHTS)
+
+
 def test_a_network_without_weights_takes_none():
     checkpoint.fill(nn.Flatten(), {}, "none")
     with pytest.raises(ValueError, match="a: .* in the file, absent in the network"):

@@ -8,7 +8,7 @@ import math
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +70,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return sealed.unpack(path.read_bytes(), str(path))[0]
     tree = _read_pickle(path)
-    weights = dict(_tensors(tree, "")) if isinstance(tree, Mapping) else {}
+    weights = _tensors(tree) if isinstance(tree, Mapping) else {}
     if not isinstance(tree, Mapping) or (tree and not weights):
         found = _some(map(str, tree)) if isinstance(tree, Mapping) else f"a {type(tree).__name__}"
         raise ValueError(f"{path} holds no weights by name; it holds {found}")
@@ -111,12 +111,18 @@ def _read_pickle(path: Path) -> Any:
         raise ValueError(f"{path} is not a whole checkpoint of PyTorch") from error
 
 
-def _tensors(tree: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Tensor]]:
-    for key, value in tree.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping):
-            yield from _tensors(value, f"{prefix}{key}.")
+def _tensors(tree: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Names tensors by the keys that lead to them, each mapping once: a file may have circles."""
+    found: dict[str, Tensor] = {}
+    mappings, met = [("", tree)], {id(tree)}
+    for prefix, mapping in mappings:
+        for key, value in mapping.items():
+            if isinstance(value, Tensor):
+                found[f"{prefix}{key}"] = value
+            elif isinstance(value, Mapping) and id(value) not in met:
+                met.add(id(value))
+                mappings.append((f"{prefix}{key}.", value))
+    return found
 
 
 def fill(

@@ -34,7 +34,8 @@ class _Trace:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         name = self.names[module]
         self.seen.pop(name, None)  # a tap reads what a module does last
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+        is_read = bool(args) and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+        if is_read and output.is_floating_point():
             self.seen[name] = _Seen(module, output, output._version)
 
 
