@@ -244,7 +244,9 @@ def _verdict(
             if name.name in done.error or name.parent.name in done.error:
                 return "noticed"
             return _report_of("not named", name, kind, reader, done.error)
-        if done.output != output or digests(folder) != left:
+        found, own = digests(folder), str(name)
+        differ = [path for path in found.keys() | left if found.get(path) != left.get(path)]
+        if done.output != output or set(differ) - {own}:
             return _report_of("unnoticed", name, kind, reader, done.output)
     path = folder / name
     same = path.is_file() and path.read_bytes() == content

@@ -13,6 +13,7 @@ import torch
 from reference.equality import same
 from safetensors.torch import save as save_safetensors
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from topkd import checkpoint
 
@@ -35,6 +36,19 @@ def named(prefix):
 
 UNDERSTOOD = {
     "bare": WEIGHTS,
+    "bare, with a number": WEIGHTS | {"epoch": 3},
+    "bare, with two accuracies": WEIGHTS | {"acc": torch.tensor([71.0, 90.0])},
+    "under model_state_dict": {"model_state_dict": WEIGHTS, "epoch": 3, "loss": torch.zeros(())},
+    "under a key that nobody knows": {"wbrmf": WEIGHTS, "acc": torch.tensor([71.0, 90.0])},
+    "of Lightning": {"state_dict": named("model."), "pytorch-lightning_version": "2.5"},
+    "of Lightning, with a metric": {"state_dict": named("net.") | {"top1.total": torch.zeros(())}},
+    "of a part of a whole": named("backbone.encoder."),
+    "averaged by torch": named("module.") | {"n_averaged": torch.tensor(3)},
+    "of an optimizer too": {
+        "model_state_dict": WEIGHTS,
+        "optimizer_state_dict": {"state": {0: {"exp_avg": torch.zeros(2, 3)}}, "param_groups": []},
+    },
+    "averaged alone": {"state_dict_ema": WEIGHTS},
     "under model": {"model": WEIGHTS},
     "under state_dict": {"state_dict": WEIGHTS, "epoch": 3},
     "under student": {"student": WEIGHTS},
@@ -65,6 +79,13 @@ UNDERSTOOD = {
 }
 
 
+def taken(path, which="plain"):
+    """What a network has that was filled with a file."""
+    network = nn.ModuleDict({"layer": nn.Linear(3, 2)})
+    checkpoint.fill(network, checkpoint.load_weights(path), path.name, which)
+    return dict(network.state_dict())
+
+
 def load_quietly(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch says of files it does not like
@@ -76,20 +97,109 @@ def load_quietly(path):
 def test_weights_of_others_are_understood(tmp_path, tree, archive):
     path = tmp_path / "weights.pth"
     torch.save(tree, path, _use_new_zipfile_serialization=archive)
-    assert same(checkpoint.load_weights(path), WEIGHTS)
+    assert same(taken(path), WEIGHTS)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_safetensors_are_understood(tmp_path, prefix):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(save_safetensors(named(prefix)))
-    assert same(checkpoint.load_weights(path), WEIGHTS)
+    assert same(taken(path), WEIGHTS)
 
 
-def test_a_prefix_that_not_all_names_have_is_a_part_of_the_names(tmp_path):
-    tree = named("module.") | {"other": torch.zeros(1)}
-    torch.save(tree, tmp_path / "weights.pth")
-    assert checkpoint.load_weights(tmp_path / "weights.pth").keys() == tree.keys()
+AVERAGED = {name: tensor + 1 for name, tensor in WEIGHTS.items()}
+BOTH = {
+    "of timm": ({"state_dict": WEIGHTS, "state_dict_ema": AVERAGED}, "state_dict"),
+    "of torchvision": (
+        {
+            "model": WEIGHTS,
+            "model_ema": {f"module.{name}": tensor for name, tensor in AVERAGED.items()}
+            | {"n_averaged": torch.tensor(9)},
+        },
+        "model",
+    ),
+    "of Lightning": (
+        {"state_dict": named("net.") | {f"ema.module.{n}": t for n, t in AVERAGED.items()}},
+        "state_dict.net",
+    ),
+    "by torch, under another name": (
+        {
+            "model": WEIGHTS,
+            "second": {f"module.{name}": tensor for name, tensor in AVERAGED.items()}
+            | {"n_averaged": torch.tensor(9)},
+        },
+        "model",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tree", "where"), BOTH.values(), ids=BOTH)
+def test_of_plain_and_averaged_weights_one_chooses(tmp_path, tree, where):
+    path = tmp_path / "weights.pth"
+    torch.save(tree, path)
+    assert same(taken(path), WEIGHTS)
+    assert same(taken(path, "ema"), AVERAGED)
+    network = nn.ModuleDict({"layer": nn.Linear(3, 2)})
+    said = checkpoint.fill(network, checkpoint.load_weights(path), path.name)
+    assert said.startswith(f"plain weights, under '{where}'; ema ones are there too, under '")
+
+
+def test_averaged_weights_that_are_not_there_are_told(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"model": WEIGHTS}, path)
+    message = r"weights.pth holds no averaged weights .* \(ema\), only plain ones under 'model'"
+    with pytest.raises(ValueError, match=message):
+        taken(path, "ema")
+
+
+def test_weights_that_fit_twice_are_told(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"first": WEIGHTS, "second": AVERAGED}, path)
+    message = "weights.pth holds several weights that fit .* under 'first', 'second'; give a file"
+    with pytest.raises(ValueError, match=message):
+        taken(path)
+    torch.save({"first": WEIGHTS, "again": WEIGHTS}, path)
+    assert same(taken(path), WEIGHTS)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_larger_network_is_refused_though_it_has_all_names(tmp_path, prefix):
+    path = tmp_path / "weights.pth"
+    torch.save(named(prefix) | {f"{prefix}layer2.weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"layer2.weight: \(2,\) in the file, absent in the netw"):
+        taken(path)
+
+
+def test_names_that_have_nothing_in_common_are_told(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({f"a{n}.w": torch.zeros(1) for n in range(5)}, path)
+    message = "no name of the network's is in the file, which has a0.w, a1.w, a2.w and 2 more; the"
+    with pytest.raises(ValueError, match=f"{message} network has layer.weight, layer.bias$"):
+        taken(path)
+
+
+def test_a_file_that_holds_itself_is_read(tmp_path):
+    tree = {"model": dict(WEIGHTS)}
+    tree["model"]["again"] = tree
+    for _ in range(60):  # 2^60 ways lead to the weights
+        tree = {"one": tree, "other": tree}
+    torch.save(tree, tmp_path / "circle.pth")
+    assert same(taken(tmp_path / "circle.pth"), WEIGHTS)
+
+
+def test_a_network_without_weights_takes_none():
+    checkpoint.fill(nn.Flatten(), {}, "none")
+    with pytest.raises(ValueError, match="a: .* in the file, absent in the network"):
+        checkpoint.fill(nn.Flatten(), {"a": torch.zeros(1)}, "some")
+
+
+def test_the_averages_of_torch_fill_the_network(tmp_path):
+    average = AveragedModel(network())
+    average.update_parameters(network())
+    torch.save(average.state_dict(), tmp_path / "swa.pth")
+    target = network()
+    checkpoint.fill(target, checkpoint.load_weights(tmp_path / "swa.pth"), "swa.pth")
+    assert same(dict(target.state_dict()), dict(average.module.state_dict()))
 
 
 @pytest.mark.parametrize("archive", [True, False, "bare pickle"])
@@ -158,15 +268,14 @@ def test_safetensors_that_are_not_whole_are_named(tmp_path, content):
 @pytest.mark.parametrize(
     ("tree", "found"),
     [
-        ([1, 2], "list"),
-        (torch.zeros(3), "Tensor"),
-        ({"weight": torch.zeros(3), "epoch": 3}, "weight, epoch"),
-        ({0: torch.zeros(3)}, "0"),
+        ([1, 2], "a list"),
+        (torch.zeros(3), "a Tensor"),
+        ({"best": 71.0, "epoch": 3, "opt": {"lr": 0.1}, "seed": 1}, "best, epoch, opt and 1 more"),
     ],
 )
-def test_what_is_no_state_dict_is_told(tmp_path, tree, found):
+def test_what_holds_no_weights_is_told(tmp_path, tree, found):
     torch.save(tree, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=f"weights.pth holds no state dict; it holds {found}"):
+    with pytest.raises(ValueError, match=f"weights.pth holds no weights by name; it holds {found}"):
         checkpoint.load_weights(tmp_path / "weights.pth")
 
 
@@ -181,8 +290,11 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ({"best_acc": 71.74}, 71.74),
         ({"accuracy": np.float64(0.5)}, 50.0),
         ({"best_acc1": torch.tensor(76.5), "acc": 3.0}, 76.5),
+        ({"best_prec1": torch.tensor(91.25), "epoch": 200}, 91.25),
         ({"epoch": 240}, None),
         ({"accuracy": {"top1": 71.74}}, None),
+        ({"acc": torch.tensor([71.0, 90.0])}, None),
+        ({"acc": float("nan")}, None),
     ],
 )
 def test_the_accuracy_that_others_note_is_read(tmp_path, noted, percent):
@@ -266,6 +378,7 @@ def test_fill_lists_the_first_that_differ():
         "  0.weight: (4, 3, 5, 5) in the file, (4, 3, 3, 3) in the network",
         "  3.weight: absent in the file, (2, 4) in the network",
         "  and 1 more",
+        "  names of the file that the network has not: 5.weight",
     ]
     assert checkpoint.hash_of(target) == before  # nothing was filled in
 

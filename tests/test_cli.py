@@ -213,6 +213,24 @@ def test_what_a_user_can_cause_is_one_clear_message(call, tmp_path, words, messa
     assert not (tmp_path / "pwned").exists()
 
 
+def test_of_plain_and_averaged_weights_one_is_chosen_and_told(call, tmp_path):
+    from topkd.models import MODELS
+
+    plain, averaged = (MODELS["resnet8x0.25"].network(classes=10).state_dict() for _ in "ab")
+    torch.save({"state_dict": plain, "state_dict_ema": averaged}, tmp_path / "both.pth")
+    words = ("evaluate", "both.pth", "--model", "resnet8x0.25", "--data", "digits", "--json")
+    _, first, err = call(*words)
+    assert "both.pth: plain weights, under 'state_dict'; ema ones are there too, under" in err
+    _, second, err = call(*words, "--weights", "ema")
+    assert "both.pth: ema weights, under 'state_dict_ema'; plain ones are there too" in err
+    assert json.loads(first)["nll"] != json.loads(second)["nll"]
+    changes = ("teacher.recipe=null", "teacher.model=resnet8x0.25", "teacher.checkpoint=both.pth")
+    _, _, err = call("doctor", "tiny.yaml", *changes, "teacher.weights=ema")
+    assert "teacher: ema weights, under 'state_dict_ema'" in err
+    _, _, err = call("check", "tiny.yaml", "teacher.weights=ema")
+    assert err == "topkd: teacher: weights: ema is of a checkpoint, which is not given\n"
+
+
 def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt

@@ -349,7 +349,7 @@ def test_our_own_names_come_first():
         ("timm:resnet18.b1", "timm:resnet18 has no weights 'b1'; it has .*a1_in1k"),
         (
             "absent_package:build",
-            "there is no module 'absent_package'; is it installed, or on PYTH",
+            "there is no module 'absent_package'; is it installed, in the current folder",
         ),
         (
             "broken_module:build",
@@ -357,7 +357,8 @@ def test_our_own_names_come_first():
         ),
         ("own_module:built", "own_module has no callable 'built'; did you mean build"),
         ("own_module:number", "own_module has no callable 'number'"),
-        ("own_module:takes_nothing", "is called with classes=, which it does not take"),
+        ("own_module:needs_more", "own_module:needs_more needs block, depth, and is given no more"),
+        ("wrong_module:build", "wrong_module:build: wrong_module cannot be imported: .*line 1"),
     ],
 )
 def test_names_that_are_wrong_are_told(own_module, name, message):
@@ -395,14 +396,29 @@ def sized(classes, size=8):
 def takes_nothing():
     return Small(10)
 
+def needs_more(block, depth, classes):
+    return Small(classes)
+
 def makes_nothing(classes):
     return classes
+
+class Hidden(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.last = nn.Linear(12, classes)
+
+    def forward(self, images):
+        return self.last(images[:, :, :2, :2].flatten(1)).sigmoid()
+
+def sized_alone(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 100 * 100, classes))
 """
 
 
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
     (tmp_path / "own_module.py").write_text(OWN, encoding="utf-8")
+    (tmp_path / "wrong_module.py").write_text("def build(:\n", encoding="utf-8")
     (tmp_path / "broken_module.py").write_text("import absent_needed\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     yield
@@ -421,7 +437,8 @@ def test_networks_of_ones_own_are_read_where_one_says(own_module):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("own_module:build", {}, "is of no known family: give its head, .* it has first, last, he"),
+        ("own_module:Hidden", {}, "no layer of it gives: give its head, .* it has last"),
+        ("own_module:sized_alone", {}, "takes images of no usual size, .* give its head, and the"),
         ("own_module:makes_nothing", {}, "own_module:makes_nothing made a int, not a torch.nn.Mod"),
         ("own_module:build", {"head": "heat"}, "Small has no module 'heat'; it has head"),
         ("own_module:build", {"pretrained": True}, "no weights come with 'own_module:build'"),

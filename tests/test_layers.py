@@ -49,6 +49,7 @@ LEVELS = {  # an import points to a lower number, or sideways without a circle
     "recipe": 1,
     "strict": 1,
     "files": 1,
+    "own": 1,
     "progress": 1,
 }
 FREE = {"topkd", "topkd.__main__"}  # the version, and the way in

@@ -62,6 +62,39 @@ def _check_network(section: StudentSection, where: str) -> None:
             foreign.build(section.model, 2, **section.taps)  # finds names that are not there
 
 
+def found_taps(recipe: Recipe) -> list[str]:
+    """Says where networks are read of which that is not known, a line each.
+
+    Raises:
+        RecipeError: If it cannot be found, or a network cannot take the images.
+    """
+    sections: dict[str, StudentSection | None] = {
+        "student": recipe.student,
+        "teacher": recipe.teacher,
+    }
+    lines = []
+    for role, section in sections.items():
+        if section is None or not foreign.is_own(section.model):
+            continue
+        size = getattr(section, "size", None) or _size_of(recipe)
+        with torch.random.fork_rng(devices=[]), told(role):
+            try:
+                network = foreign.build(section.model, 2, size, **section.taps)
+            except (RuntimeError, AssertionError) as error:  # of torch, and of transformers
+                reason = str(error).strip().partition("\n")[0]
+                raise ValueError(f"cannot take images of {size} px: {reason}") from error
+        if network.found:
+            lines.append(f"{network.found}; {role}.head and {role}.maps overrule it")
+    return lines
+
+
+def _size_of(recipe: Recipe) -> int | None:
+    """Pixels on a side of the images, as far as a recipe tells."""
+    takes = inspect.signature(DATA[recipe.data.name]).parameters
+    told = recipe.data.options.get("size", takes["size"].default if "size" in takes else None)
+    return told if isinstance(told, int) else None
+
+
 @contextmanager
 def told(where: str) -> Iterator[None]:
     """Says in an error where in the recipe it comes from."""

@@ -159,6 +159,14 @@ def evaluate(
         ),
     ] = None,
     root: Annotated[str | None, typer.Option(help="The same as `--data root=FOLDER`.")] = None,
+    weights: Annotated[
+        Literal["plain", "ema"],
+        typer.Option(help="Of a file with both: as trained, or their running mean."),
+    ] = "plain",
+    head: Annotated[
+        str | None,
+        typer.Option(help="Module that makes the logits, of a network where it is not found."),
+    ] = None,
     trust: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -171,7 +179,10 @@ def evaluate(
     from topkd.progress import Progress
 
     changes = [*(data or []), *([f"root={json.dumps(root)}"] if root else [])]
-    result = evaluate_file(target, model, changes, Progress(quiet=quiet), trust=trust)
+    progress = Progress(quiet=quiet)
+    result = evaluate_file(
+        target, model, changes, progress, weights=weights, head=head, trust=trust
+    )
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -349,7 +360,7 @@ def check(recipe: RecipeName, changes: Changes = None) -> None:
     """Check every name and option of a recipe, without running it."""
     from topkd import recipe as recipes
     from topkd.checks import check as check_recipe
-    from topkd.checks import check_batches
+    from topkd.checks import check_batches, found_taps
 
     loaded = recipes.load(recipe, changes or [])
     check_recipe(loaded)
@@ -357,6 +368,8 @@ def check(recipe: RecipeName, changes: Changes = None) -> None:
     taught = f", taught by {loaded.teacher.model}" if loaded.teacher else ""
     arms = ", ".join(loaded.arms)
     typer.echo(f"{loaded.name} is right: {loaded.student.model}{taught}; runs {arms}")
+    for line in found_taps(loaded):
+        typer.echo(line)
 
 
 @app.command()

@@ -91,7 +91,9 @@ class Experiment:
             weights, noted = processes.by_first(
                 lambda: (checkpoint.load_weights(path), checkpoint.read_about(path))
             )
-            checkpoint.fill(network.network, weights, str(path))
+            said = checkpoint.fill(network.network, weights, str(path), section.weights)
+            if said:
+                self.progress.say(f"teacher: {said} (teacher.weights)")
             about: dict[str, Any] = {
                 "mean": shown[0],
                 "std": shown[1],
@@ -101,8 +103,14 @@ class Experiment:
             same_order(self.data.classes, about["classes"], str(path))
             own = about["mean"], about["std"]
         own = section.mean or own[0], section.std or own[1]
+        self._say_where(network, "teacher")
         teacher = Teacher(network, *own, *shown, size=section.size)
         return teacher.to(self.device.device)
+
+    def _say_where(self, network: Tapped, role: str) -> None:
+        """Says where a network is read if that was found by a trial."""
+        if network.found:
+            self.progress.say(f"{network.found}; {role}.head and {role}.maps overrule it")
 
     @property
     def teacher_file(self) -> Path:
@@ -198,7 +206,10 @@ class Experiment:
             return student
         assert self.teacher is not None
         images = self.data.test.read(torch.arange(2), None).to(self.device.device)
-        named = self.recipe.teacher.maps if self.recipe.teacher else None
+        section, taught_by = self.recipe.teacher, self.teacher.network
+        named = section.maps if section else None
+        if not named and taught_by.found:  # nothing says that it has a module avgpool
+            named = taught_by.maps
         tap = named[-1] if named else "avgpool:in"
         return reuse(student.to(self.device.device), self.teacher, images, teacher_tap=tap)
 
@@ -251,6 +262,7 @@ class Experiment:
         torch.manual_seed(seed)
         student = self.new_student()
         losses = self.losses(arm, student, seed)
+        self._say_where(student, "student")
         trainer = Trainer(
             student,
             teacher,
@@ -376,7 +388,10 @@ class Experiment:
     def _claim(self) -> None:
         path = self.folder / "recipe.yaml"
         if path.exists() and self._has_runs():
-            there = recipes.load(str(path))
+            try:
+                there = recipes.load(str(path))
+            except RecipeError as error:
+                raise RecipeError(f"{path} was altered: {error}") from error
             if there.hash != self.recipe.hash:
                 differs = recipes.difference(there, self.recipe)
                 raise ValueError(
@@ -398,6 +413,8 @@ def evaluate_file(
     data: Sequence[str],
     progress: Progress,
     *,
+    weights: checkpoint.Which = "plain",
+    head: str | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the network in a file on test images, in float32.
@@ -407,6 +424,8 @@ def evaluate_file(
         model: Which network it is; a file of ours tells by itself.
         data: Name of a data set, or changes ``key=value`` to the section in the file.
         progress: Tells the user.
+        weights: Which to take of a file with plain and averaged ones.
+        head: Name of the classifier, where it is neither known nor found.
         trust: Whether the file may name code, paths and addresses.
 
     Raises:
@@ -425,16 +444,22 @@ def evaluate_file(
         foreign.find(model)
     named(DATA, tree["name"], "--data")
     section = DataSection.model_validate(tree)
-    weights = checkpoint.load_weights(path)
+    loaded = checkpoint.load_weights(path)
     images = load_data(section)
     own = about if about.get("model") == model else {}
-    size, taps = own.get("size", side(images)), own.get("taps", {})
+    size, taps = own.get("size", side(images)), dict(own.get("taps", {}))
+    if head is not None:
+        taps["head"] = head
     with taking(model, side(images)):
         network = foreign.build(model, len(images.classes), size, **taps)
-        evaluate_once(network, side(images))
+        evaluate_once(network, side(images), model, images)
     if own.get("reused"):
         network = rebuild(network, own["reused"])
-    checkpoint.fill(network.network, weights, str(path))
+    said = checkpoint.fill(network.network, loaded, str(path), weights)
+    if said:
+        progress.say(f"{path}: {said} (--weights)")
+    if network.found:
+        progress.say(network.found)
     device = processes.accelerator().device
     network.to(device).eval()
     with progress.bar("Evaluating", len(images.test.target), "images") as advance:

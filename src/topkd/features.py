@@ -123,6 +123,7 @@ class Tapped(nn.Module):
         to_map: Callable[[Tensor], Tensor] = lambda seen: seen,
     ) -> None:
         super().__init__()
+        self.found = ""  # where it is read, for the user, if that is known from a trial alone
         self.memory_format = memory_format(network)
         # Its images decide, and weights that are channels-last would overrule them.
         self.network = network.to(memory_format=torch.contiguous_format)

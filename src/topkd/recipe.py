@@ -91,6 +91,8 @@ class TeacherSection(StudentSection):
     """
 
     checkpoint: str | None = None
+    weights: Literal["plain", "ema"] = "plain"
+    """Of a checkpoint with both: weights as they were trained, or their running mean."""
     recipe: str | None = None
     mean: tuple[float, float, float] | None = None
     """Of the images its weights were trained on, if they were normalised in another way."""
@@ -112,6 +114,8 @@ class TeacherSection(StudentSection):
             )
         if is_told and self.pretrained:
             raise ValueError("is pretrained, or has a checkpoint or a recipe; give one of them")
+        if self.weights == "ema" and self.checkpoint is None:
+            raise ValueError("weights: ema is of a checkpoint, which is not given")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together")
         return self

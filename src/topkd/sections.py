@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from topkd import processes
 from topkd.data import DATA, Augmentation, Data, refuse_few, with_augmentation
@@ -26,7 +27,7 @@ def network_of(section: StudentSection, data: Data, size: int | None = None) -> 
         network = foreign.build(
             section.model, len(data.classes), shown, pretrained=section.pretrained, **section.taps
         )
-        evaluate_once(network, shown)
+        evaluate_once(network, shown, section.model, data)
     return network
 
 
@@ -40,12 +41,23 @@ def taking(model: str, size: int) -> Iterator[None]:
         raise ValueError(f"{model} cannot take images of {size} px: {reason}") from error
 
 
-def evaluate_once(network: Tapped, size: int) -> None:
-    """Evaluates a network on a black image, which raises if it cannot take images of this size."""
+def evaluate_once(network: Tapped, size: int, model: str, data: Data) -> None:
+    """Evaluates a network on a black image.
+
+    Raises:
+        RuntimeError: If it cannot take images of this size.
+        ValueError: If it answers with another number of logits than there are classes.
+    """
     training = network.training
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        network.eval().network(torch.zeros(1, 3, size, size))
+        answer = network.eval().network(torch.zeros(1, 3, size, size))
     network.train(training)
+    logits = answer[0] if isinstance(answer, tuple) else answer
+    if isinstance(logits, Tensor) and logits.shape != (1, len(data.classes)):
+        width = " x ".join(map(str, logits.shape[1:]))
+        raise ValueError(
+            f"{model} answers with {width} logits, {data.name} has {len(data.classes)} classes"
+        )
 
 
 def published_for(section: TeacherSection, data: Data) -> foreign.Published:

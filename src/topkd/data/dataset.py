@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +13,7 @@ from torch import Tensor
 from topkd.data.base import Data, Faults
 from topkd.data.pictures import MEAN, STD, Frame, OnError, StorageError, picture_data
 from topkd.data.shards import numbered
+from topkd.own import imported
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -154,13 +154,13 @@ def _called(name: str, where: str) -> Indexed:
     if not (module and colon and function):
         raise ValueError(f"{where}: expected module:function, got {name!r}")
     try:
-        found: Indexed = getattr(importlib.import_module(module), function)()
+        found: Indexed = getattr(imported(module), function)()
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there, and misses another
         raise ValueError(f"{where}: there is no module {module!r}") from error
     except AttributeError as error:
-        if not hasattr(importlib.import_module(module), function):
+        if not hasattr(imported(module), function):
             raise ValueError(f"{where}: {module} has no {function!r}") from error
         raise
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,11 @@ from torch import nn
 from topkd.features import Tapped
 from topkd.models import MODELS, Model
 from topkd.models.families import taps_of
+from topkd.models.found import taps_by_running
+from topkd.own import imported
 
 _ORIGINS = ("torchvision", "timm")
+_WIDTHS = ("classes", "num_classes", "n_classes", "nb_classes", "num_class")  # that callables take
 _AUXILIARY = ("googlenet", "inception_v3")  # of torchvision: they answer with more than logits
 
 
@@ -38,7 +40,7 @@ class Foreign(Model):
 
     def build(self, classes: int) -> Tapped:
         """Builds the network, new, with the taps of its family."""
-        return _tapped(self.about, self.network(classes, None, False), {})
+        return _tapped(self.about, self.network(classes, None, False), None, {})
 
 
 def find(name: str) -> Model:
@@ -47,7 +49,8 @@ def find(name: str) -> Model:
     Args:
         name: One of :data:`topkd.models.MODELS`; ``torchvision:`` or ``timm:`` and a name there,
             with a dot and the name of certain weights if these are wanted; or ``module:callable``,
-            which is called with ``classes=``, and with ``size=`` if it takes that.
+            of an installed module or one in the current folder. It is called with ``classes=`` or
+            ``num_classes=``, and with ``size=``, as far as it takes them.
 
     Raises:
         ValueError: If there is none of this name, or the package it comes from is not installed.
@@ -71,6 +74,11 @@ def find(name: str) -> Model:
     return _of_timm(rest) if origin == "timm" else _of_user(origin, rest)
 
 
+def is_own(name: str) -> bool:
+    """Tells whether a name is that of a callable of the user's own."""
+    return ":" in name and name.split(":")[0] not in _ORIGINS
+
+
 def refuse_code(model: str, origin: str) -> None:
     """Refuses a file that asks for a network by MODULE:CALLABLE.
 
@@ -84,7 +92,7 @@ def refuse_code(model: str, origin: str) -> None:
     Raises:
         ValueError: If the network is neither ours, nor torchvision's, nor timm's.
     """
-    if ":" in model and model.split(":")[0] not in _ORIGINS:
+    if is_own(model):
         raise ValueError(f"{origin} asks to run {model}; if that is code of yours, say --trust")
 
 
@@ -102,17 +110,20 @@ def build(
 
     Args:
         name: As :func:`find` takes it.
-        classes: Width of the logits. Published weights of another number get a new classifier.
+        classes: Width of the logits. Published weights of another number get a new classifier. A
+            callable of the user that takes no number of classes decides by itself.
         size: Pixels on a side of the images it will be shown, for networks that are built for one
             size; position embeddings are interpolated. Their own if not given.
         pretrained: Whether to download the weights that torchvision or timm publish.
-        maps: Taps in place of its family's, which then has no pre-activations either.
+        maps: Taps in place of its family's, which then has no pre-activations either. A network of
+            no family is run once to find maps and head, if they are not given.
         head: Name of its classifier.
         preactivations: Taps in place of its family's.
 
     Raises:
         ValueError: If the network is unknown, has no published weights, has no module of one of
-            the names, or is of no known family and no head was given.
+            the names, or is of no known family, no head was given and none is found.
+        RuntimeError: If it has to be run, and cannot take images of this size.
         OSError: If weights cannot be downloaded.
     """
     model = find(name)
@@ -123,7 +134,7 @@ def build(
     if pretrained:
         published(name)
     if isinstance(model, Foreign):
-        return _tapped(name, model.network(classes, size, pretrained), own)
+        return _tapped(name, model.network(classes, size, pretrained), size, own)
     return Tapped(model.network(classes=classes), **{**model.taps, **own})
 
 
@@ -139,14 +150,42 @@ def published(name: str) -> Published:
     return model.published()
 
 
-def _tapped(name: str, network: nn.Module, own: dict[str, Any]) -> Tapped:
-    taps = {"maps": (), **taps_of(network), **own}
+def _tapped(name: str, network: nn.Module, size: int | None, own: dict[str, Any]) -> Tapped:
+    taps = {**taps_of(network), **own}
+    missing = [key for key in ("head", "maps") if key not in taps]
+    found = _found(name, network, size, missing) if missing else {}
+    if "maps" in taps:  # the pre-activations that were found belong to other maps
+        found.pop("preactivations", None)
+    taps = {"maps": (), **found, **taps}
     if "head" not in taps:
         some = ", ".join(child for child, _ in network.named_children())
         raise ValueError(
-            f"{name} is of no known family: give its head, and the maps to read; it has {some}"
+            f"{name} answers with what no layer of it gives: give its head, the module that makes "
+            f"logits of embeddings; it has {some}"
         )
-    return Tapped(network, **taps)
+    tapped = Tapped(network, **taps)
+    if missing:
+        maps = ", ".join(taps["maps"]) or "none"
+        tapped.found = (
+            f"{name} is read as it was found to compute: head {taps['head']}, maps {maps}"
+        )
+    return tapped
+
+
+def _found(
+    name: str, network: nn.Module, size: int | None, missing: Sequence[str]
+) -> dict[str, Any]:
+    try:
+        return taps_by_running(network, size)
+    except (RuntimeError, AssertionError) as error:
+        if size is not None:
+            raise
+        if "head" in missing:
+            raise ValueError(
+                f"{name} takes images of no usual size, so that it cannot be tried where it is to "
+                "be read: give its head, and the maps to read"
+            ) from error
+        return {}
 
 
 def _near(name: str, names: Iterable[str]) -> str:
@@ -281,33 +320,61 @@ def _create_timm(name: str, classes: int, size: int | None, pretrained: bool) ->
 def _of_user(module: str, attribute: str) -> Foreign:
     name = f"{module}:{attribute}"
     try:
-        imported = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+        found = imported(module)
+    except (ImportError, SyntaxError) as error:
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        if absent is None or not f"{module}.".startswith(f"{absent}."):
             raise ValueError(f"{name}: {module} cannot be imported: {error}") from error
         raise ValueError(
-            f"{name}: there is no module {error.name!r}; is it installed, or on PYTHONPATH?"
+            f"{name}: there is no module {absent!r}; is it installed, in the current folder, or on "
+            "PYTHONPATH?"
         ) from error
-    function = getattr(imported, attribute, None)
+    function = getattr(found, attribute, None)
     if not callable(function):
-        names = [known for known in vars(imported) if not known.startswith("_")]
+        names = [known for known in vars(found) if not known.startswith("_")]
         raise ValueError(f"{name}: {module} has no callable {attribute!r}{_near(attribute, names)}")
-    takes = inspect.signature(function).parameters
-    if "classes" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        raise ValueError(f"{name} is called with classes=, which it does not take")
-    return Foreign(partial(_create_own, name, function, "size" in takes), {}, name)
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in (*_WIDTHS, "size")
+    ]
+    if needed:
+        raise ValueError(
+            f"{name} needs {', '.join(needed)}, and is given no more than classes and size; name a "
+            "function that gives the rest"
+        )
+    return Foreign(partial(_create_own, name, function), {}, name)
 
 
 def _create_own(
     name: str,
     function: Callable[..., Any],
-    takes_size: bool,
     classes: int,
     size: int | None,
     pretrained: bool,
 ) -> nn.Module:
-    options = {"size": size} if takes_size and size is not None else {}
-    network = function(classes=classes, **options)
+    takes = inspect.signature(function).parameters
+    options = {"size": size} if "size" in takes and size is not None else {}
+    width = next((width for width in _WIDTHS if width in takes), None)
+    if width is None and any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        network = _created_by_keywords(function, classes, options)
+    else:
+        network = function(**({} if width is None else {width: classes}), **options)
     if not isinstance(network, nn.Module):
         raise ValueError(f"{name} made a {type(network).__name__}, not a torch.nn.Module")
     return network
+
+
+def _created_by_keywords(
+    function: Callable[..., Any], classes: int, options: Mapping[str, Any]
+) -> Any:
+    """Calls what hands its keywords on, and does not say which of them are known there."""
+    for width in _WIDTHS:
+        try:
+            return function(**{width: classes}, **options)
+        except TypeError as error:
+            if f"unexpected keyword argument '{width}'" not in str(error):
+                raise
+    return function(**options)

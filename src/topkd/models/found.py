@@ -1,0 +1,166 @@
+"""Where a network of no known family is read, found by running it once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from topkd.features import INPUT
+
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # of blocks, not blocks themselves
+_SIZES = (32, 224, 64, 8, 28, 96, 128, 256)  # tried where none is told, the most usual first
+
+
+class _Seen(NamedTuple):
+    """A module, what it gave, and how often that had been overwritten then."""
+
+    module: nn.Module
+    output: Tensor
+    version: int
+
+
+@dataclass
+class _Trace:
+    """What modules gave, in the order in which they last ended."""
+
+    names: dict[nn.Module, str]
+    seen: dict[str, _Seen] = field(default_factory=dict)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        name = self.names[module]
+        self.seen.pop(name, None)  # a tap reads what a module does last
+        is_read = bool(args) and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+        if is_read and output.is_floating_point():
+            self.seen[name] = _Seen(module, output, output._version)
+
+
+def taps_by_running(network: nn.Module, size: int | None) -> dict[str, Any]:
+    """Finds the classifier of a network and its maps, by what it makes of two images of noise.
+
+    The classifier is the linear layer, or convolution of 1x1, whose output is what the network
+    answers, before a log-softmax if there is one; of networks with neither, the layer with weights
+    that does it. The maps are the last outputs of each resolution, shallow to deep, of blocks
+    rather than of what is inside of them. Left out are pools, which compute nothing new, and what
+    has one pixel or is smaller than what comes later, as the gates of squeeze-and-excitation are.
+
+    Args:
+        network: Of which nothing is changed, but for layers that take their shape from the images.
+        size: Of the images, in pixels on a side; if not told, the first usual one that it takes.
+
+    Returns:
+        ``head``, ``maps`` and ``preactivations``, as :class:`topkd.features.Tapped` takes them; no
+        ``head`` where no layer is it, and no pre-activations unless a module for the ReLU ends
+        every map.
+
+    Raises:
+        RuntimeError: If the network cannot take images of this size.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        ...                         nn.Flatten(), nn.Linear(4, 10))
+        >>> taps_by_running(network, 8)
+        {'maps': ('1',), 'preactivations': ('1:in',), 'head': '4'}
+    """
+    for number, side in enumerate(_SIZES if size is None else (size,), start=1):
+        try:
+            trace, answer = _run(network, side)
+        except (RuntimeError, AssertionError):  # torch's, and those of transformers
+            if size is not None or number == len(_SIZES):
+                raise
+        else:
+            break
+    head = _head(trace, answer)
+    maps = _maps(trace, head)
+    taps = {"maps": maps, "preactivations": _before_relu(trace, maps)}
+    return taps if head is None else taps | {"head": head}
+
+
+def _run(network: nn.Module, size: int) -> tuple[_Trace, Any]:
+    trace = _Trace({module: name for name, module in network.named_modules() if name})
+    noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    weight = next(iter(network.parameters()), noise)
+    with _left_as_it_is(network, trace), torch.no_grad():
+        answer = network.eval()(noise.to(weight.device, weight.dtype))
+    return trace, answer[0] if isinstance(answer, tuple) else answer
+
+
+@contextmanager
+def _left_as_it_is(network: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    """Hooks all modules for a while, and keeps random numbers and what is in training."""
+    training = {module: module.training for module in network.modules()}
+    hooks = [module.register_forward_hook(hook) for name, module in network.named_modules() if name]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for module, was in training.items():
+            module.training = was
+
+
+def _head(trace: _Trace, answer: Any) -> str | None:
+    if not isinstance(answer, Tensor) or answer.ndim != 2:
+        return None
+    heads = {
+        name: module
+        for name, (module, output, _) in trace.seen.items()
+        if _answers(output, answer) and [*module.parameters(recurse=False)]
+    }
+    linear = [name for name, module in heads.items() if _is_linear(module)]
+    return next(reversed(linear or list(heads)), None)
+
+
+def _answers(output: Tensor, answer: Tensor) -> bool:
+    """Tells whether an output is what the network answers, but for a number added to all logits."""
+    if output.shape[0] != answer.shape[0] or output[0].numel() != answer.shape[1]:
+        return False
+    logits = output.flatten(1)
+    return torch.allclose(logits - logits.mean(1, True), answer - answer.mean(1, True), atol=1e-5)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    is_pointwise = isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1}
+    return is_pointwise or isinstance(module, nn.Linear)
+
+
+def _maps(trace: _Trace, head: str | None) -> tuple[str, ...]:
+    """Lists the last output of the outermost blocks of each resolution, shallow to deep.
+
+    Outermost, since what a block computes before it strides has still the resolution before.
+    """
+    blocks = {name for module, name in trace.names.items() if not isinstance(module, _LISTS)}
+    pooled = [output for module, output, _ in trace.seen.values() if _is_pool(module)]
+    maps: dict[int, tuple[int, str]] = {}  # pixels -> in how many blocks it is, and its name
+    largest = 2
+    for name, (_, output, version) in reversed(trace.seen.items()):
+        pixels = output.shape[2:].numel() if output.ndim == 4 else 0
+        is_kept = output._version == version and not any(output is other for other in pooled)
+        if pixels < largest or not is_kept or name == head:
+            continue
+        largest = pixels
+        parts = name.split(".")
+        depth = sum(".".join(parts[:end]) in blocks for end in range(1, len(parts)))
+        if pixels not in maps or depth < maps[pixels][0]:
+            maps[pixels] = depth, name
+    return tuple(name for _, name in reversed(maps.values()))
+
+
+def _before_relu(trace: _Trace, maps: Sequence[str]) -> tuple[str, ...]:
+    """Taps what goes into the ReLU that gives a map; nothing if one comes from elsewhere."""
+    relus = [
+        (name, output)
+        for name, (module, output, _) in trace.seen.items()
+        if isinstance(module, nn.ReLU)
+    ]
+    ends = [[name for name, output in relus if output is trace.seen[tap].output] for tap in maps]
+    return tuple(names[-1] + INPUT for names in ends) if all(ends) else ()
+
+
+def _is_pool(module: nn.Module) -> bool:
+    return type(module).__module__ == nn.MaxPool2d.__module__
