@@ -165,6 +165,15 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def sha256_of(path: Path) -> str:
+    """Computes the same hash of a file that may be larger than the memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def json_lines(values: Iterable[Any]) -> str:
     """Writes values as JSON, one on each line."""
     return "".join(json.dumps(value) + "\n" for value in values)
