@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,9 @@ from topkd.data.shards import listing, numbered, splits
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+GROWTH, ALWAYS = 20, 1 << 30  # times the file's bytes, and bytes, to which a column may unpack
 
 
 class Rows:
@@ -91,6 +94,7 @@ class Rows:
         path = self.files[number]
         try:
             with files.ParquetFile(path) as file:
+                _refuse_growth(file, path, self.column, [inside])
                 column = file.read_row_group(inside, columns=[self.column]).column(0)
         except (pyarrow.ArrowException, OSError, IndexError) as error:
             raise StorageError(f"{path} cannot be read any more: {error}") from error
@@ -148,8 +152,8 @@ def parquet(
     image, label, names = _columns(parts[0][0], image, label)
     _refuse_unlike(parts[0] + parts[1], image, label, names)
     labels = [labels_of(files, label) for files in parts]
-    classes, target = numbered(labels, names, str(top), faults)
     rows = [Rows(files, image, buffer) for files in parts]
+    classes, target = numbered(labels, names, rows, str(top), faults)
     return picture_data(f"parquet {top.name}", rows, target, classes, frame, on_error, faults)
 
 
@@ -196,6 +200,7 @@ def labels_of(files: Sequence[Path], column: str) -> list[int | str]:
     labels: list[int | str] = []
     for file in files:
         with _opened(file) as table:
+            _refuse_growth(table, file, column, range(table.metadata.num_row_groups))
             found = table.read(columns=[column])[column].to_pylist()
         for row, value in enumerate(found):
             if isinstance(value, bool) or not isinstance(value, int | str):
@@ -216,9 +221,19 @@ def schema(file: Path) -> tuple[list[str], dict[str, Any]]:
     """
     with _opened(file) as table:
         told = table.schema_arrow
-    about = json.loads((told.metadata or {}).get(b"huggingface", b"{}"))
-    features = about.get("info", {}).get("features", {})
-    return list(told.names), {n: told for n, told in features.items() if isinstance(told, dict)}
+    try:
+        about = json.loads((told.metadata or {}).get(b"huggingface", b"{}"))
+        features = about.get("info", {}).get("features", {})
+        described = {name: each for name, each in features.items() if isinstance(each, dict)}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: its metadata of huggingface are damaged: {error}") from error
+    for name, each in described.items():
+        names = each.get("names")
+        if each.get("_type") != "ClassLabel" or names is None:
+            continue
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"{file}: expected a list of names of {name}, got {names!r:.80}")
+    return list(told.names), described
 
 
 def _group_sizes(file: Path) -> list[int]:
@@ -234,6 +249,28 @@ def _opened(file: Path) -> Iterator[Any]:
 
     try:
         with files.ParquetFile(file) as table:
+            rows, size = table.metadata.num_rows, file.stat().st_size
+            if rows > size:  # a picture takes more than a byte
+                raise ValueError(
+                    f"{file} has {size:,} bytes and tells of {rows:,} rows of pictures"
+                )
             yield table
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a readable parquet file: {error}") from error
+
+
+def _refuse_growth(table: Any, file: Path, column: str, groups: Iterable[int]) -> None:
+    """Refuses row groups that would be much larger in memory than pictures and labels become."""
+    inside = [table.metadata.row_group(group) for group in groups]
+    chunks = [group.column(number) for group in inside for number in range(group.num_columns)]
+    whole = sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if chunk.path_in_schema.partition(".")[0] == column
+    )
+    size = file.stat().st_size
+    if whole > max(ALWAYS, GROWTH * size):
+        raise StorageError(
+            f"{file} has {size:,} bytes, and {column} in it would unpack to {whole:,}; at most "
+            f"{GROWTH} times the size of the file is read"
+        )
