@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -406,6 +407,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # as Python does it for standard error
         sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
+    threading.excepthook = _end_of_thread
     keep_freed_memory()
     try:
         app(_join_seeds(sys.argv[1:]), prog_name="topkd")
@@ -414,7 +416,7 @@ def main() -> None:
             print("\ntopkd: stopped; the same command goes on from the last epoch", file=sys.stderr)
         raise
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}")
     except (ValueError, ImportError) as error:  # what a user can cause; anything else is a bug
         _fail(str(error))
@@ -431,6 +433,15 @@ def _fail(message: str, *, status: int = 2) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     print(f"topkd{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _end_of_thread(failure: threading.ExceptHookArgs) -> None:
+    """Prints what ended a thread, but for a file that TensorBoard's cannot write.
+
+    The next call of the writer raises that again, and the main thread tells it in a line.
+    """
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

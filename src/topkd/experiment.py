@@ -262,12 +262,14 @@ class Experiment:
             self._kept_answers(seed),
             self._identity(),
         )
+        processes.by_first(lambda: files.refuse_deleted(self.folder))
         history = trainer.run(folder)
         predictions = evaluate.predict(student.eval(), self.data.test, self.device.device)
         processes.merge(self.data.faults.unreadable)
         result = self._result(arm, seed, predictions, losses, history)
         result["environment"] |= _as_text({"memory_format": student.memory_format})
         if processes.rank() == 0:
+            files.refuse_deleted(folder)
             self._keep_examples(predictions, folder)
             checkpoint.save_weights(
                 folder / "student.safetensors", student.network, self._about(student)

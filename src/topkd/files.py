@@ -45,6 +45,18 @@ def write(path: Path, content: bytes | str) -> None:
         raise
 
 
+def refuse_deleted(folder: Path) -> None:
+    """Ends work whose folder somebody has deleted: :func:`write` would make a part of it anew.
+
+    Raises:
+        FileNotFoundError: If it is not there any more.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} was deleted while it was written to; the same command begins it anew"
+        )
+
+
 def sweep(folder: Path) -> None:
     """Deletes what writes that were killed have left in a folder and below it.
 
