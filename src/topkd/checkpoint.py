@@ -31,12 +31,31 @@ _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 _WRAPPERS = ("model", "state_dict", "student", "net")  # keys under which others keep the weights
 _ACCURACIES = ("accuracy", "best_acc", "best_acc1", "acc", "top1", "test_acc")  # of it, elsewhere
+WEIGHTS = "student.safetensors"
+"""The file of a run that holds its weights."""
 _PREFIXES = ("module.", "student.", "_orig_mod.")
 
 
 def save_weights(path: Path, network: nn.Module, about: Mapping[str, Any]) -> None:
     """Saves the weights of a network with what is needed to use them, as sealed safetensors."""
     files.write(path, sealed.pack(network.state_dict(), about))
+
+
+def weights_file(target: Path) -> Path:
+    """Finds the weights of a run, or of a file itself.
+
+    Raises:
+        FileNotFoundError: If there are none; the message lists the runs in a folder of runs.
+    """
+    path = target / WEIGHTS if target.is_dir() else target
+    if path.is_file():
+        return path
+    if not target.is_dir():
+        raise FileNotFoundError(f"there is no run or file {target}")
+    runs = sorted(str(found.parent) for found in target.rglob(WEIGHTS))
+    more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
+    hint = f"; there are {', '.join(runs[:4])}{more}" if runs else ""
+    raise FileNotFoundError(f"there is no run {target}: {path} is missing{hint}")
 
 
 def read_about(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from topkd.printing import catalogue, print_files, print_findings, print_results
 if TYPE_CHECKING:
     from topkd.experiment import Experiment
 
+MOST_SEEDS = 10_000
 INTERRUPTED = 130  # exit status of a program that was stopped by Ctrl-C
 
 app = typer.Typer(
@@ -475,13 +476,16 @@ def _join_seeds(arguments: Sequence[str]) -> list[str]:
 
 def _numbers(seeds: str) -> list[int]:
     """Reads `0,1,2` or `0-2`."""
-    numbers: list[int] = []
+    ranges: list[range] = []
     try:
         for part in seeds.split(","):
             first, _, last = part.partition("-")
-            numbers.extend(range(int(first), int(last or first) + 1))
+            ranges.append(range(int(first), int(last or first) + 1))
     except ValueError:
         raise ValueError(f"--seeds: expected numbers such as 0,1,2 or 0-2, got {seeds!r}") from None
+    if sum(max(0, each.stop - each.start) for each in ranges) > MOST_SEEDS:
+        raise ValueError(f"--seeds: expected at most {MOST_SEEDS:,} numbers, got {seeds!r}")
+    numbers = [number for each in ranges for number in each]
     if not numbers:
         raise ValueError(f"--seeds: {seeds!r} is empty; give the smaller number first")
     return numbers

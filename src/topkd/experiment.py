@@ -413,10 +413,11 @@ def evaluate_file(
         trust: Whether the file may ask for code of yours, as MODULE:CALLABLE.
 
     Raises:
+        FileNotFoundError: If there is no such run or file.
         RecipeError: If a name is missing or unknown.
         ValueError: If the weights do not fit the network, or the file asks for code.
     """
-    path = target / "student.safetensors" if target.is_dir() else target
+    path = checkpoint.weights_file(target)
     about = checkpoint.read_about(path)
     if not trust:
         foreign.refuse_code(about, str(path))
