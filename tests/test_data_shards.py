@@ -412,8 +412,34 @@ def test_a_column_that_would_grow_is_refused(tmp_path, monkeypatch, column):
     for part in ("train", "test"):
         path = tmp_path / f"{part}.parquet"
         files.write_table(table, path, compression="zstd", use_dictionary=False)
-    with pytest.raises(ValueError, match=rf"and {column} in it would unpack to 8,\d+,\d+; at most"):
+    with pytest.raises(ValueError, match=rf"and {column} in it would unpack to 8,\d+,\d+ or more"):
         parquet(root=str(tmp_path)).train.read(torch.arange(1), None)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_picture_that_is_stored_once_for_many_rows_is_refused(tmp_path, monkeypatch, nested):
+    monkeypatch.setattr(sys.modules["topkd.data.parquet"], "ALWAYS", 1 << 20)
+    places = pa.array(np.zeros(20_000, np.int32))
+    once = np.random.default_rng(0).bytes(100_000)
+    image = pa.DictionaryArray.from_arrays(places, pa.array([once]))
+    image = pa.StructArray.from_arrays([image], ["bytes"]) if nested else image
+    table = pa.table({"image": image, "label": [0] * 20_000})
+    for part in ("train", "test"):  # two gigabytes, should all be read
+        path = tmp_path / f"{part}.parquet"
+        files.write_table(table, path, store_schema=False, dictionary_pagesize_limit=1 << 20)
+    data = parquet(root=str(tmp_path))
+    with pytest.raises(ValueError, match=r"train.parquet has .* image in it would unpack to"):
+        data.train.read(torch.arange(1), None)
+
+
+def test_a_name_that_is_stored_once_for_many_rows_is_read_once(tmp_path):
+    names = pa.array(["a" * 1_000_000, "b"])
+    label = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 2000, pa.int32()), names)
+    table = pa.table({"image": [png(pixels(1)[0])] * 4000, "label": label})
+    for part in ("train", "test"):
+        path = tmp_path / f"{part}.parquet"
+        files.write_table(table, path, store_schema=False, dictionary_pagesize_limit=1 << 22)
+    assert parquet(root=str(tmp_path)).train.target.tolist() == [0, 1] * 2000
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ class Rows:
         try:
             with files.ParquetFile(path) as file:
                 _refuse_growth(file, path, self.column, [inside])
-                column = file.read_row_group(inside, columns=[self.column]).column(0)
+                column = pyarrow.chunked_array(_few_by_few(file, path, self.column, inside))
         except (pyarrow.ArrowException, OSError, IndexError) as error:
             raise StorageError(f"{path} cannot be read any more: {error}") from error
         if pyarrow.types.is_struct(column.type):
@@ -199,9 +199,9 @@ def labels_of(files: Sequence[Path], column: str) -> list[int | str]:
     """
     labels: list[int | str] = []
     for file in files:
-        with _opened(file) as table:
+        with _opened(file, dictionaries=[column]) as table:
             _refuse_growth(table, file, column, range(table.metadata.num_row_groups))
-            found = table.read(columns=[column])[column].to_pylist()
+            found = _values(table.read(columns=[column])[column])
         for row, value in enumerate(found):
             if isinstance(value, bool) or not isinstance(value, int | str):
                 raise ValueError(
@@ -242,13 +242,28 @@ def _group_sizes(file: Path) -> list[int]:
         return [table.metadata.row_group(group).num_rows for group in groups]
 
 
+def _values(column: Any) -> list[Any]:
+    """Lists the values of a column; those that it stores once are in memory once."""
+    import pyarrow
+
+    if not pyarrow.types.is_dictionary(column.type):
+        values: list[Any] = column.to_pylist()
+        return values
+    found: list[Any] = []
+    for chunk in column.chunks:
+        known = chunk.dictionary.to_pylist()
+        places = chunk.indices.to_pylist()
+        found += [None if place is None else known[place] for place in places]
+    return found
+
+
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path, dictionaries: Sequence[str] = ()) -> Iterator[Any]:
     import pyarrow
     from pyarrow import parquet as files
 
     try:
-        with files.ParquetFile(file) as table:
+        with files.ParquetFile(file, read_dictionary=list(dictionaries)) as table:
             rows, size = table.metadata.num_rows, file.stat().st_size
             if rows > size:  # a picture takes more than a byte
                 raise ValueError(
@@ -268,9 +283,23 @@ def _refuse_growth(table: Any, file: Path, column: str, groups: Iterable[int]) -
         for chunk in chunks
         if chunk.path_in_schema.partition(".")[0] == column
     )
+    _refuse_larger(whole, file, column)
+
+
+def _few_by_few(table: Any, file: Path, column: str, group: int) -> list[Any]:
+    """Reads a column of a row group in pieces, so that one that lies about its size ends soon."""
+    pieces, whole = [], 0
+    for batch in table.iter_batches(64, row_groups=[group], columns=[column]):
+        pieces.append(batch.column(0))
+        whole += batch.nbytes
+        _refuse_larger(whole, file, column)
+    return pieces
+
+
+def _refuse_larger(whole: int, file: Path, column: str) -> None:
     size = file.stat().st_size
     if whole > max(ALWAYS, GROWTH * size):
         raise StorageError(
-            f"{file} has {size:,} bytes, and {column} in it would unpack to {whole:,}; at most "
-            f"{GROWTH} times the size of the file is read"
+            f"{file} has {size:,} bytes, and {column} in it would unpack to {whole:,} or more; at "
+            f"most {GROWTH} times the size of the file is read"
         )
