@@ -2,10 +2,13 @@
 
 import argparse
 import fractions
+import io
 import os
 import pickle
 import struct
+import tracemalloc
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -246,6 +249,63 @@ def test_a_file_that_is_cut_off_is_named(tmp_path, size):
         load_quietly(path)
 
 
+def _rewritten(path, compression, change=lambda name, content: content):
+    """An archive of PyTorch written anew."""
+    saved = io.BytesIO()
+    torch.save({"a": torch.zeros(1000)}, saved)
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+
+
+def _largest_memory(action):
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("read", [checkpoint.load_weights, checkpoint.read_accuracy])
+def test_an_archive_that_would_grow_is_refused(tmp_path, read, compression):
+    path, block = tmp_path / "weights.pth", bytes(1 << 24)
+    _rewritten(path, compression, lambda name, old: block if name.endswith("data/0") else old)
+    assert path.stat().st_size < 1 << 18
+
+    def refused():
+        with pytest.raises(
+            ValueError, match=r"weights\.pth is refused: it is a compressed archive"
+        ):
+            read(path)
+
+    assert _largest_memory(refused) < 1 << 21
+
+
+@pytest.mark.parametrize("lie", ["in the directory", "in the member", "twice in one place"])
+def test_an_archive_that_lies_about_its_sizes_is_refused(tmp_path, lie):
+    path = tmp_path / "weights.pth"
+    _rewritten(path, zipfile.ZIP_DEFLATED if lie == "in the member" else zipfile.ZIP_STORED)
+    content = bytearray(path.read_bytes())
+    place = content.rindex(b"data/0") - len("archive/")  # its name in the directory at the end
+    head = content.rindex(b"PK\x01\x02", 0, place)
+    if lie == "in the directory":
+        struct.pack_into("<2I", content, head + 20, 1 << 31, 1 << 31)
+    elif lie == "in the member":  # compressed, and the directory says that it is not
+        struct.pack_into("<H", content, head + 10, zipfile.ZIP_STORED)
+    else:  # many names for the same bytes
+        end = content.rindex(b"PK\x05\x06")
+        entry = bytes(content[head : content.index(b"PK\x01\x02", place)])
+        content[end:end] = 9 * entry
+        counted = struct.unpack_from("<2HL", content, end + 9 * len(entry) + 8)
+        told = (counted[0] + 9, counted[1] + 9, counted[2] + 9 * len(entry))
+        struct.pack_into("<2HL", content, end + 9 * len(entry) + 8, *told)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights\.pth is (refused|not a whole checkpoint)"):
+        checkpoint.load_weights(path)
+
+
 @pytest.mark.parametrize("content", [b"garbage", b"\x80\x02.", b"{}", bytes(range(256))])
 def test_garbage_is_named(tmp_path, content):
     path = tmp_path / "weights.pth"
@@ -295,6 +355,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ({"accuracy": {"top1": 71.74}}, None),
         ({"acc": torch.tensor([71.0, 90.0])}, None),
         ({"acc": float("nan")}, None),
+        ({"accuracy": torch.zeros(2)}, None),
     ],
 )
 def test_the_accuracy_that_others_note_is_read(tmp_path, noted, percent):

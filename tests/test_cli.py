@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 import yaml
 
-from topkd import cli, processor, recipe
+from topkd import cli, evaluate, processor, recipe
 from topkd.losses import LOSSES
+from topkd.train import Trainer
 
 TINY = {
     "data": {"name": "digits", "limit": 200},
@@ -186,8 +188,13 @@ class Evil:
         (("check", "tiny.yaml", "losses.4=1"), "there is no '4'; there are ce, kd, topkd"),
         (("run", "digits", "--seeds", "a"), "--seeds: expected numbers such as 0,1,2 or 0-2"),
         (("run", "digits", "--seeds", "2-0"), "--seeds: '2-0' is empty; give the smaller number"),
+        (("run", "digits", "--seeds", "0-9999999999"), "--seeds: expected at most 10,000 numbers"),
+        (("evaluate", "."), "there is no run .: student.safetensors is missing"),
         (("report", "."), "no result.json"),
-        (("evaluate", "absent.pth", "--model", "resnet8", "--data", "digits"), "absent.pth: No su"),
+        (
+            ("evaluate", "absent.pth", "--model", "resnet8", "--data", "digits"),
+            "no run or file absent.pth",
+        ),
         (("evaluate", "evil.pth", "--model", "resnet8", "--data", "digits"), "evil.pth is refused"),
         (("evaluate", "evil.pth"), "evil.pth does not tell which network it is"),
         (("evaluate", "wrong.pth", "--model", "resnet8", "--data", "digits"), "does not fit"),
@@ -249,6 +256,47 @@ def test_no_space_left_is_one_line(call, monkeypatch):
     status, _, err = call("student", "teacher.yaml")
     assert status == 2
     assert "runs/teacher/recipe.yaml could not be written: No space left on device" in err
+
+
+@pytest.mark.parametrize("place", [".", "teacher", "teacher/student/seed0"])
+@pytest.mark.parametrize("when", ["before the first", "before the last", "after the last"])
+def test_a_folder_that_is_deleted_meanwhile_is_one_line(call, tmp_path, monkeypatch, place, when):
+    train_epoch, predict = Trainer._epoch, evaluate.predict
+    folder = tmp_path / "runs" / place
+
+    def epoch(self, number, advance):
+        if number == {"before the first": 1, "before the last": 2}.get(when):
+            shutil.rmtree(folder)
+        entry = train_epoch(self, number, advance)
+        if number == 2 and when == "after the last":
+            monkeypatch.setattr("topkd.experiment.evaluate.predict", deleting)
+        return entry
+
+    def deleting(*words):
+        shutil.rmtree(folder)
+        return predict(*words)
+
+    monkeypatch.setattr(Trainer, "_epoch", epoch)
+    status, _, err = call("student", "teacher.yaml", "epochs=2", "--quiet")
+    run = "runs/teacher/student/seed0"
+    message = f"topkd: {run} was deleted while it was written to; the same command begins it anew"
+    assert (status, err) == (2, f"{message}\n")
+    assert not (tmp_path / run).exists()
+
+
+def test_a_log_of_tensorboard_that_is_deleted_is_one_line(call, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    train_epoch = Trainer._epoch
+
+    def epoch(self, number, advance):
+        shutil.rmtree(tmp_path / "runs/teacher/student/seed0/tensorboard")
+        return train_epoch(self, number, advance)
+
+    monkeypatch.setattr(Trainer, "_epoch", epoch)
+    status, _, err = call("student", "teacher.yaml", "--quiet")
+    assert (status, err.count("\n")) == (2, 1), err
+    assert err.startswith("topkd: runs/teacher/student/seed0/tensorboard/events.")
+    assert err.endswith(": No such file or directory\n")
 
 
 def test_seeds_are_read_in_every_form():

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -100,6 +101,22 @@ def by_webdataset(root, content, **frame):
 def by_dataset(root, content, **frame):
     samples = [(open_bytes(content), label) for label in (0, 1)]
     return from_dataset(samples, samples, **frame, **PLAIN)
+
+
+def test_a_picture_that_would_grow_is_not_decoded(tmp_path):
+    path, content = tmp_path / "train/a/0.png", bytearray()
+    for kind, data in (
+        (b"IHDR", struct.pack(">2I5B", 60_000, 60_000, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(1 << 20))),
+        (b"IEND", b""),
+    ):
+        content += struct.pack(">I", len(data)) + kind + data
+        content += struct.pack(">I", zlib.crc32(kind + data))
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        (tmp_path / part / "a/0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    with pytest.raises(ValueError, match=rf"{path}: not a readable image: .*decompression bomb"):
+        folder(root=str(tmp_path)).train.read(torch.arange(1), None)
 
 
 @pytest.mark.parametrize("load", [by_folder, by_parquet, by_webdataset, by_dataset])

@@ -340,7 +340,127 @@ def test_labels_that_are_none_are_named(rows, label):
 
 def test_a_label_beyond_the_names_is_named(rows):
     write_parquet(second(rows[0]), [png(pixels(1)[0])] * 2, [2, 3], names=NAMES)
-    with pytest.raises(ValueError, match="training image 12 has label 3, but there are 3 classes"):
+    message = r"00001.*, row 1: expected a label from 0 to 2, as there are 3 names .*; got 3$"
+    with pytest.raises(ValueError, match=message):
+        parquet(root=str(rows[0]))
+
+
+def from_rows(root, labels):
+    dtype = pa.uint64() if max(labels) >= 2**63 else pa.int64()
+    for part in ("train", "test"):
+        write_parquet(
+            root / f"{part}.parquet", [png(pixels(1)[0])] * len(labels), pa.array(labels, dtype)
+        )
+    return parquet(root=str(root))
+
+
+def from_tars(root, labels):
+    for part in ("train", "test"):
+        write_tar(root / f"{part}.tar", [png(pixels(1)[0])] * len(labels), labels)
+    return webdataset(root=str(root))
+
+
+def from_samples(root, labels):
+    return from_dataset([(None, label) for label in labels], [(None, 0)])
+
+
+WITHOUT_NAMES = {
+    from_rows: r"train.parquet, row 1",
+    from_tars: r"train.tar: 000001.png",
+    from_samples: r"train list\[1\]",
+}
+
+
+@pytest.mark.parametrize("label", [10**9, -1, 100_000, 2**64 - 1])
+@pytest.mark.parametrize("read", WITHOUT_NAMES)
+def test_a_label_far_beyond_all_pictures_is_named(tmp_path, read, label):
+    message = rf"{WITHOUT_NAMES[read]}: expected a label from 0 to 99999, as the classes have no "
+    with pytest.raises(ValueError, match=rf"{message}names and .* 2 training .*; got {label}$"):
+        read(tmp_path, [0, label])
+
+
+@pytest.mark.parametrize("read", [from_rows, from_tars])
+def test_labels_of_a_few_pictures_of_many_classes_are_right(tmp_path, read):
+    data = read(tmp_path, [21_840, 3])
+    assert len(data.classes) == 21_841
+    assert data.train.target.tolist() == [21_840, 3]
+
+
+def test_a_label_that_is_only_judged_by_is_named(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [png(pixels(1)[0])] * 2, [0, 1])
+    write_parquet(tmp_path / "test.parquet", [png(pixels(1)[0])] * 2, [0, 2])
+    message = r"test.parquet, row 1: expected a label from 0 to 1, as there are 2 classes .* got 2$"
+    with pytest.raises(ValueError, match=message):
+        parquet(root=str(tmp_path))
+
+
+def test_more_rows_than_bytes_are_refused(tmp_path):
+    rows = pa.array(np.zeros(1_000_000, np.int8))
+    table = pa.table({"image": pa.repeat(pa.scalar(b""), len(rows)), "label": rows})
+    for part in ("train", "test"):
+        files.write_table(table, tmp_path / f"{part}.parquet")
+    with pytest.raises(ValueError, match=r"parquet has .* bytes and tells of 1,000,000 rows of"):
+        parquet(root=str(tmp_path))
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_a_column_that_would_grow_is_refused(tmp_path, monkeypatch, column):
+    monkeypatch.setattr(sys.modules["topkd.data.parquet"], "ALWAYS", 1 << 20)
+    table = pa.table({"image": [png(pixels(1)[0])] * 2, "label": ["a", "b"]})
+    long = [bytes(1 << 22)] * 2 if column == "image" else ["a" * (1 << 22)] * 2
+    table = table.set_column(table.column_names.index(column), column, [long])
+    for part in ("train", "test"):
+        path = tmp_path / f"{part}.parquet"
+        files.write_table(table, path, compression="zstd", use_dictionary=False)
+    with pytest.raises(ValueError, match=rf"and {column} in it would unpack to 8,\d+,\d+ or more"):
+        parquet(root=str(tmp_path)).train.read(torch.arange(1), None)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_picture_that_is_stored_once_for_many_rows_is_refused(tmp_path, monkeypatch, nested):
+    monkeypatch.setattr(sys.modules["topkd.data.parquet"], "ALWAYS", 1 << 20)
+    places = pa.array(np.zeros(20_000, np.int32))
+    once = np.random.default_rng(0).bytes(100_000)
+    image = pa.DictionaryArray.from_arrays(places, pa.array([once]))
+    image = pa.StructArray.from_arrays([image], ["bytes"]) if nested else image
+    table = pa.table({"image": image, "label": [0] * 20_000})
+    for part in ("train", "test"):  # two gigabytes, should all be read
+        path = tmp_path / f"{part}.parquet"
+        files.write_table(table, path, store_schema=False, dictionary_pagesize_limit=1 << 20)
+    data = parquet(root=str(tmp_path))
+    with pytest.raises(ValueError, match=r"train.parquet has .* image in it would unpack to"):
+        data.train.read(torch.arange(1), None)
+
+
+def test_a_name_that_is_stored_once_for_many_rows_is_read_once(tmp_path):
+    names = pa.array(["a" * 1_000_000, "b"])
+    label = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 2000, pa.int32()), names)
+    table = pa.table({"image": [png(pixels(1)[0])] * 4000, "label": label})
+    for part in ("train", "test"):
+        path = tmp_path / f"{part}.parquet"
+        files.write_table(table, path, store_schema=False, dictionary_pagesize_limit=1 << 22)
+    assert parquet(root=str(tmp_path)).train.target.tolist() == [0, 1] * 2000
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ("{", "its metadata of huggingface are damaged"),
+        ("[]", "its metadata of huggingface are damaged"),
+        ("[" * 100_000, "its metadata of huggingface are damaged"),
+        ('{"info": {"features": 1}}', "its metadata of huggingface are damaged"),
+        (
+            '{"info": {"features": {"label": {"_type": "ClassLabel", "names": 1}}}}',
+            "expected a list of names of label, got 1",
+        ),
+    ],
+    ids=range(5),
+)
+def test_damaged_metadata_are_named(rows, about, message):
+    path = next(rows[0].rglob("train-*.parquet"))
+    table = files.read_table(path).replace_schema_metadata({"huggingface": about})
+    files.write_table(table, path)
+    with pytest.raises(ValueError, match=rf"{path.name}: {message}"):
         parquet(root=str(rows[0]))
 
 
@@ -634,6 +754,10 @@ def test_an_incomplete_sample_is_named(tmp_path, member, message):
         ("cls", "", "its label is empty"),
         ("json:label", "{", "its label cannot be read"),
         ("json:label", "{}", "its label cannot be read: KeyError"),
+        ("json:label", "[" * 100_000, "its label cannot be read: RecursionError"),
+        ("json:label", '{"label": 1.5}', "expected a whole number or a name as label, got 1.5"),
+        ("json:label", '{"label": true}', "expected a whole number or a name as label, got True"),
+        ("cls", "1" * 5000, "expected a label of up to 1,000 characters, got more"),
     ],
 )
 def test_a_label_that_is_none_is_named(tmp_path, label, content, message):
@@ -642,6 +766,33 @@ def test_a_label_that_is_none_is_named(tmp_path, label, content, message):
         write_tar(tmp_path / f"{part}.tar", [png(pixels(1)[0])], [content], label=where)
     with pytest.raises(ValueError, match=f"train.tar: 000000: {message}"):
         webdataset(root=str(tmp_path), label=label)
+
+
+@pytest.mark.parametrize("name", ["000000.cls", "000000.png"])
+def test_a_sparse_member_is_refused(tmp_path, name):
+    for part in ("train", "val"):
+        write_tar(tmp_path / f"{part}.tar", [png(pixels(1)[0])], [0])
+    about = tarfile.TarInfo(name)
+    about.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(about.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"%011o\0" % (1 << 32)  # bytes, once the holes are filled
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:512]))
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("000000.txt"))
+        tar.fileobj.write(header)
+        tar.offset += len(header)
+    with pytest.raises(ValueError, match=rf"train.tar: {name} is sparse; store it as a plain file"):
+        webdataset(root=str(tmp_path))
+
+
+def test_a_member_longer_than_any_memory_is_refused(tmp_path):
+    for part in ("train", "val"):
+        write_tar(tmp_path / f"{part}.tar", [png(pixels(1)[0])], [0])
+    about = tarfile.TarInfo("long name")
+    about.type, about.size = tarfile.GNUTYPE_LONGNAME, 1 << 60
+    (tmp_path / "train.tar").write_bytes(about.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(ValueError, match=r"train.tar is not a whole tar file"):
+        webdataset(root=str(tmp_path))
 
 
 def test_a_corrupt_member_is_named_or_replaced(tars):
@@ -741,7 +892,9 @@ def test_samples_that_are_no_pictures_stop_in_any_case(image, message, on_error)
         read_all(data.train)
 
 
-@pytest.mark.parametrize("label", ["cat", 1.5, None])
+@pytest.mark.parametrize(
+    "label", ["cat", 1.5, None, True, np.bool_(True), torch.tensor(True), torch.tensor(1.0)]
+)
 def test_labels_of_samples_that_are_no_numbers_are_named(label):
     with pytest.raises(ValueError, match=r"train list\[1\]: expected a whole number as label, got"):
         from_dataset([(None, 0), (None, label)], [(None, 0)])
@@ -754,7 +907,9 @@ def test_data_sets_that_do_not_fit(tmp_path):
     wrong.targets = [0]
     with pytest.raises(ValueError, match="train WithTargets has 6 samples and 1 labels"):
         from_dataset(wrong, wrong)
-    with pytest.raises(ValueError, match="training image 1 has label 2, but there are 2 classes"):
+    with pytest.raises(
+        ValueError, match=r"train list\[1\]: expected a label from 0 to 1, .* got 2$"
+    ):
         from_dataset([(None, 0), (None, 2)], [(None, 0)], classes=["a", "b"])
 
 

@@ -16,6 +16,7 @@ from topkd.evaluate import Predictions
 from topkd.experiment import Experiment
 from topkd.models import MODELS, foreign
 from topkd.progress import Progress
+from topkd.recipe import Term
 
 QUIET = Progress(quiet=True)
 RIPSNET = {"name": "topkd", "via": "ripsnet", "training": {"passes": 1, "epochs": 1}}
@@ -79,6 +80,26 @@ def test_a_healthy_recipe_has_nothing_wrong_and_nothing_is_written(taught, tmp_p
     assert "ce, kd, at, topkd: the taps give what they need" in [f.found for f in findings]
     assert not [*tmp_path.iterdir()]
     assert everything_in(taught.parents[3]) == before
+
+
+def test_the_epoch_in_which_most_terms_count_is_found():
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        epochs, terms = int(generator.integers(1, 40)), []
+        for start, length, warmup, decay, ends in generator.integers(0, 20, (3, 5)).tolist():
+            stop = start + length + 1 if ends % 2 else None
+            terms.append(Term(name="ce", start=start + 1, stop=stop, warmup=warmup, decay=decay))
+        counts = [doctor._counting(terms, epoch, epochs) for epoch in range(1, epochs + 1)]
+        assert counts[doctor._fullest(terms, epochs) - 1] == pytest.approx(max(counts))
+
+
+def test_the_doctor_is_as_fast_with_any_number_of_epochs(tmp_path, monkeypatch):
+    asked, schedule = count(), Term.schedule
+    monkeypatch.setattr(Term, "schedule", lambda *words: (next(asked), schedule(*words))[1])
+    late = {"name": "ce", "label": "late", "start": 2, "stop": 10**12, "decay": 10**8}
+    tree = TINY | {"losses": [{"name": "ce"}, late], "epochs": 10**13}
+    assert not told(doctor.examine(Experiment(recipe.parse(tree), tmp_path, QUIET)), "wrong")
+    assert next(asked) < 1000
 
 
 def test_a_recipe_without_a_teacher_is_examined(tmp_path):

@@ -1,5 +1,6 @@
 """Recipes carried out: stages, resuming, folders, and every recipe that ships."""
 
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
@@ -82,6 +83,23 @@ def test_every_stage_leaves_what_the_next_needs(tiny):
         assert results[arm]["last"]["top1"] == pytest.approx(
             evaluate_file(experiment.folder / arm / "seed0", None, (), QUIET)["top1"]
         )
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda target, out: evaluate_file(target, None, None, None, QUIET),
+        lambda target, out: export(target, ["safetensors"], out, QUIET),
+    ],
+    ids=["evaluate", "export"],
+)
+def test_a_folder_of_runs_is_told_which_there_are(tiny, tmp_path, ask):
+    out = tiny[0].out
+    runs = [f"{out}/taught/student/seed0"]
+    runs = [*(f"{tiny[0].folder}/{arm}/seed0" for arm in ("kd", "silent", "student")), *runs]
+    message = f"there is no run {out}: {out}/student.safetensors is missing; there are "
+    with pytest.raises(FileNotFoundError, match=re.escape(message + ", ".join(sorted(runs))) + "$"):
+        ask(out, tmp_path / "out")
 
 
 def test_a_silent_term_changes_no_bit(tiny):

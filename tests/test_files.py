@@ -1,10 +1,12 @@
 """Files that are whole or absent, hashes by which changes are noticed, states, locks."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -225,6 +227,19 @@ def test_a_damaged_state_is_named_and_not_used(tmp_path, how):
     (path,) = tmp_path.glob("state-*.pt")
     damage(path, how)
     with pytest.raises(ValueError, match=rf"{path.name} is .*; delete .*{tmp_path.name}"):
+        state.load(tmp_path)
+
+
+def test_a_state_that_would_grow_is_refused(tmp_path):
+    saved, grown = io.BytesIO(), io.BytesIO()
+    torch.save({"a": torch.zeros(100_000)}, saved)
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(grown, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    (tmp_path / "state-0.pt").write_bytes(grown.getvalue())
+    told = {"file": "state-0.pt", "hash": files.sha256(grown.getvalue())}
+    files.write_sealed(tmp_path / "latest.json", told)
+    with pytest.raises(ValueError, match=r"state-0\.pt is refused: it is a compressed archive"):
         state.load(tmp_path)
 
 

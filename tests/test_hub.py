@@ -1,7 +1,9 @@
 """Push and pull against a stand-in of the hub, which breaks off and damages files when told."""
 
 import base64
+import gzip
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -44,6 +46,7 @@ class Hub(ThreadingHTTPServer):
         self.step = {}  # path -> bytes after which it breaks off each time
         self.knows_ranges = True
         self.damage = {}  # path -> bytes to send in place of the file
+        self.endless = {}  # path -> blocks of 64 kB that were sent of a file without an end
 
     def handle_error(self, request, client_address):
         pass  # a client that was cut off
@@ -147,6 +150,8 @@ class Handler(BaseHTTPRequestHandler):
         if path not in files:
             return self.answer(404, {"error": "no"}, X_Error_Code="EntryNotFound")
         content = self.server.damage.get(path, files[path])
+        if path in self.server.endless:
+            return self.send_blocks(path)
         if not self.server.knows_ranges:
             return self.answer(200, body=content)
         start = int(re.match(r"bytes=(\d+)-", self.headers["Range"])[1])
@@ -163,6 +168,13 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(416)
         told = f"bytes {start}-{len(content) - 1}/{len(content)}"
         return self.answer(206, body=content[start:], Content_Range=told)
+
+    def send_blocks(self, path):
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(3200):  # 200 MB, should nobody stop it
+            self.wfile.write(bytes(1 << 16))
+            self.server.endless[path] += 1
 
 
 @pytest.fixture
@@ -325,7 +337,146 @@ def test_files_of_others_are_not_overwritten(server, export, tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["README.md"]
 
 
-@pytest.mark.parametrize("name", ["../up", "/etc/passwd", "a/../../up", "C:\\up", ".ssh/key", ""])
+@pytest.mark.parametrize("name", ["model.onnx", "checksums.json"])
+def test_a_file_without_an_end_is_not_read_on(server, export, tmp_path, name):
+    hub.push(export, "me/small", endpoint=server.url)
+    server.endless[name] = 0
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} of me/small is (not what|damaged)"):
+        hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
+    assert server.endless[name] < 640  # 40 MB, most of it on the way
+    kept = [path for path in (tmp_path / "pulled").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in kept) < 64_000
+
+
+def test_what_decompresses_to_more_is_not_decompressed(server, export, tmp_path, monkeypatch):
+    hub.push(export, "me/small", endpoint=server.url)
+    server.damage["model.onnx"] = gzip.compress(bytes(16384))
+    answer = Handler.answer
+
+    def compressed(self, status, value=None, body=b"", **headers):
+        if body[:2] == b"\x1f\x8b":
+            headers["Content_Encoding"] = "gzip"
+        return answer(self, status, value, body, **headers)
+
+    monkeypatch.setattr(Handler, "answer", compressed)
+    with pytest.raises(ValueError, match=r"not what was pushed: .* its first \d\d bytes"):
+        hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
+
+
+def test_a_server_that_begins_anew_again_and_again_is_left(server, export, tmp_path, monkeypatch):
+    hub.push(export, "me/small", endpoint=server.url)
+    breaks, resolve = itertools.cycle([3000, 2000]), Handler.resolve
+
+    def breaking(self, name, revision, path):
+        if path != "model.onnx":
+            return resolve(self, name, revision, path)
+        self.send_response(200)
+        self.send_header("Content-Length", "16384")
+        self.end_headers()
+        return self.wfile.write(CONTENT[path][: next(breaks)])
+
+    monkeypatch.setattr(Handler, "resolve", breaking)
+    with pytest.raises(OSError, match="the same command goes on where it stopped"):
+        hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
+    assert len(asked(server, "GET", "/model.onnx")) == 2
+
+
+def test_files_of_the_same_content_are_both_pulled(server, export, tmp_path):
+    (export / "copy.onnx").write_bytes(CONTENT["model.onnx"])
+    hub.push(export, "me/small", endpoint=server.url)
+    hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
+    for name in ("copy.onnx", "model.onnx"):
+        assert (tmp_path / "pulled" / name).read_bytes() == CONTENT["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    "size", [True, 1e30, 5.0, "5", None, -1, float("nan"), 10**30, [5]], ids=str
+)
+def test_lengths_that_are_none_are_refused(server, export, tmp_path, size):
+    hub.push(export, "me/small", endpoint=server.url)
+    told = json.dumps({"a": {"sha256": "0" * 64, "bytes": size}}).encode()
+    server.files("me/small")["checksums.json"] = told
+    wrong, message = ValueError, r"damaged: 'a': expected bytes as a whole number from 0, got "
+    if size == 10**30:
+        wrong, message = OSError, r"me/small needs 1,000,000,.* bytes and .* has room for "
+    with pytest.raises(wrong, match=message):
+        hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
+    assert not (tmp_path / "pulled").exists()
+
+
+@pytest.mark.parametrize("link", ["README.md", "more", ".parts", "checksums.json"])
+def test_links_in_the_folder_are_not_followed(server, export, tmp_path, link):
+    hub.push(export, "me/small", endpoint=server.url)
+    (tmp_path / "pulled").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    if link == "README.md":  # the very file: replacing the link would be harmless, telling is not
+        (tmp_path / "pulled" / link).symlink_to(export / link)
+    else:
+        (tmp_path / "pulled" / link).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match=rf"{re.escape(link)} is a symbolic link, which"):
+        hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_the_part_of_a_file_may_be_no_link(server, export, tmp_path):
+    hub.push(export, "me/small", endpoint=server.url)
+    server.cut_get["model.onnx"] = 5000
+    with pytest.raises(OSError, match="refused me/small"):
+        hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
+    mine = tmp_path / "mine"
+    mine.write_text("mine", encoding="utf-8")
+    for part in (tmp_path / "pulled/.parts").iterdir():
+        part.unlink()
+        part.symlink_to(mine)
+    with pytest.raises(FileExistsError, match="is a symbolic link"):
+        hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
+    assert mine.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_folder_in_place_of_a_file_is_not_overwritten(server, export, tmp_path):
+    hub.push(export, "me/small", endpoint=server.url)
+    (tmp_path / "pulled/README.md").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=r"README\.md is not the file of me/small"):
+        hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("a", "A"), ("Ä", "a\u0308"), ("a", "a/b"), ("A/b", "a"), ("Checksums.json",)],
+    ids=ascii,
+)
+def test_names_of_one_place_are_refused(server, export, tmp_path, names):
+    hub.push(export, "me/small", endpoint=server.url)
+    entry = {"sha256": hashlib.sha256(b"").hexdigest(), "bytes": 0}
+    server.files("me/small")["checksums.json"] = json.dumps(dict.fromkeys(names, entry)).encode()
+    with pytest.raises(ValueError, match="have the same place but for upper and lower case"):
+        hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
+
+
+def test_what_could_not_be_pulled_is_not_pushed(server, export):
+    (export / "readme.md").write_text("the same to some systems", encoding="utf-8")
+    if len(list(export.glob("*.md"))) < 2:
+        pytest.skip("this system does not tell upper case from lower")
+    with pytest.raises(ValueError, match=r"'README.md' and 'readme.md' have the same place"):
+        hub.push(export, "me/small", endpoint=server.url)
+    assert not server.repos
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"README.md": 1}'])
+def test_damaged_checksums_of_an_earlier_pull_are_told(server, export, tmp_path, content):
+    hub.push(export, "me/small", endpoint=server.url)
+    (tmp_path / "pulled").mkdir()
+    (tmp_path / "pulled/checksums.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"pulled.checksums\.json is damaged: "):
+        hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../up", "/etc/passwd", "a/../../up", "C:\\up", ".ssh/key", "", "a//b", "a/", "a/./b"]
+    + ["a\0b", "a\nb", "a. ", "\ud800"],
+    ids=ascii,
+)
 def test_names_that_leave_the_folder_are_refused(server, export, tmp_path, name):
     hub.push(export, "me/small", endpoint=server.url)
     wrong = json.dumps({name: {"sha256": "0" * 64, "bytes": 0}}).encode()
@@ -334,7 +485,11 @@ def test_names_that_leave_the_folder_are_refused(server, export, tmp_path, name)
         hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
 
 
-@pytest.mark.parametrize("content", [b"not json", b"[1, 2]", b'{"a": {"sha256": "zz"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"not json", b"[1, 2]", b'{"a": 1}', b'{"a": {"sha256": "zz"}}', b"[" * 100_000],
+    ids=range(5),
+)
 def test_broken_checksums_are_refused(server, export, tmp_path, content):
     hub.push(export, "me/small", endpoint=server.url)
     server.files("me/small")["checksums.json"] = content
@@ -414,6 +569,13 @@ def test_a_server_that_is_not_there_is_one_line(server, export, monkeypatch, cap
     assert err.startswith("topkd: the connection with http://127.0.0.1:1 failed: ")
     assert err.endswith("; the same command goes on where it stopped\n")
     assert err.count("\n") == 1
+
+
+def test_what_a_server_says_is_one_line(server, export, monkeypatch, capsys):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.answer(500, body=b"no\nand\n" * 999))
+    status, _, err = call(monkeypatch, capsys, "pull", "me/a", export, "--endpoint", server.url)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert len(err) < 400
 
 
 def test_without_the_package_the_message_says_how_to_get_it(export, monkeypatch):

@@ -7,10 +7,11 @@ import io
 import math
 import pickle
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     argparse.Namespace,
 ]
 LARGEST_SIDE = 16_384  # pixels
+WEIGHTS = "student.safetensors"
+"""The file of a run that holds its weights."""
 _ACCURACIES = (  # of it, elsewhere
     *("accuracy", "best_accuracy", "test_accuracy", "best_acc", "best_acc1", "acc", "test_acc"),
     *("best_prec1", "prec1", "top1", "best_top1"),
@@ -71,6 +74,23 @@ class About(Section):
 def save_weights(path: Path, network: nn.Module, about: Mapping[str, Any]) -> None:
     """Saves the weights of a network with what is needed to use them, as sealed safetensors."""
     files.write(path, sealed.pack(network.state_dict(), about))
+
+
+def weights_file(target: Path) -> Path:
+    """Finds the weights of a run, or of a file itself.
+
+    Raises:
+        FileNotFoundError: If there are none; the message lists the runs in a folder of runs.
+    """
+    path = target / WEIGHTS if target.is_dir() else target
+    if path.is_file():
+        return path
+    if not target.is_dir():
+        raise FileNotFoundError(f"there is no run or file {target}")
+    runs = sorted(str(found.parent) for found in target.rglob(WEIGHTS))
+    more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
+    hint = f"; there are {', '.join(runs[:4])}{more}" if runs else ""
+    raise FileNotFoundError(f"there is no run {target}: {path} is missing{hint}")
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -128,18 +148,65 @@ def read_accuracy(path: Path) -> float | None:
 
 
 def _read_pickle(path: Path) -> Any:
-    content = path.read_bytes()
+    with path.open("rb") as file:
+        return read_torch(file, str(path))
+
+
+class _CompressedError(ValueError):
+    """An archive that would become larger than its file."""
+
+
+def read_torch(file: IO[bytes], origin: str) -> Any:
+    """Reads what ``torch.save`` wrote, as far as it is tensors and plain values.
+
+    It takes no more memory than the size of the file suggests.
+
+    Args:
+        file: Open for reading, at its beginning.
+        origin: Its name, for the messages.
+
+    Raises:
+        ValueError: If it holds code, is compressed, or is not whole.
+    """
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            plain = _uncompressed(file, origin)
+            return torch.load(plain, map_location="cpu", weights_only=True)
+    except _CompressedError:
+        raise
     except Exception as error:  # whatever a file of unknown origin provokes in the unpickler
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and code:
             raise ValueError(
-                f"{path} is refused: to load it would run {code[1]}; "
+                f"{origin} is refused: to load it would run {code[1]}; "
                 "only tensors and plain values are loaded"
             ) from error
-        raise ValueError(f"{path} is not a whole checkpoint of PyTorch") from error
+        raise ValueError(f"{origin} is not a whole checkpoint of PyTorch") from error
+
+
+def _uncompressed(file: IO[bytes], origin: str) -> IO[bytes]:
+    """Copies an archive, and refuses one whose members are compressed, which PyTorch's never are.
+
+    Two readers can find different sizes in one file. Of the copy torch finds those checked here.
+    """
+    is_zip = file.read(4) == b"PK\x03\x04"  # by which torch tells, too
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if not is_zip:
+        return file
+    copy = io.BytesIO()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copy, "w") as plain:
+        members = archive.infolist()
+        whole = sum(member.file_size for member in members)
+        if whole > size or any(m.compress_type != zipfile.ZIP_STORED for m in members):
+            raise _CompressedError(
+                f"{origin} is refused: it is a compressed archive, of {size:,} bytes, which hold "
+                f"{whole:,} by its own account; torch.save writes it without compression"
+            )
+        for member in members:
+            plain.writestr(member.filename, archive.read(member))
+    copy.seek(0)
+    return copy
 
 
 def _tensors(tree: Mapping[Any, Any]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -20,6 +21,7 @@ from topkd.printing import catalogue, print_files, print_findings, print_results
 if TYPE_CHECKING:
     from topkd.experiment import Experiment
 
+MOST_SEEDS = 10_000
 INTERRUPTED = 130  # exit status of a program that was stopped by Ctrl-C
 
 app = typer.Typer(
@@ -427,6 +429,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # as Python does it for standard error
         sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
+    threading.excepthook = _end_of_thread
     keep_freed_memory()
     try:
         app(_join_seeds(sys.argv[1:]), prog_name="topkd")
@@ -435,7 +438,7 @@ def main() -> None:
             print("\ntopkd: stopped; the same command goes on from the last epoch", file=sys.stderr)
         raise
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}")
     except (ValueError, ImportError) as error:  # what a user can cause; anything else is a bug
         _fail(str(error))
@@ -452,6 +455,15 @@ def _fail(message: str, *, status: int = 2) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     print(f"topkd{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _end_of_thread(failure: threading.ExceptHookArgs) -> None:
+    """Prints what ended a thread, but for a file that TensorBoard's cannot write.
+
+    The next call of the writer raises that again, and the main thread tells it in a line.
+    """
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
@@ -485,13 +497,16 @@ def _join_seeds(arguments: Sequence[str]) -> list[str]:
 
 def _numbers(seeds: str) -> list[int]:
     """Reads `0,1,2` or `0-2`."""
-    numbers: list[int] = []
+    ranges: list[range] = []
     try:
         for part in seeds.split(","):
             first, _, last = part.partition("-")
-            numbers.extend(range(int(first), int(last or first) + 1))
+            ranges.append(range(int(first), int(last or first) + 1))
     except ValueError:
         raise ValueError(f"--seeds: expected numbers such as 0,1,2 or 0-2, got {seeds!r}") from None
+    if sum(max(0, each.stop - each.start) for each in ranges) > MOST_SEEDS:
+        raise ValueError(f"--seeds: expected at most {MOST_SEEDS:,} numbers, got {seeds!r}")
+    numbers = [number for each in ranges for number in each]
     if not numbers:
         raise ValueError(f"--seeds: {seeds!r} is empty; give the smaller number first")
     return numbers

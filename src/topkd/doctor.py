@@ -23,7 +23,7 @@ from topkd.features import Tapped, Teacher
 from topkd.metrics import Sums
 from topkd.optimizer import learning_rate
 from topkd.progress import Progress
-from topkd.recipe import Recipe
+from topkd.recipe import Recipe, Term
 from topkd.terms import Weighted, warnings
 from topkd.train import Trainer
 
@@ -373,14 +373,11 @@ def _train(
     """
     recipe, data, device = experiment.recipe, experiment.data, experiment.device
     terms = [weighted.term for weighted in losses]
-
-    def counting(epoch: int) -> float:
-        return sum(term.schedule(epoch, recipe.epochs) for term in terms if term.share is None)
-
-    fullest = max(range(1, recipe.epochs + 1), key=counting)
-    if not counting(fullest):
+    fullest = _fullest(terms, recipe.epochs)
+    if not _counting(terms, fullest, recipe.epochs):
         return None
-    others = sorted({term.start for term in terms if counting(term.start)} - {fullest})
+    starts = {term.start for term in terms if _counting(terms, term.start, recipe.epochs)}
+    others = sorted(starts - {fullest})
     epochs = [*others, *[fullest] * (WARM + TIMED)]
     trainer = Trainer(
         student, experiment.teacher, losses, data, recipe, 0, device, experiment.progress
@@ -405,6 +402,29 @@ def _train(
         evaluate.predict(student.eval(), judged, device.device)
     judging = (time.perf_counter() - start) * len(data.test.target) / len(judged.target)
     return sums, statistics.median(steps[untimed:] or steps[-1:]) * trainer.steps + judging
+
+
+def _counting(terms: Sequence[Term], epoch: int, epochs: int) -> float:
+    """How many terms with a weight count in an epoch, those that rise or fall in part."""
+    return sum(term.schedule(epoch, epochs) for term in terms if term.share is None)
+
+
+def _fullest(terms: Sequence[Term], epochs: int) -> int:
+    """Finds the first epoch in which most terms count.
+
+    Schedules are straight lines between a few epochs, beside one of which it is.
+    """
+    turns = {1}
+    for term in terms:
+        last = epochs if term.stop is None else min(term.stop, epochs)
+        rise, fall = max(1, term.warmup), max(1, term.decay)
+        meeting = ((last + 1) * rise + (term.start - 1) * fall) // (rise + fall)
+        turns |= {term.start, term.start + rise, last, last - fall, meeting}
+    near = {turn + step for turn in turns for step in (-1, 0, 1)}
+    return max(
+        sorted(epoch for epoch in near if 1 <= epoch <= epochs),
+        key=lambda epoch: _counting(terms, epoch, epochs),
+    )
 
 
 def _time(recipe: Recipe, seconds: Mapping[str, float]) -> Finding:

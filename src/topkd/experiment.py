@@ -275,12 +275,14 @@ class Experiment:
             self._kept_answers(seed),
             self._identity(),
         )
+        processes.by_first(lambda: files.refuse_deleted(self.folder))
         history = trainer.run(folder)
         predictions = evaluate.predict(student.eval(), self.data.test, self.device.device)
         processes.merge(self.data.faults.unreadable)
         result = self._result(arm, seed, predictions, losses, history)
         result["environment"] |= _as_text({"memory_format": student.memory_format})
         if processes.rank() == 0:
+            files.refuse_deleted(folder)
             self._keep_examples(predictions, folder)
             checkpoint.save_weights(
                 folder / "student.safetensors", student.network, self._about(student)
@@ -429,10 +431,11 @@ def evaluate_file(
         trust: Whether the file may name code, paths and addresses.
 
     Raises:
+        FileNotFoundError: If there is no such run or file.
         RecipeError: If a name is missing or unknown.
         ValueError: If the weights do not fit the network, or the file asks for code.
     """
-    path = target / "student.safetensors" if target.is_dir() else target
+    path = checkpoint.weights_file(target)
     about = checkpoint.read_about(path)
     if model is None and not trust:
         foreign.refuse_code(about.get("model", ""), str(path))

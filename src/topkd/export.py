@@ -103,18 +103,14 @@ def load_student(target: Path) -> Student:
         FileNotFoundError: If there is no such run or file.
         ValueError: If the file does not tell which network it is, or a result is broken.
     """
-    path = target / "student.safetensors" if target.is_dir() else target
-    if not path.is_file():
-        runs = sorted(str(p.parent) for p in target.glob("**/student.safetensors"))
-        hint = f"; there are {', '.join(runs[:4])}" if runs else ""
-        raise FileNotFoundError(f"there is no run {target}: {path} is missing{hint}")
+    path = checkpoint.weights_file(target)
     about = checkpoint.read_about(path)
     missing = {"model", "classes", "mean", "std", "data"} - about.keys()
     if missing:
         raise ValueError(
             f"{path} does not tell {', '.join(sorted(missing))}: it is not of a run of topkd"
         )
-    has_result = path.name == "student.safetensors" and (path.parent / "result.json").exists()
+    has_result = path.name == checkpoint.WEIGHTS and (path.parent / "result.json").exists()
     return Student(path, about, results.collect(path.parent)[0] if has_result else None)
 
 

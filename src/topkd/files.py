@@ -45,6 +45,18 @@ def write(path: Path, content: bytes | str) -> None:
         raise
 
 
+def refuse_deleted(folder: Path) -> None:
+    """Ends work whose folder somebody has deleted: :func:`write` would make a part of it anew.
+
+    Raises:
+        FileNotFoundError: If it is not there any more.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} was deleted while it was written to; the same command begins it anew"
+        )
+
+
 def sweep(folder: Path) -> None:
     """Deletes what writes that were killed have left in a folder and below it.
 
@@ -163,6 +175,15 @@ def check_hashes(folder: Path, recorded: Mapping[str, str], *, need_all: bool = 
 def sha256(content: bytes) -> str:
     """Computes the hash by which files are recognized."""
     return hashlib.sha256(content).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Computes the same hash of a file that may be larger than the memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def json_lines(values: Iterable[Any]) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ CHECKSUMS = "checksums.json"
 """The file that tells of every other file of an export its SHA-256 and its length."""
 
 PARTS = ".parts"  # a folder for what was not fetched to its end
+LONGEST = 1 << 20  # bytes of checksums.json, which tells a hundred of a file
 PARTIAL, NOTHING_LEFT = 206, 416  # answers of a server that is asked for the rest of a file
 
 Advance = Callable[[int, str], None]
@@ -99,8 +102,8 @@ def pull(
         The files.
 
     Raises:
-        FileExistsError: If a file in the folder is another one.
-        OSError: If the server cannot be reached or refuses.
+        FileExistsError: If a file in the folder is another one, or a symbolic link.
+        OSError: If the server cannot be reached or refuses, or the files do not fit on the disk.
         ValueError: If a file is not what was pushed; the message names it.
     """
     api = _api(repository, endpoint)
@@ -110,14 +113,14 @@ def pull(
         if checksums is None:
             raise ValueError(f"{repository} has no {CHECKSUMS}: it was not pushed by topkd")
         wanted = _wanted(folder, checksums, repository)
+        _refuse_more_than_fits(folder, checksums, wanted, repository)
         size = sum(checksums[name]["bytes"] for name in wanted)
         with progress.bar("Fetching", size, "bytes") as advance:
             for name in wanted:
-                part = folder / PARTS / checksums[name]["sha256"]
-                _fetch(api, repository, commit, name, part, advance)
+                _fetch(api, repository, commit, name, checksums[name], folder, advance)
     for name in wanted:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / PARTS / checksums[name]["sha256"]).replace(folder / name)
+        _part(folder, name, checksums[name]).replace(folder / name)
     files.write_json(folder / CHECKSUMS, checksums)  # last: it says that all is there
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     return [folder / name for name in checksums]
@@ -134,8 +137,9 @@ def _checksums(folder: Path) -> Checksums:
         name = path.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in name.parts)
         if path.is_file() and not is_hidden and str(name) != CHECKSUMS:
-            content = path.read_bytes()
-            checksums[name.as_posix()] = {"sha256": files.sha256(content), "bytes": len(content)}
+            size = path.stat().st_size
+            checksums[name.as_posix()] = {"sha256": files.sha256_of(path), "bytes": size}
+    _refuse_names(checksums, str(folder))
     try:
         told = files.read_json(folder / "config.json")["files"]
         known = {file: entry["sha256"] for file, entry in told.items()}
@@ -149,36 +153,80 @@ def _checksums(folder: Path) -> Checksums:
 
 def _wanted(folder: Path, checksums: Checksums, repository: str) -> list[str]:
     """Names what has to be fetched: neither what is there, nor over what others put there."""
+    _refuse_links(folder, [*checksums, CHECKSUMS])
     path = folder / CHECKSUMS
-    earlier = files.read_json(path) if path.exists() else {}
+    earlier = _checked(files.read_json(path), str(path)) if path.exists() else {}
     wanted = []
     for name, entry in checksums.items():
         there = folder / name
-        found = files.sha256(there.read_bytes()) if there.exists() else None
+        found = files.sha256_of(there) if there.is_file() else None
         if found == entry["sha256"]:
             continue
-        if found is not None and found != earlier.get(name, {}).get("sha256"):
+        if there.exists() and (found is None or found != earlier.get(name, {}).get("sha256")):
             raise FileExistsError(
                 f"{there} is not the file of {repository}; delete it, or pull to another folder"
             )
         wanted.append(name)
+    _refuse_links(folder, [_part(Path(), name, checksums[name]).as_posix() for name in wanted])
     return wanted
 
 
-def _fetch(
-    api: HfApi, repository: str, commit: str, name: str, part: Path, advance: Advance
+def _part(folder: Path, name: str, entry: Mapping[str, Any]) -> Path:
+    """Where a file lies until it is complete; files of the same content have parts of their own."""
+    return folder / PARTS / files.sha256(f"{entry['sha256']} {name}".encode())
+
+
+def _refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Refuses symbolic links below the folder: what follows one is written somewhere else."""
+    for name in names:
+        for path in (folder / name, *(folder / above for above in PurePosixPath(name).parents)):
+            if path != folder and path.is_symlink():
+                raise FileExistsError(
+                    f"{path} is a symbolic link, which a pull does not follow; delete it, or pull "
+                    "to another folder"
+                )
+
+
+def _refuse_more_than_fits(
+    folder: Path, checksums: Checksums, wanted: Iterable[str], repository: str
 ) -> None:
-    """Fetches a file into the parts, where it is called by its hash."""
+    """Refuses files that are longer than the disk has room for, before any is fetched."""
+    parts = {name: _part(folder, name, checksums[name]) for name in wanted}
+    there = sum(part.stat().st_size for part in parts.values() if part.exists())
+    size = sum(checksums[name]["bytes"] for name in parts) - there
+    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if size > free:
+        raise OSError(
+            f"{repository} needs {size:,} bytes and {folder} has room for {free:,}; make room, or "
+            "pull to a folder on another disk"
+        )
+
+
+def _fetch(
+    api: HfApi,
+    repository: str,
+    commit: str,
+    name: str,
+    entry: Mapping[str, Any],
+    folder: Path,
+    advance: Advance,
+) -> None:
+    """Fetches a file into the parts, and keeps it if it is the one that was pushed."""
+    part, size = _part(folder, name, entry), entry["bytes"]
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("ab") as file:
-        advance(file.tell(), "")
-        _get(api, repository, commit, name, file, advance)
-    found = files.sha256(part.read_bytes())
-    if found != part.name:
+        if file.tell() > size:  # no part of this file
+            file.truncate(0)
+        advance(file.seek(0, os.SEEK_END), "")
+        _get(api, repository, commit, name, file, size, advance)
+    found, length = files.sha256_of(part), part.stat().st_size
+    if found != entry["sha256"]:
         part.unlink()
         raise ValueError(
-            f"{name} of {repository} is not what was pushed: its SHA-256 is {found}, "
-            f"{CHECKSUMS} says {part.name}; it was not kept"
+            f"{name} of {repository} is not what was pushed: the SHA-256 of its first {length:,} "
+            f"bytes is {found}, {CHECKSUMS} says {size:,} bytes and {entry['sha256']}; it was not "
+            "kept"
         )
 
 
@@ -186,36 +234,87 @@ def _fetch_checksums(api: HfApi, repository: str, revision: str) -> Checksums | 
     """Fetches names and hashes; None if there are none."""
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    content = io.BytesIO()
+    content, where = io.BytesIO(), f"{CHECKSUMS} of {repository}"
     try:
-        _get(api, repository, revision, CHECKSUMS, content, lambda amount, news: None)
+        _get(api, repository, revision, CHECKSUMS, content, LONGEST, lambda amount, news: None)
     except RemoteEntryNotFoundError:
         return None
+    if content.tell() == LONGEST:
+        raise ValueError(f"{where} is damaged: expected less than {LONGEST:,} bytes, got as many")
     try:
-        checksums: Checksums = json.loads(content.getvalue())
-        is_right = all(
-            _is_plain(name)
-            and re.fullmatch("[0-9a-f]{64}", entry["sha256"])
-            and entry["bytes"] >= 0
-            for name, entry in checksums.items()
-        )
-    except (AttributeError, KeyError, TypeError, ValueError):
-        is_right = False
-    if not is_right:
-        raise ValueError(f"{CHECKSUMS} of {repository} is damaged: expected names and SHA-256")
-    return checksums
+        told = json.loads(content.getvalue())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is damaged: it is not JSON: {error}") from error
+    return _checked(told, where)
+
+
+def _checked(told: Any, where: str) -> Checksums:
+    """Makes sure that what was read are names, hashes and lengths, as a push writes them."""
+    damaged = f"{where} is damaged"
+    if not isinstance(told, dict):
+        raise ValueError(f"{damaged}: expected names of files, got {_short(told)}")
+    for name, entry in told.items():
+        if not isinstance(entry, dict):
+            raise ValueError(f"{damaged}: {name!r}: expected sha256 and bytes, got {_short(entry)}")
+        digest, size = entry.get("sha256"), entry.get("bytes")
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ValueError(f"{damaged}: {name!r}: expected a SHA-256, got {_short(digest)}")
+        if type(size) is not int or size < 0:  # True is an int, too
+            expected = "expected bytes as a whole number from 0"
+            raise ValueError(f"{damaged}: {name!r}: {expected}, got {_short(size)}")
+    _refuse_names(told, damaged)
+    return told
+
+
+def _refuse_names(names: Iterable[str], where: str) -> None:
+    """Refuses names that on some system leave the folder, or are two of one file."""
+    taken, folders = {CHECKSUMS: CHECKSUMS}, dict[str, str]()
+    for name in names:
+        if not _is_plain(name):
+            raise ValueError(
+                f"{where}: expected a name that stays inside of the folder, got {_short(name)}"
+            )
+        path = PurePosixPath(unicodedata.normalize("NFC", name).casefold())
+        above = [str(parent) for parent in path.parents][:-1]
+        clashes = [folders.get(str(path)), *(taken.get(place) for place in (str(path), *above))]
+        other = next(filter(None, clashes), None)
+        if other is not None:
+            raise ValueError(
+                f"{where}: {other!r} and {name!r} have the same place but for upper and lower "
+                "case; give one of them another name"
+            )
+        taken[str(path)] = name
+        folders |= dict.fromkeys(above, name)
 
 
 def _is_plain(name: str) -> bool:
     """Tells whether a name stays inside of the folder, on any system."""
-    parts = PurePosixPath(name).parts
-    return bool(parts) and not re.search(r"[\\:]|^/", name) and not any(p[0] == "." for p in parts)
+    parts = name.split("/")
+    return (
+        name.isprintable()
+        and not re.search(r"[\\:]", name)
+        and not any(part == "" or part[0] == "." or part[-1] in ". " for part in parts)
+    )
+
+
+def _short(value: Any) -> str:
+    """Shows what was read, in a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _get(
-    api: HfApi, repository: str, revision: str, name: str, file: IO[bytes], advance: Advance
+    api: HfApi,
+    repository: str,
+    revision: str,
+    name: str,
+    file: IO[bytes],
+    size: int,
+    advance: Advance,
 ) -> None:
     """Fetches what a file lacks, and goes on by itself for as long as every try brings something.
+
+    No more than ``size`` bytes are read, however many are sent.
 
     The download of huggingface_hub keeps nothing of less than ten megabytes when it breaks off.
     """
@@ -227,13 +326,15 @@ def _get(
     while True:
         had = file.tell()
         try:
-            return _go_on(url, headers, file, advance)
+            return _go_on(url, headers, file, size, advance)
         except errors.HTTPError:  # type: ignore[attr-defined]
-            if file.tell() == had:
+            if file.tell() <= had:  # it may have begun anew
                 raise
 
 
-def _go_on(url: str, headers: Mapping[str, str], file: IO[bytes], advance: Advance) -> None:
+def _go_on(
+    url: str, headers: Mapping[str, str], file: IO[bytes], size: int, advance: Advance
+) -> None:
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
@@ -247,9 +348,11 @@ def _go_on(url: str, headers: Mapping[str, str], file: IO[bytes], advance: Advan
         if answer.status_code != PARTIAL:  # the whole file, whatever was asked for
             file.seek(0)
             file.truncate()
-        for content in answer.iter_bytes():
-            file.write(content)
-            advance(len(content), "")
+        for content in answer.iter_raw():  # a few bytes can decompress to any number
+            taken = file.write(content[: size - file.tell()])
+            advance(taken, "")
+            if file.tell() == size:
+                return
 
 
 def _api(repository: str, endpoint: str | None) -> HfApi:
@@ -276,7 +379,8 @@ def _told_in_one_line(repository: str, api: HfApi) -> Iterator[None]:
             f"there is no {repository} at {api.endpoint}, or your token does not let you see it"
         ) from error
     except errors.HfHubHTTPError as error:
-        reason = error.server_message or error.response.reason_phrase
+        told = error.server_message or error.response.reason_phrase
+        reason = " ".join(told.split())[:200]  # a page of text is no line
         status = error.response.status_code
         raise OSError(f"{api.endpoint} refused {repository}: {status} {reason}") from error
     except (errors.HTTPError, RuntimeError) as error:  # type: ignore[attr-defined]

@@ -56,3 +56,4 @@ def write_scalars(board: Any, entry: Mapping[str, Any]) -> None:
         parts = value.items() if isinstance(value, Mapping) else [("", value)]
         for name, number in parts:
             board.add_scalar(f"{key}/{name}" if name else key, number, entry["epoch"])
+    board.flush()  # raises here what its thread met

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from topkd import files
+from topkd import checkpoint, files
 
 _INDEX = "latest.json"
 
@@ -54,7 +54,7 @@ def load(folder: Path) -> dict[str, Any] | None:
     data = path.read_bytes() if path.exists() else b""
     if files.sha256(data) != index["hash"]:
         raise ValueError(f"{path} is {'altered' if data else 'missing or empty'}; {again}")
-    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    state: dict[str, Any] = checkpoint.read_torch(io.BytesIO(data), str(path))
     return state
 
 

@@ -98,11 +98,14 @@ class Trainer:
 
         Raises:
             Diverged: If a loss or a feature becomes NaN or infinite.
+            FileNotFoundError: If the folder is deleted meanwhile.
             ValueError: If the state in the folder is damaged, or is of another number of processes.
         """
         state = processes.by_first(lambda: states.load(folder / "checkpoint"))
         self._resume(state, folder / "checkpoint")
         told = self._say_faults([])
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
         board = tensorboard(folder) if self.accelerator.is_main_process else None
         left = range(len(self.history) + 1, self.recipe.epochs + 1)
         title = f"{folder.parent.name} seed {self.seed}"
@@ -336,6 +339,7 @@ class Trainer:
             "identity": self.identity,
             "topkd": topkd.__version__,
         }
+        files.refuse_deleted(folder)
         states.save(folder / "checkpoint", state)
         files.write(folder / "metrics.jsonl", files.json_lines(self.history))
 

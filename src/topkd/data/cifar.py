@@ -13,7 +13,7 @@ from torch import Tensor
 from topkd.data.base import Data, Faults, InMemory
 from topkd.data.parquet import Rows, labels_of, schema
 from topkd.data.pictures import Frame, OnError, Pictures
-from topkd.data.shards import listing, refuse_gaps
+from topkd.data.shards import listing, numbered, refuse_gaps
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -146,7 +146,7 @@ def _parquet(
     foreign = next((label for label in labels if isinstance(label, str)), None)
     if foreign is not None:
         raise ValueError(f"{files[0].parent}: {kind.label} needs whole numbers, got {foreign!r}")
-    target = torch.tensor(labels)
     rows = _Rows(files, image, buffer=0)  # read once, in order
+    classes, (target,) = numbered([labels], names, [rows], str(files[0].parent), Faults())
     pictures = Pictures(rows, target, Frame(32, padding=0), on_error, faults)
-    return _images(kind, pictures.read_bytes(torch.arange(len(target)), None), target), names
+    return _images(kind, pictures.read_bytes(torch.arange(len(target)), None), target), classes

@@ -98,8 +98,9 @@ def from_dataset(
     names = classes or getattr(train, "classes", None)
     origins = [f"{part} {type(d).__name__}" for part, d in (("train", train), ("test", test))]
     labels = [_labels(d, origin) for d, origin in zip((train, test), origins, strict=True)]
-    known, target = numbered(labels, None if names is None else list(names), origins[0], faults)
     items = [Items(d, origin) for d, origin in zip((train, test), origins, strict=True)]
+    told = None if names is None else list(names)
+    known, target = numbered(labels, told, items, origins[0], faults)
     return picture_data(type(train).__name__, items, target, known, frame, on_error, faults)
 
 
@@ -184,6 +185,8 @@ def _labels(dataset: Indexed, origin: str) -> list[int | str]:
 
 def _whole(label: Any, where: str) -> int:
     try:
+        if isinstance(label, bool) or getattr(label, "dtype", None) == torch.bool:
+            raise TypeError
         return int(label.__index__())
     except (AttributeError, TypeError):
         raise ValueError(f"{where}: expected a whole number as label, got {label!r}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,9 @@ from topkd.data.shards import listing, numbered, splits
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+GROWTH, ALWAYS = 20, 1 << 30  # times the file's bytes, and bytes, to which a column may unpack
 
 
 class Rows:
@@ -91,7 +94,8 @@ class Rows:
         path = self.files[number]
         try:
             with files.ParquetFile(path) as file:
-                column = file.read_row_group(inside, columns=[self.column]).column(0)
+                _refuse_growth(file, path, self.column, [inside])
+                column = pyarrow.chunked_array(_few_by_few(file, path, self.column, inside))
         except (pyarrow.ArrowException, OSError, IndexError) as error:
             raise StorageError(f"{path} cannot be read any more: {error}") from error
         if pyarrow.types.is_struct(column.type):
@@ -148,8 +152,8 @@ def parquet(
     image, label, names = _columns(parts[0][0], image, label)
     _refuse_unlike(parts[0] + parts[1], image, label, names)
     labels = [labels_of(files, label) for files in parts]
-    classes, target = numbered(labels, names, str(top), faults)
     rows = [Rows(files, image, buffer) for files in parts]
+    classes, target = numbered(labels, names, rows, str(top), faults)
     return picture_data(f"parquet {top.name}", rows, target, classes, frame, on_error, faults)
 
 
@@ -195,8 +199,9 @@ def labels_of(files: Sequence[Path], column: str) -> list[int | str]:
     """
     labels: list[int | str] = []
     for file in files:
-        with _opened(file) as table:
-            found = table.read(columns=[column])[column].to_pylist()
+        with _opened(file, dictionaries=[column]) as table:
+            _refuse_growth(table, file, column, range(table.metadata.num_row_groups))
+            found = _values(table.read(columns=[column])[column])
         for row, value in enumerate(found):
             if isinstance(value, bool) or not isinstance(value, int | str):
                 raise ValueError(
@@ -216,9 +221,19 @@ def schema(file: Path) -> tuple[list[str], dict[str, Any]]:
     """
     with _opened(file) as table:
         told = table.schema_arrow
-    about = json.loads((told.metadata or {}).get(b"huggingface", b"{}"))
-    features = about.get("info", {}).get("features", {})
-    return list(told.names), {n: told for n, told in features.items() if isinstance(told, dict)}
+    try:
+        about = json.loads((told.metadata or {}).get(b"huggingface", b"{}"))
+        features = about.get("info", {}).get("features", {})
+        described = {name: each for name, each in features.items() if isinstance(each, dict)}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: its metadata of huggingface are damaged: {error}") from error
+    for name, each in described.items():
+        names = each.get("names")
+        if each.get("_type") != "ClassLabel" or names is None:
+            continue
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"{file}: expected a list of names of {name}, got {names!r:.80}")
+    return list(told.names), described
 
 
 def _group_sizes(file: Path) -> list[int]:
@@ -227,13 +242,64 @@ def _group_sizes(file: Path) -> list[int]:
         return [table.metadata.row_group(group).num_rows for group in groups]
 
 
+def _values(column: Any) -> list[Any]:
+    """Lists the values of a column; those that it stores once are in memory once."""
+    import pyarrow
+
+    if not pyarrow.types.is_dictionary(column.type):
+        values: list[Any] = column.to_pylist()
+        return values
+    found: list[Any] = []
+    for chunk in column.chunks:
+        known = chunk.dictionary.to_pylist()
+        places = chunk.indices.to_pylist()
+        found += [None if place is None else known[place] for place in places]
+    return found
+
+
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path, dictionaries: Sequence[str] = ()) -> Iterator[Any]:
     import pyarrow
     from pyarrow import parquet as files
 
     try:
-        with files.ParquetFile(file) as table:
+        with files.ParquetFile(file, read_dictionary=list(dictionaries)) as table:
+            rows, size = table.metadata.num_rows, file.stat().st_size
+            if rows > size:  # a picture takes more than a byte
+                raise ValueError(
+                    f"{file} has {size:,} bytes and tells of {rows:,} rows of pictures"
+                )
             yield table
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a readable parquet file: {error}") from error
+
+
+def _refuse_growth(table: Any, file: Path, column: str, groups: Iterable[int]) -> None:
+    """Refuses row groups that would be much larger in memory than pictures and labels become."""
+    inside = [table.metadata.row_group(group) for group in groups]
+    chunks = [group.column(number) for group in inside for number in range(group.num_columns)]
+    whole = sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if chunk.path_in_schema.partition(".")[0] == column
+    )
+    _refuse_larger(whole, file, column)
+
+
+def _few_by_few(table: Any, file: Path, column: str, group: int) -> list[Any]:
+    """Reads a column of a row group in pieces, so that one that lies about its size ends soon."""
+    pieces, whole = [], 0
+    for batch in table.iter_batches(64, row_groups=[group], columns=[column]):
+        pieces.append(batch.column(0))
+        whole += batch.nbytes
+        _refuse_larger(whole, file, column)
+    return pieces
+
+
+def _refuse_larger(whole: int, file: Path, column: str) -> None:
+    size = file.stat().st_size
+    if whole > max(ALWAYS, GROWTH * size):
+        raise StorageError(
+            f"{file} has {size:,} bytes, and {column} in it would unpack to {whole:,} or more; at "
+            f"most {GROWTH} times the size of the file is read"
+        )

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from topkd.data.base import Faults, refuse_clashes
-from topkd.data.pictures import is_hidden
+from topkd.data.pictures import Stored, is_hidden
 
+CLASSES = 100_000  # there may be, or as many as training pictures, where they have no names
 JUDGED = ("validation", "valid", "val", "test")  # the first that there is is judged by
 
 
@@ -94,6 +95,7 @@ def refuse_gaps(paths: Sequence[str]) -> None:
 def numbered(
     labels: Sequence[Sequence[int | str]],
     names: Sequence[str] | None,
+    stored: Sequence[Stored],
     where: str,
     faults: Faults,
 ) -> tuple[list[str], list[Tensor]]:
@@ -102,6 +104,7 @@ def numbered(
     Args:
         labels: Of the pictures to train on, and of those to judge by.
         names: Of the classes by number, where they are known.
+        stored: The pictures, which messages name.
         where: What the labels are of, for messages.
         faults: Told of classes without a training picture.
 
@@ -109,11 +112,21 @@ def numbered(
         The names of the classes, and the labels as numbers.
 
     Raises:
-        ValueError: If names of classes clash, or a name stands only among those to judge by.
+        ValueError: If a number is of no class, names of classes clash, or a name stands only among
+            those to judge by.
     """
     if all(isinstance(label, int) for part in labels for label in part):
-        known = names or [str(number) for number in range(max(map(int, labels[0])) + 1)]
         numbers = [[int(label) for label in part] for part in labels]
+        if not names:
+            most, images = max(CLASSES, len(numbers[0])), len(numbers[0])
+            why = f"as the classes have no names and there are {images:,} training pictures"
+            _refuse_beyond(numbers[0], stored[0], most, why)
+        known = names or [str(number) for number in range(max(numbers[0]) + 1)]
+        why = (
+            f"as there are {len(known):,} {'names of classes' if names else 'classes to train on'}"
+        )
+        for part, pictures in zip(numbers, stored, strict=True):
+            _refuse_beyond(part, pictures, len(known), why)
     else:
         known = names or sorted({str(label) for label in labels[0]})
         place = {name: number for number, name in enumerate(known)}
@@ -126,6 +139,16 @@ def numbered(
     there = set(tensors[0].tolist())
     faults.empty += [name for number, name in enumerate(known) if number not in there]
     return list(known), tensors
+
+
+def _refuse_beyond(labels: Sequence[int], stored: Stored, classes: int, why: str) -> None:
+    """Refuses the first label that is the number of no class."""
+    for index, label in enumerate(labels):
+        if not 0 <= label < classes:
+            raise ValueError(
+                f"{stored.name(index)}: expected a label from 0 to {classes - 1}, {why}; "
+                f"got {label}"
+            )
 
 
 def listing(values: Iterable[str]) -> str:

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+LONGEST, FILE = 1000, 1 << 20  # characters of a label, and bytes of the file that it is in
+
+
 @dataclass(frozen=True)
 class Entry:
     """One sample of a shard: where its picture lies in the file, and its label."""
@@ -234,8 +237,8 @@ def webdataset(
     names = None
     if classes is not None:
         names = Path(classes).expanduser().read_text(encoding="utf-8").splitlines()
-    known, target = numbered(labels, names, str(top), faults)
     members = [Members(part, found, shelf) for part, found in zip(parts, entries, strict=True)]
+    known, target = numbered(labels, names, members, str(top), faults)
     return picture_data(f"webdataset {top.name}", members, target, known, frame, on_error, faults)
 
 
@@ -313,6 +316,10 @@ def _look_through(file: IO[bytes], shard: str, label: str) -> list[Entry]:
                 places = [part for part in member.name.split("/") if part not in (".", "..")]
                 if not member.isfile() or name is None or any(map(is_hidden, places)):
                     continue
+                if member.issparse():  # a few bytes that are read as any number
+                    raise StorageError(
+                        f"{shard}: {member.name} is sparse; store it as a plain file"
+                    )
                 if not samples or samples[-1][0] != name:  # neighbours of one name are a sample
                     samples.append((name, {}))
                 if samples[-1][1].setdefault(rest.lower(), member) is not member:
@@ -325,9 +332,9 @@ def _look_through(file: IO[bytes], shard: str, label: str) -> list[Entry]:
                     raise StorageError(f"{where} has no {missing}, only .{', .'.join(parts)}")
                 content = tar.extractfile(parts[extension])
                 assert content is not None
-                text = _label(content.read(), key, where)
+                text = _label(content.read(FILE), key, where)
                 entries.append(Entry(picture.name, picture.offset_data, picture.size, text))
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, MemoryError, OverflowError) as error:
         raise StorageError(
             f"{shard} is not a whole tar file without compression: {error}"
         ) from error
@@ -339,11 +346,16 @@ def _look_through(file: IO[bytes], shard: str, label: str) -> list[Entry]:
 def _label(content: bytes, key: str, where: str) -> str:
     try:
         text = content.decode().strip()
-        label = str(json.loads(text)[key]) if key else text
-    except (ValueError, KeyError, TypeError) as error:
+        told = json.loads(text)[key] if key else text
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise StorageError(f"{where}: its label cannot be read: {error!r}") from error
+    if isinstance(told, bool) or not isinstance(told, int | str):
+        raise StorageError(f"{where}: expected a whole number or a name as label, got {told!r:.80}")
+    label = str(told)
     if not label:
         raise StorageError(f"{where}: its label is empty")
+    if len(label) > LONGEST:
+        raise StorageError(f"{where}: expected a label of up to {LONGEST:,} characters, got more")
     return label
 
 
