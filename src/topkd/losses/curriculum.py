@@ -11,6 +11,7 @@ from topkd.losses.base import Loss
 from topkd.losses.decoupled import decoupled_distillation
 from topkd.losses.logits import distillation
 from topkd.losses.refusals import not_negative, one_of, positive
+from topkd.topology.gradient import scaled_gradient
 
 Of = Literal["kd", "dkd"]
 
@@ -29,19 +30,6 @@ def adversity(epoch: int, rise: int = 10) -> float:
         [-0.0, -0.5, -1.0, -1.0]
     """
     return -(1 - math.cos(math.pi * min(epoch, rise) / rise)) / 2
-
-
-def scaled_gradient(value: Tensor, factor: float) -> Tensor:
-    """Passes a value on as it is, and its gradient back multiplied by a factor.
-
-    Examples:
-        >>> x = torch.tensor(3.0, requires_grad=True)
-        >>> scaled_gradient(x, -0.5).square().backward()
-        >>> x.grad
-        tensor(-3.)
-    """
-    fixed = value.detach()
-    return fixed + factor * (value - fixed)
 
 
 class CurriculumTemperature(Loss):

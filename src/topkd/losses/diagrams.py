@@ -15,8 +15,9 @@ from topkd.features import Batch, Features, Tapped
 from topkd.losses.base import Source
 from topkd.losses.controls import Edges, LabelFree, Target, check_tree, tree_diagram
 from topkd.losses.refusals import one_of, positive
+from topkd.losses.relations import directions
 from topkd.topology import Diagrams, length_unit, rips, wasserstein
-from topkd.topology.units import Unit
+from topkd.topology.units import Unit, told_in
 
 Form = Literal["pce", "em-pce"]
 Norm = Literal["maximum", "euclidean"]
@@ -90,7 +91,7 @@ class Wasserstein(LabelFree):
         else:
             diagrams = tree_diagram(points, tree)
         unit = length_unit(diagrams.of(0), self.scale)
-        return diagrams.scaled(1 / unit).of(self.dimension).bars
+        return told_in(diagrams.of(self.dimension), unit).bars
 
     def compared(self, student: Tensor, teacher: Tensor) -> Tensor:
         ours, theirs = (
@@ -294,8 +295,7 @@ class PersistentCrossEntropy(LabelFree):
 
     def described(self, points: Tensor, tree: Tensor | None) -> Tensor:
         """Lifetimes of the directions of points, (n - 1)."""
-        length = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
-        points = points / length.where(length > 0, 1)  # what has no direction has no gradient
+        points = directions(points)
         return (rips(points) if tree is None else tree_diagram(points, tree)).deaths
 
     def compared(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from topkd.losses.base import Loss, Source
 from topkd.losses.hints import mean_square
 from topkd.losses.maps import paired, to_smaller
 from topkd.losses.refusals import check_shapes, one_of
+from topkd.topology.gradient import SMALL, in_units
 
 SLOPE = 0.1  # of the leaky ReLUs
 
@@ -60,7 +61,9 @@ def factor_transfer(student: Tensor, teacher: Tensor, *, form: Form = "map") -> 
     check_shapes("factors", student, teacher, 2)
     factors = to_smaller(student, teacher)
     numbers = [f.square().mean(1) if form == "map" else f for f in factors]
-    own, aim = (F.normalize(q.flatten(1), dim=1) for q in numbers)
+    small = SMALL**2 if form == "map" else SMALL
+    rows = [q.flatten(1) for q in numbers]
+    own, aim = (in_units(q, q.norm(dim=1, keepdim=True), small) for q in rows)
     return F.l1_loss(own, aim)
 
 

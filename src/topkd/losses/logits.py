@@ -1,11 +1,15 @@
 """Losses on the logits."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss
 from topkd.losses.refusals import check_shapes, not_negative, positive
+
+LEAST_SPREAD = 0.1  # of logits; that of a trained network is greater
+LEAST_VARIATION = 0.01  # of predictions, as a share of their norm; likewise
 
 
 class CrossEntropy(Loss):
@@ -37,10 +41,14 @@ class CrossEntropy(Loss):
 def standardised(logits: Tensor) -> Tensor:
     r"""Gives the logits of every image mean 0 and deviation 1.
 
-    .. math:: \hat z = \frac{z - \mathrm{mean}(z)}{\mathrm{std}(z) + 10^{-7}}
+    .. math:: \hat z = \frac{z - \mathrm{mean}(z)}{\max(\mathrm{std}(z),\, 0.1) + 10^{-7}}
 
     with the unbiased deviation over the classes. A loss of these asks a student for the order and
     the proportions of its teacher's logits, and leaves it their range.
+
+    The authors' code has no such least deviation. It changes nothing in a trained network, whose
+    logits spread more widely, and keeps the slope below 10 where a student starts with all its
+    logits at 0, as heads of vision transformers do: there, that of the code is 10 million.
 
     Args:
         logits: (n, classes).
@@ -58,7 +66,8 @@ def standardised(logits: Tensor) -> Tensor:
         tensor([[-1.0000,  0.0000,  1.0000],
                 [-1.0000,  0.0000,  1.0000]])
     """
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+    deviation = logits.std(1, keepdim=True).clamp(min=LEAST_SPREAD) + 1e-7
+    return (logits - logits.mean(1, keepdim=True)) / deviation
 
 
 def distillation(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 4.0) -> Tensor:
@@ -139,6 +148,10 @@ def correlation_distillation(
     :math:`\rho` divides by. That is followed: it takes weight from classes that no image of the
     batch resembles, and it lets a student lose a little that equals its teacher.
 
+    A length counts as 0.01 of the norm of the probabilities at least, below which it is where
+    z / T varies by less than 0.01. That changes nothing in trained networks, and keeps slopes
+    moderate where a student predicts the same for all images or all classes.
+
     Args:
         student: Logits :math:`z^s`, (n, classes).
         teacher: Logits :math:`z^t`, (n, classes).
@@ -173,10 +186,14 @@ def correlation_distillation(
 def _correlation(first: Tensor, second: Tensor, damping: float) -> Tensor:
     """Computes Pearson's correlation of every two rows, (rows,)."""
     a, b = (x - x.mean(1, keepdim=True) for x in (first, second))
-    lengths = a.norm(dim=1) * b.norm(dim=1)
-    # Below this, gradients would overflow; a row that is constant must not give NaN.
+    lengths = _length(a, first) * _length(b, second)
+    # Below this, gradients would overflow; a row of zeros must not give NaN.
     varies = lengths > 1e-18
     return (a * b).sum(1) / (lengths + damping).where(varies, lengths.new_ones(()))
+
+
+def _length(centred: Tensor, rows: Tensor) -> Tensor:
+    return torch.maximum(centred.norm(dim=1), LEAST_VARIATION * rows.norm(dim=1))
 
 
 class CorrelationDistillation(Loss):

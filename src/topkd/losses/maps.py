@@ -13,6 +13,7 @@ from torch import Tensor
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
 from topkd.losses.refusals import one_of
+from topkd.topology.gradient import SMALL, in_units
 
 
 def paired(
@@ -155,7 +156,8 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, form: AttentionForm 
     """
     maps = to_smaller(student, teacher)
     energies = (torch.linalg.vecdot(m, m, dim=1) / m.shape[1] for m in maps)
-    seen, aim = (F.normalize(energy.flatten(1), dim=1) for energy in energies)
+    rows = [energy.flatten(1) for energy in energies]
+    seen, aim = (in_units(q, q.norm(dim=1, keepdim=True), SMALL**2) for q in rows)
     if form == "paper":
         return torch.linalg.vector_norm(seen - aim, dim=1).mean()
     return F.mse_loss(seen, aim)

@@ -13,20 +13,20 @@ from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
 from topkd.losses.maps import deepest
 from topkd.losses.refusals import check_shapes, not_negative, one_of, positive
+from topkd.topology.gradient import SMALL, in_units
 
 Form = Literal["products", "kernel"]
 
 
-def directions(vectors: Tensor) -> Tensor:
-    """Divides vectors (..., d) by their norms; 0 stays 0, and its gradient is finite.
+def directions(vectors: Tensor, small: float = SMALL) -> Tensor:
+    """Divides vectors (..., d) by their norms; 0 stays 0, and below ``small`` slopes are bounded.
 
     Examples:
         >>> directions(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
-    norm = vectors.norm(dim=-1, keepdim=True)
-    return vectors / norm.masked_fill(norm == 0, 1)
+    return in_units(vectors, vectors.norm(dim=-1, keepdim=True), small)
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
@@ -60,7 +60,8 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """
     check_shapes("batches", student, teacher, 1)
     s, t = student.flatten(1), teacher.flatten(1)
-    return F.mse_loss(directions(s @ s.T), directions(t @ t.T))
+    own, aim = (directions(m @ m.T, SMALL**2) for m in (s, t))
+    return F.mse_loss(own, aim)
 
 
 class SimilarityPreserving(Loss):
@@ -236,7 +237,7 @@ def relational_distances(student: Tensor, teacher: Tensor) -> Tensor:
 def _scaled_distances(points: Tensor) -> Tensor:
     distances = (points[:, None] - points).norm(dim=2)
     mean = distances.sum() / (distances > 0).sum().clamp(min=1)
-    return distances / mean.masked_fill(mean == 0, 1)
+    return in_units(distances, mean)
 
 
 def relational_angles(student: Tensor, teacher: Tensor) -> Tensor:

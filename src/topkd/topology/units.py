@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from topkd.topology.gradient import in_units
 from topkd.topology.rips import Diagrams
 
 MARGIN = 3  # cells or steps beyond what a vectorisation was fitted on
@@ -55,6 +56,13 @@ def length_unit(diagrams: Diagrams, unit: Unit = "mean") -> Tensor:
     return statistic.where(statistic > 0, 1)
 
 
+def told_in(diagrams: Diagrams, unit: Tensor) -> Diagrams:
+    """Divides births and deaths by a unit of each cloud, as :func:`in_units` does."""
+    unit = unit[..., None]
+    births, deaths = in_units(diagrams.births, unit), in_units(diagrams.deaths, unit)
+    return replace(diagrams, births=births, deaths=deaths)
+
+
 def measured(diagrams: Diagrams, unit: Unit, *, detach_unit: bool) -> tuple[Tensor, Tensor]:
     """Births and deaths in units of their cloud, both 0 for what is no bar: padding, length zero.
 
@@ -74,7 +82,7 @@ def measured(diagrams: Diagrams, unit: Unit, *, detach_unit: bool) -> tuple[Tens
     length = length_unit(diagrams, unit)[..., None]
     if detach_unit:
         length = length.detach()
-    return births / length, deaths / length
+    return in_units(births, length), in_units(deaths, length)
 
 
 def detached(diagrams: Diagrams) -> Diagrams:
