@@ -215,21 +215,35 @@ class Contrastive(Loss):
         s = directions(self.student(student.embedding).to(self.of_student.dtype))
         t = directions(self.teacher(teacher.embedding).to(self.of_teacher.dtype))
         chosen = self.choose(self.seed, self.epoch, batch.index)
+        if not self.training:
+            return self._value(s, t, chosen)
+        # Memories are changed in place, so that a later backward pass would read other rows.
+        fixed = [embedding.detach() for embedding in (s, t)]
+        with torch.enable_grad():
+            leaves = [embedding.clone().requires_grad_() for embedding in fixed]
+            value = self._value(*leaves, chosen)
+            slopes = torch.autograd.grad(value, leaves)
+        for memory, embedding in zip((self.of_student, self.of_teacher), fixed, strict=True):
+            mix_in(memory, batch.index, embedding, self.momentum)
+        zeros = [
+            (slope * (moving - still)).sum()
+            for slope, moving, still in zip(slopes, (s, t), fixed, strict=True)
+        ]
+        return value.detach() + torch.stack(zeros).sum()  # the value, with its gradient
+
+    def _value(self, student: Tensor, teacher: Tensor, chosen: Tensor) -> Tensor:
+        """Contrasts both embeddings with the rows of the memories that are chosen for them."""
         # All rows at once: for a batch, far less memory than to gather those of each image.
         similar = [
             (anchor @ memory.T).gather(1, chosen)
-            for anchor, memory in ((s, self.of_teacher), (t, self.of_student))
+            for anchor, memory in ((student, self.of_teacher), (teacher, self.of_student))
         ]
         if self.training and not self.fixed:
             self._fix(similar)
-        temperature, images = self.temperature, len(self.of_student)
         values = [
-            contrast(cosines, log_z, images, temperature=temperature)
+            contrast(cosines, log_z, len(self.of_student), temperature=self.temperature)
             for cosines, log_z in zip(similar, self.log_z, strict=True)
         ]
-        if self.training:
-            self.of_student = mixed(self.of_student, batch.index, s.detach(), self.momentum)
-            self.of_teacher = mixed(self.of_teacher, batch.index, t.detach(), self.momentum)
         return torch.stack(values).sum()
 
     @torch.no_grad()
@@ -249,25 +263,24 @@ class Contrastive(Loss):
         }
 
 
-def mixed(memory: Tensor, index: Tensor, embedding: Tensor, momentum: float) -> Tensor:
+@torch.no_grad()
+def mix_in(memory: Tensor, index: Tensor, embedding: Tensor, momentum: float) -> None:
     r"""Mixes embeddings into rows of a memory, :math:`\mathrm{normalise}(\mu m + (1 - \mu) e)`.
 
     Args:
-        memory: Rows m, (N, d); it is not changed.
+        memory: Rows m, (N, d); those of the index are changed in place.
         index: Which rows, (n,). Of an index that comes several times the mean is mixed in, once.
         embedding: e, (n, d).
         momentum: :math:`\mu`.
 
-    Returns:
-        The new memory, (N, d).
-
     Examples:
         >>> memory = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        >>> mixed(memory, torch.tensor([1]), torch.tensor([[0.0, -3.0]]), momentum=0.5)
+        >>> mix_in(memory, torch.tensor([1]), torch.tensor([[0.0, -3.0]]), momentum=0.5)
+        >>> memory
         tensor([[ 1.,  0.],
                 [ 0., -1.]])
     """
     images, which, counts = index.unique(return_inverse=True, return_counts=True)
     total = embedding.new_zeros(len(images), embedding.shape[1]).index_add(0, which, embedding)
     rows = momentum * memory[images] + (1 - momentum) * total / counts[:, None]
-    return memory.index_copy(0, images, directions(rows).to(memory.dtype))
+    memory.index_copy_(0, images, directions(rows).to(memory.dtype))
