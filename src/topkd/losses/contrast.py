@@ -218,11 +218,11 @@ class Contrastive(Loss):
         if not self.training:
             return self._value(s, t, chosen)
         # Memories are changed in place, so that a later backward pass would read other rows.
-        fixed = [embedding.detach() for embedding in (s, t)]
+        fixed = s.detach(), t.detach()
         with torch.enable_grad():
-            leaves = [embedding.clone().requires_grad_() for embedding in fixed]
-            value = self._value(*leaves, chosen)
-            slopes = torch.autograd.grad(value, leaves)
+            own, other = (embedding.clone().requires_grad_() for embedding in fixed)
+            value = self._value(own, other, chosen)
+            slopes = torch.autograd.grad(value, (own, other))
         for memory, embedding in zip((self.of_student, self.of_teacher), fixed, strict=True):
             mix_in(memory, batch.index, embedding, self.momentum)
         zeros = [

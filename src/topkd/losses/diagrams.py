@@ -94,9 +94,7 @@ class Wasserstein(LabelFree):
         return told_in(diagrams.of(self.dimension), unit).bars
 
     def compared(self, student: Tensor, teacher: Tensor) -> Tensor:
-        ours, theirs = (
-            Diagrams.from_bars(bars, dimension=self.dimension) for bars in (student, teacher)
-        )
+        ours, theirs = (Diagrams._of_bars(bars, self.dimension) for bars in (student, teacher))
         return wasserstein(
             ours,
             theirs,
