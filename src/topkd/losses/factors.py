@@ -261,7 +261,7 @@ def _train(network: Paraphraser, source: Source, saved: Path, epochs: int, lr: f
             error = _epoch(network, optimizer, source, epoch, advance)
             advance(0, f"epoch {epoch + 1}, {error:.1%} lost")
             if not math.isfinite(error):
-                raise ValueError(f"ft: the paraphraser diverged at lr {lr}; give it a smaller one")
+                raise ValueError(f"the paraphraser diverged at lr {lr}; give it a smaller one")
             reached = {
                 "network": network.state_dict(),
                 "optimizer": optimizer.state_dict(),
