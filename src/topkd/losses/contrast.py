@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from topkd.data.augment import whole_draws
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
-from topkd.losses.refusals import one_of, positive
+from topkd.losses.refusals import check_floats, count, one_of
+from topkd.losses.refusals import temperature as checked
 from topkd.losses.relations import directions
 
 Positives = Literal["exact", "relaxed"]
@@ -50,6 +51,9 @@ def contrast(
         >>> contrast(torch.zeros(1, 2), log_z=0.0, images=1)  # two guesses at even odds
         tensor(1.3863)
     """
+    check_floats("similarity", similarity, "(n, 1 + negatives)")
+    checked(temperature)
+    count("images", images)
     negatives = similarity.shape[1] - 1
     if negatives < 1:
         raise ValueError(f"similarity must be (n, 1 + negatives), got {tuple(similarity.shape)}")
@@ -186,9 +190,9 @@ class Contrastive(Loss):
         one_of("positives", positives, Positives)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        positive("size", size)
-        positive("negatives", negatives)
-        self.temperature, self.momentum = positive("temperature", temperature), momentum
+        count("size", size)
+        count("negatives", negatives)
+        self.temperature, self.momentum = checked(temperature), momentum
         self.choose, images = Choice(target, negatives, positives), len(target)
         self.student, self.teacher = nn.Linear(student, size), nn.Linear(teacher, size)
         self.epoch = 1

@@ -6,7 +6,14 @@ from torch import Tensor
 
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss
-from topkd.losses.refusals import check_shapes, not_negative, positive
+from topkd.losses.refusals import (
+    LOGITS,
+    check_floats,
+    check_shapes,
+    not_negative,
+    positive,
+)
+from topkd.losses.refusals import temperature as checked
 
 LEAST_SPREAD = 0.1  # of logits; that of a trained network is greater
 LEAST_VARIATION = 0.01  # of predictions, as a share of their norm; likewise
@@ -56,6 +63,9 @@ def standardised(logits: Tensor) -> Tensor:
     Returns:
         (n, classes).
 
+    Raises:
+        ValueError: If the logits are no floats (n, classes).
+
     References:
         Logit Standardization in Knowledge Distillation (Sun et al., CVPR 2024)
         https://arxiv.org/abs/2403.01427
@@ -66,6 +76,7 @@ def standardised(logits: Tensor) -> Tensor:
         tensor([[-1.0000,  0.0000,  1.0000],
                 [-1.0000,  0.0000,  1.0000]])
     """
+    check_floats("logits", logits, LOGITS)
     deviation = logits.std(1, keepdim=True).clamp(min=LEAST_SPREAD) + 1e-7
     return (logits - logits.mean(1, keepdim=True)) / deviation
 
@@ -85,7 +96,7 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float | Tenso
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape.
+        ValueError: If the logits differ in shape or are no floats, or an option is out of range.
 
     References:
         Distilling the Knowledge in a Neural Network (Hinton et al., 2014)
@@ -97,7 +108,8 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float | Tenso
         >>> distillation(logits + 5, logits).abs().item() < 1e-6  # it sees only differences
         True
     """
-    check_shapes("logits", student, teacher)
+    check_shapes("logits", student, teacher, form=LOGITS)
+    checked(temperature)
     log_s, log_t = ((z / temperature).log_softmax(1) for z in (student, teacher))
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
@@ -119,7 +131,7 @@ class Distillation(Loss):
 
     def __init__(self, *, temperature: float = 4.0, standardise: bool = False) -> None:
         super().__init__()
-        self.temperature = positive("temperature", temperature)
+        self.temperature = checked(temperature)
         self.standardise = standardise
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
@@ -164,7 +176,7 @@ def correlation_distillation(
         The loss, a scalar. What does not vary correlates with nothing.
 
     Raises:
-        ValueError: If the logits differ in shape.
+        ValueError: If the logits differ in shape or are no floats, or an option is out of range.
 
     References:
         Knowledge Distillation from A Stronger Teacher (Huang et al., NeurIPS 2022)
@@ -177,7 +189,11 @@ def correlation_distillation(
         >>> correlation_distillation(fainter, logits).abs().item() < 1e-5
         True
     """
-    check_shapes("logits", student, teacher)
+    check_shapes("logits", student, teacher, form=LOGITS)
+    not_negative("beta", beta)
+    not_negative("gamma", gamma)
+    not_negative("damping", damping)
+    checked(temperature)
     s, t = ((z / temperature).softmax(1) for z in (student, teacher))
     images, classes = _correlation(s, t, damping), _correlation(s.T, t.T, damping)
     return temperature**2 * (beta * (1 - images.mean()) + gamma * (1 - classes.mean()))
@@ -220,7 +236,7 @@ class CorrelationDistillation(Loss):
     ) -> None:
         super().__init__()
         self.beta, self.gamma = not_negative("beta", beta), not_negative("gamma", gamma)
-        self.temperature = positive("temperature", temperature)
+        self.temperature = checked(temperature)
         self.damping = not_negative("damping", damping)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
@@ -255,7 +271,7 @@ def transformed_teacher_matching(
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape.
+        ValueError: If the logits differ in shape or are no floats, or an option is out of range.
 
     References:
         Knowledge Distillation Based on Transformed Teacher Matching (Zheng & Yang, ICLR 2024)
@@ -267,7 +283,8 @@ def transformed_teacher_matching(
         >>> transformed_teacher_matching(teacher / 10, teacher).item() < 1e-6  # exactly as soft
         True
     """
-    check_shapes("logits", student, teacher)
+    check_shapes("logits", student, teacher, form=LOGITS)
+    positive("exponent", exponent)
     log_power = exponent * teacher.log_softmax(1)
     log_weight = log_power.logsumexp(1, keepdim=True)
     log_s, log_q = student.log_softmax(1), log_power - log_weight

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
-from topkd.losses.refusals import one_of
+from topkd.losses.refusals import MAPS, check_shapes, one_of
 from topkd.topology.gradient import SMALL, in_units
 
 
@@ -144,6 +144,9 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, form: AttentionForm 
     Returns:
         The loss, a scalar.
 
+    Raises:
+        ValueError: If these are no maps of the same images.
+
     References:
         Paying More Attention to Attention (Zagoruyko & Komodakis, ICLR 2017)
         https://arxiv.org/abs/1612.03928
@@ -154,6 +157,8 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, form: AttentionForm 
         >>> attention_transfer(left, right).item()
         1.0
     """
+    check_shapes("maps", student, teacher, 1, MAPS)
+    one_of("form", form, AttentionForm)
     maps = to_smaller(student, teacher)
     energies = (torch.linalg.vecdot(m, m, dim=1) / m.shape[1] for m in maps)
     rows = [energy.flatten(1) for energy in energies]
@@ -206,6 +211,9 @@ def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         The loss, a scalar.
 
+    Raises:
+        ValueError: If these are no maps of the same images.
+
     References:
         Like What You Like: Knowledge Distill via Neuron Selectivity Transfer (Huang & Wang, 2017)
         https://arxiv.org/abs/1707.01219
@@ -215,6 +223,7 @@ def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
         >>> neuron_selectivity(maps.flip(1), maps).abs().item() < 1e-6  # which neuron: no matter
         True
     """
+    check_shapes("maps", student, teacher, 1, MAPS)
     s, t = (F.normalize(m.flatten(2), dim=2, eps=SILENT) for m in to_smaller(student, teacher))
     _, c_s, positions = s.shape
     c_t = t.shape[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,8 @@ def length_unit(diagrams: Diagrams, unit: Unit = "mean") -> Tensor:
         >>> both = rips(points, max_dim=1)
         >>> loops = both.scaled(1 / length_unit(both.of(0), "median")).of(1)
     """
+    if unit not in get_args(Unit):
+        raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {unit!r}")
     there, deaths = diagrams.mask, diagrams.deaths
     deaths, count = deaths.where(there, 0), there.sum(-1)
     if unit == "none":
