@@ -339,7 +339,7 @@ def test_a_loss_that_the_taps_do_not_suit_is_told_in_its_own_words(taught, tmp_p
     findings = doctor.examine(tiny(tmp_path, taught, losses=losses, controls={"ce": losses[:1]}))
     (finding,) = told(findings, "wrong")
     assert finding.part == "losses of student"
-    assert finding.found.startswith("flow: fsp needs as many channels in the student as in the te")
+    assert finding.found.startswith("losses.flow: fsp needs as many channels in the student as")
     times = [finding.found for finding in findings if finding.part == "time"]
     assert len(times) == 1
     assert "(ce)" in times[0]

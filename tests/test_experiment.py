@@ -540,3 +540,24 @@ def test_a_command_that_failed_early_does_not_claim_the_folder(tmp_path):
     smaller = tree | {"optimizer": tree.get("optimizer", {}) | {"lr": 0.02}}
     with pytest.raises(ValueError, match=r"optimizer\.lr: .* there, 0\.02 here; .*name=NAME"):
         Experiment(recipe.parse(smaller), tmp_path / "runs", QUIET).student("student", 0)
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ({"name": "cc", "size": 0}, r"^losses\.cc: size must be positive, got 0$"),
+        (
+            {"name": "vid", "label": "deep", "skip": 9},
+            r"^losses\.deep: skip leaves out the fir",
+        ),
+    ],
+)
+def test_a_loss_that_cannot_be_built_names_its_term(tiny, tmp_path, term, message):
+    made, _ = tiny
+    parsed = recipe.parse(
+        made.recipe.model_dump(mode="json", exclude_unset=True)
+        | {"losses": [{"name": "ce"}, term], "controls": {}}
+    )
+    experiment = Experiment(parsed, made.out, QUIET)
+    with pytest.raises(ValueError, match=message):
+        experiment.losses("student", experiment.new_student(), 0)

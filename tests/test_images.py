@@ -284,6 +284,19 @@ def test_gradient_matches_finite_differences(form):
     assert torch.autograd.gradcheck(lambda x: fitted(rips(x)), clouds.requires_grad_())
 
 
+def test_autocast_rounds_nothing(form):
+    clouds = cloud_batch()
+    fitted = form.fit(rips(clouds))
+    found = []
+    for half in (False, True):
+        points = (1.1 * clouds).float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            numbers = fitted(rips(points))
+            value = numbers.square().sum()
+        found.append([numbers, *torch.autograd.grad(value, points)])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def test_gradient_through_births_matches_finite_differences():
     image = PersistenceImage((0.0, 1.0), (0.0, 1.0), sigma=0.2, resolution=4)
     diagrams = with_births(clouds=2, bars=3)

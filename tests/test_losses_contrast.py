@@ -9,7 +9,7 @@ from reference.features import CLASSES, CLOUD, IMAGES, WIDTH, batch, features, s
 
 from topkd.features import Batch
 from topkd.losses import contrast
-from topkd.losses.contrast import Choice, Contrastive, mixed
+from topkd.losses.contrast import Choice, Contrastive, mix_in
 
 TARGET = torch.arange(IMAGES) % CLASSES
 
@@ -116,14 +116,61 @@ def test_memory_is_mixed_in_plain_loops(momentum):
     memory, embedding = (
         torch.randn(n, 4, dtype=torch.float64, generator=generator) for n in (10, 3)
     )
-    found = mixed(memory, torch.tensor([7, 2, 7]), embedding, momentum)
     expected, rows = memory.tolist(), embedding.tolist()
+    mix_in(memory, torch.tensor([7, 2, 7]), embedding, momentum)
     both = [(a + b) / 2 for a, b in zip(rows[0], rows[2], strict=True)]
     for place, row in ((7, both), (2, rows[1])):
         old = expected[place]
         moved = [momentum * m + (1 - momentum) * e for m, e in zip(old, row, strict=True)]
         expected[place] = reference.unit(moved)
-    torch.testing.assert_close(found, memory.new_tensor(expected))
+    torch.testing.assert_close(memory, memory.new_tensor(expected))
+
+
+def plainly(rows, adapter):
+    """Directions of what an adapter makes of embeddings, in plain loops."""
+    return [reference.unit(row) for row in adapter(rows).tolist()]
+
+
+def test_steps_are_the_paper_in_plain_loops_and_the_memory_stays_where_it_is():
+    loss = contrastive(negatives=7)
+    memories = [loss.of_student.tolist(), loss.of_teacher.tolist()]
+    places = [memory.data_ptr() for memory in (loss.of_student, loss.of_teacher)]
+    for step, index in enumerate(([3, 40, 11], [11, 5, 3], [40, 41, 3])):
+        student, teacher = made(index, seed=step)
+        chosen = loss.choose(loss.seed, 1, torch.tensor(index)).tolist()
+        found = loss(student, teacher, shown(index)).item()
+        anchors = [
+            plainly(student.embedding, loss.student),
+            plainly(teacher.embedding, loss.teacher),
+        ]
+        expected = 0.0
+        for own, memory, log_z in zip(anchors, memories[::-1], loss.log_z.tolist(), strict=True):
+            cosines = [
+                [reference.dot(anchor, memory[j]) for j in row]
+                for anchor, row in zip(own, chosen, strict=True)
+            ]
+            expected += reference.contrast(cosines, math.exp(log_z), IMAGES, 0.5, epsilon=0.0)
+        assert found == pytest.approx(expected, rel=1e-9)
+        for own, memory in zip(anchors, memories, strict=True):
+            for anchor, i in zip(own, index, strict=True):
+                memory[i] = reference.unit(
+                    [(old + new) / 2 for old, new in zip(memory[i], anchor, strict=True)]
+                )
+    for memory, expected in zip((loss.of_student, loss.of_teacher), memories, strict=True):
+        torch.testing.assert_close(memory, memory.new_tensor(expected))
+    assert [memory.data_ptr() for memory in (loss.of_student, loss.of_teacher)] == places
+
+
+def test_gradient_of_a_step_is_that_before_the_memory_changes():
+    loss, index = contrastive(negatives=7), [3, 40, 11]
+    student, teacher = made(index)
+    student.embedding.requires_grad_()
+    loss.eval()
+    inputs = [student.embedding, *loss.parameters()]
+    expected = torch.autograd.grad(loss(student, teacher, shown(index)), inputs)
+    loss.train().fixed.fill_(True)  # so that Z is the same
+    values = [loss(student, teacher, shown(index)) for _ in range(2)]  # before any backward pass
+    torch.testing.assert_close(torch.autograd.grad(values[0], inputs), expected)
 
 
 def test_evaluation_changes_nothing():

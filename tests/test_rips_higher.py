@@ -13,7 +13,7 @@ from reference import homology
 from reference.clouds import gaussian, octahedron, polygon
 from scipy.spatial.distance import pdist, squareform
 
-from topkd.topology import rips
+from topkd.topology import PersistenceImage, rips
 from topkd.topology._prim import merging_edges
 from topkd.topology.rips import Diagrams
 
@@ -381,6 +381,45 @@ def test_diagrams_from_elsewhere():
     assert found.mask.tolist() == [[True, False], [True, True]]
     assert found.count.tolist() == [[0, 1], [0, 2]]
     assert torch.equal(found.of(1).bars, given_bars)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float16, torch.bfloat16])
+def test_bars_of_any_numbers_are_floats(dtype):
+    found = Diagrams.from_bars(torch.tensor([[1, 3], [2, 6]], dtype=dtype))
+    assert found.bars.dtype == torch.float32
+    assert found.bars.tolist() == [[1, 3], [2, 6]]
+    image = PersistenceImage((0.0, 3.0), (0.0, 5.0), sigma=0.5)
+    expected = image(Diagrams.from_bars(torch.tensor([[1.0, 3.0], [2.0, 6.0]])))
+    assert torch.equal(image(found), expected)
+
+
+@pytest.mark.parametrize(
+    ("bars", "message"),
+    [
+        ([[0.0, 1.0], [2.0, 1.5]], "bar 1: .* no death below its birth, got 2.0 and 1.5"),
+        ([[[0.0, 1.0]], [[math.nan, 1.5]]], "cloud 1, bar 0: .* finite.*, got nan and 1.5"),
+        ([[0.0, math.nan]], "bar 0: .* finite.*, got 0.0 and nan"),
+        ([[0.0, math.inf]], "bar 0: .*leave out what never dies.*, got 0.0 and inf"),
+        ([[-math.inf, 1.0]], "bar 0: .* finite.*, got -inf and 1.0"),
+        ([[math.inf, math.inf]], "bar 0: .* finite.*, got inf and inf"),
+        ([[0.0, 1.0, 2.0]], r"bars must be numbers \(bars, 2\) .* got torch.float32 \(1, 3\)"),
+        ([0.0, 1.0], r"got torch.float32 \(2,\)"),
+        ([[True, False]], r"got torch.bool \(1, 2\)"),
+        ([[1j, 2.0]], r"got torch.complex64 \(1, 2\)"),
+    ],
+)
+def test_what_is_no_bar_is_refused(bars, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Diagrams.from_bars(torch.tensor(bars))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_makes_no_diagram_is_refused():
+    with pytest.raises(ValueError, match="bars must be a tensor .* got list"):
+        Diagrams.from_bars([[0.0, 1.0]])
+    for dimension in (-1, 0.5, True):
+        with pytest.raises(ValueError, match=f"dimension must be .* got {dimension}"):
+            Diagrams.from_bars(torch.zeros(2, 2), dimension=dimension)
 
 
 # --- Errors --------------------------------------------------------------------------------------

@@ -71,6 +71,37 @@ def test_two_terms_of_one_loss_have_labels():
     assert (first.title, second.title) == ("ce", "again")
 
 
+# --- Names ---------------------------------------------------------------------------------------
+
+
+class Refusing(Loss):
+    def begin(self, epoch):
+        raise ValueError(f"no epoch {epoch}")
+
+    def forward(self, student, teacher, batch):
+        raise ValueError("logits differ")
+
+
+def test_an_error_of_a_loss_names_its_term_once():
+    (term,) = terms({"name": "kd", "label": "again"})
+    made = features(3, seed=1)
+    for work, message in (
+        (lambda w: w.begin(4), "losses.again: no epoch 4"),
+        (lambda w: w.value(made, made, a_batch()), "losses.again: logits differ"),
+    ):
+        with pytest.raises(ValueError, match="again") as caught:
+            work(Weighted(term, Refusing()))
+        assert str(caught.value) == message
+
+
+def test_a_tap_that_reads_no_map_names_its_term():
+    (term,) = terms({"name": "at", "taps": {"student": {"maps": ["fc"]}}})
+    made = features(3, seed=1)
+    made.others["fc"] = torch.zeros(6, 3)
+    with pytest.raises(ValueError, match=r"^losses\.at: the tap 'fc' reads \(6, 3\), which is no"):
+        Weighted(term, LOSSES["at"].loss()).value(made, made, a_batch())
+
+
 # --- Shares --------------------------------------------------------------------------------------
 
 
@@ -106,7 +137,7 @@ def test_a_share_grows_over_its_warmup():
 
 def test_a_term_that_the_embedding_does_not_feel_cannot_have_a_share():
     some = terms({"name": "ce"}, {"name": "kd", "share": 0.5})
-    with pytest.raises(ValueError, match="kd: its gradient does not pass the student's embedding"):
+    with pytest.raises(ValueError, match=r"losses\.kd: its gradient does not pass the student"):
         Balance({"ce": 1.0}).weights(some, 1, 10)
 
 

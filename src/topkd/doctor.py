@@ -346,7 +346,7 @@ def _losses(
             findings.append(Finding(part, found, "look", advice))
             continue
         except (OSError, ValueError) as error:
-            found = f"{term.title}: {error}"
+            found = str(error) if isinstance(error, ValueError) else f"{term.title}: {error}"
             findings.append(Finding(part, found, "wrong", "other taps or options, or another loss"))
             continue
         fidelity = built[-1].loss.facts().get("fidelity")
@@ -387,7 +387,7 @@ def _train(
     batches = training_batches(data.train, recipe.batch_size, 0, 1)
     for step, (epoch, batch) in enumerate(zip(epochs, batches, strict=False)):
         for weighted in losses:
-            weighted.loss.begin(epoch)
+            weighted.begin(epoch)
         rate = learning_rate(recipe.optimizer, step / trainer.steps, recipe.epochs)
         for group in trainer.optimizer.param_groups:
             group["lr"] = rate

@@ -37,7 +37,7 @@ from topkd.sections import (
     taking,
 )
 from topkd.strict import RecipeError
-from topkd.terms import Weighted, seen, taps
+from topkd.terms import Weighted, blamed, seen, taps, where
 from topkd.train import Trainer
 
 RUN_FILES = ("student.safetensors", "metrics.jsonl", "examples.safetensors")
@@ -163,7 +163,7 @@ class Experiment:
             return [Weighted(term, self._loss(term, made, answer, source)) for term in terms]
 
     def _loss(self, term: Term, made: Features, answer: Features, source: Source) -> Loss:
-        loss, options = LOSSES[term.name].loss, options_of(term, term.name)
+        loss, options = LOSSES[term.name].loss, options_of(term, where(term.title))
         views = term.taps
         source = replace(source, taps=views)
         if views.teacher != View():  # what a loss learns, it learns of what it will see
@@ -175,9 +175,10 @@ class Experiment:
                 ),
                 teacher_hash=files.sha256(told.encode()),
             )
-        return loss.between(
-            seen(made, views.student), seen(answer, views.teacher), source, **options
-        )
+        with blamed(term):
+            return loss.between(
+                seen(made, views.student), seen(answer, views.teacher), source, **options
+            )
 
     def source(self, student: Tapped) -> Source:
         """Gathers what losses may ask for before a student is trained."""

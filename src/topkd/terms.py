@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
@@ -49,6 +50,24 @@ def taps(view: View) -> tuple[str, ...]:
     return (*(view.maps or ()), *(view.preactivations or ()), *embedding)
 
 
+def where(title: str) -> str:
+    """Names a term as recipes do."""
+    return f"losses.{title}"
+
+
+@contextmanager
+def blamed(term: Term) -> Iterator[None]:
+    """Says in an error of a loss which term it comes from: losses do not know what they are called.
+
+    Raises:
+        ValueError: If one is raised inside.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where(term.title)}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Weighted:
     """A summand of the loss."""
@@ -60,13 +79,23 @@ class Weighted:
         """Tells whether it is a summand in this epoch, of so many."""
         return self.term.schedule(epoch, epochs) > 0
 
+    def begin(self, epoch: int) -> None:
+        """Tells the loss of an epoch, counted from 1, before its first batch."""
+        with blamed(self.term):
+            self.loss.begin(epoch)
+
     def value(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        """Computes the loss, of what the term sees of both networks."""
+        """Computes the loss, of what the term sees of both networks.
+
+        Raises:
+            ValueError: If the loss cannot be computed; the message names the term.
+        """
         views, layout = self.term.taps, memory_format(self.loss)
-        features = [seen(student, views.student), seen(teacher, views.teacher)]
-        if layout is not torch.channels_last:  # else its convolutions take maps as they come
-            features = [each.apply(lambda t: formatted(t, layout)) for each in features]
-        value: Tensor = self.loss(*features, batch)
+        with blamed(self.term):
+            features = [seen(student, views.student), seen(teacher, views.teacher)]
+            if layout is not torch.channels_last:  # else its convolutions take maps as they come
+                features = [each.apply(lambda t: formatted(t, layout)) for each in features]
+            value: Tensor = self.loss(*features, batch)
         return value
 
 
@@ -103,8 +132,8 @@ class Balance:
         for term in sharing:
             if term.title not in self.norms:
                 raise ValueError(
-                    f"{term.title}: its gradient does not pass the student's embedding, so that "
-                    "it cannot have a share of it; give it a weight"
+                    f"{where(term.title)}: its gradient does not pass the student's embedding, so "
+                    "that it cannot have a share of it; give it a weight"
                 )
             own = max(self.norms[term.title], 1e-12)
             weights[term.title] = schedule[term.title] * (term.share or 0) * fixed / (rest * own)

@@ -24,7 +24,7 @@ from topkd.metrics import Sums, summary, tensorboard, write_scalars
 from topkd.progress import Progress
 from topkd.recipe import Recipe
 from topkd.sync_batchnorm import synchronize
-from topkd.terms import Balance, Weighted, cosines, gradients, warnings
+from topkd.terms import Balance, Weighted, cosines, gradients, warnings, where
 
 MEASURED = 8  # steps of an epoch at which the gradient of each term is measured
 BALANCED = 32  # the same where shares depend on it
@@ -139,7 +139,7 @@ class Trainer:
         torch.manual_seed(self.seed * 1_000_003 + epoch)  # for networks that draw, as by dropout
         self.student.train()
         for weighted in self.losses:
-            weighted.loss.begin(epoch)
+            weighted.begin(epoch)
         often = BALANCED if any(w.term.share for w in self.losses) else MEASURED
         measured = {round(i * self.steps / often) for i in range(often)}
         batches = training_batches(
@@ -241,10 +241,10 @@ class Trainer:
             try:
                 value = weighted.value(*(gathered if weighted.term.batch == "gathered" else own))
             except ValueError as error:
-                raise Diverged(f"epoch {epoch}, term {title}: {error}") from error
+                raise Diverged(f"epoch {epoch}, {error}") from error
             if not value.isfinite():
                 raise Diverged(
-                    f"epoch {epoch}, term {title}: the loss is {value.item()}; "
+                    f"epoch {epoch}, {where(title)}: the loss is {value.item()}; "
                     "try a smaller optimizer.lr, or gradient_clip=1"
                 )
             values[title] = value

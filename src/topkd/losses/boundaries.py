@@ -46,6 +46,7 @@ def activation_boundaries(
         >>> activation_boundaries([-aim], [aim]).item()  # 1.1² for both of them
         2.42...
     """
+    positive("margin", margin)
     values = []
     for s, t in paired(student, teacher, kind="pre-activations"):
         check_shapes("pre-activations", s, t)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from topkd.features import Batch, Features, Tapped
 from topkd.losses.base import Loss, Source
 from topkd.losses.maps import deepest, to_smaller
-from topkd.losses.refusals import check_shapes, not_negative
+from topkd.losses.refusals import MAPS, check_floats, check_shapes, not_negative
 from topkd.losses.relations import directions
 from topkd.models.reused import Reused, projector
 
@@ -40,7 +40,7 @@ def last_map(student: Tensor, teacher: Tensor) -> Tensor:
         >>> last_map(torch.tensor([[[[6.0]]]]), large)
         tensor(4.)
     """
-    check_shapes("maps", student, teacher, 2)
+    check_shapes("maps", student, teacher, 2, MAPS)
     return F.mse_loss(*to_smaller(student, teacher))
 
 
@@ -181,6 +181,7 @@ def class_maps(last: Tensor, classifier: nn.Module) -> Tensor:
         >>> bool(logits.allclose(classifier(last.mean((2, 3))), atol=1e-6))
         True
     """
+    check_floats("the last map", last, MAPS)
     weight = getattr(classifier, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim not in (2, 4) or weight[0, 0].numel() != 1:
         raise ValueError(f"class maps need a classifier of one linear layer, got {classifier}")
@@ -217,9 +218,16 @@ def class_attention(
         Class Attention Transfer Based Knowledge Distillation (Guo et al., CVPR 2023)
         https://arxiv.org/abs/2304.12777
     """
-    check_shapes("class maps", student, teacher, 2)
+    check_shapes("class maps", student, teacher, 2, MAPS)
+    _checked_resolution(resolution)
     s, t = (F.adaptive_avg_pool2d(seen, resolution).flatten(2) for seen in (student, teacher))
     return F.mse_loss(directions(s), directions(t)) if normalise else F.mse_loss(s, t)
+
+
+def _checked_resolution(resolution: int) -> int:
+    if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1:
+        raise ValueError(f"resolution must be at least 1, got {resolution}")
+    return resolution
 
 
 class ClassAttention(Loss):
@@ -244,9 +252,7 @@ class ClassAttention(Loss):
         self, student: Tapped, teacher: Tapped, *, resolution: int = 2, normalise: bool = False
     ) -> None:
         super().__init__()
-        if resolution < 1:
-            raise ValueError(f"resolution must be at least 1, got {resolution}")
-        self.resolution, self.normalise = resolution, normalise
+        self.resolution, self.normalise = _checked_resolution(resolution), normalise
         self._networks = [student, teacher]  # in a list: their weights are not this loss's
 
     @classmethod

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from topkd.data.augment import whole_draws
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
-from topkd.losses.refusals import one_of, positive
+from topkd.losses.refusals import check_floats, count, one_of
+from topkd.losses.refusals import temperature as checked
 from topkd.losses.relations import directions
 
 Positives = Literal["exact", "relaxed"]
@@ -50,6 +51,9 @@ def contrast(
         >>> contrast(torch.zeros(1, 2), log_z=0.0, images=1)  # two guesses at even odds
         tensor(1.3863)
     """
+    check_floats("similarity", similarity, "(n, 1 + negatives)")
+    checked(temperature)
+    count("images", images)
     negatives = similarity.shape[1] - 1
     if negatives < 1:
         raise ValueError(f"similarity must be (n, 1 + negatives), got {tuple(similarity.shape)}")
@@ -186,9 +190,9 @@ class Contrastive(Loss):
         one_of("positives", positives, Positives)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        positive("size", size)
-        positive("negatives", negatives)
-        self.temperature, self.momentum = positive("temperature", temperature), momentum
+        count("size", size)
+        count("negatives", negatives)
+        self.temperature, self.momentum = checked(temperature), momentum
         self.choose, images = Choice(target, negatives, positives), len(target)
         self.student, self.teacher = nn.Linear(student, size), nn.Linear(teacher, size)
         self.epoch = 1
@@ -215,21 +219,35 @@ class Contrastive(Loss):
         s = directions(self.student(student.embedding).to(self.of_student.dtype))
         t = directions(self.teacher(teacher.embedding).to(self.of_teacher.dtype))
         chosen = self.choose(self.seed, self.epoch, batch.index)
+        if not self.training:
+            return self._value(s, t, chosen)
+        # Memories are changed in place, so that a later backward pass would read other rows.
+        fixed = s.detach(), t.detach()
+        with torch.enable_grad():
+            own, other = (embedding.clone().requires_grad_() for embedding in fixed)
+            value = self._value(own, other, chosen)
+            slopes = torch.autograd.grad(value, (own, other))
+        for memory, embedding in zip((self.of_student, self.of_teacher), fixed, strict=True):
+            mix_in(memory, batch.index, embedding, self.momentum)
+        zeros = [
+            (slope * (moving - still)).sum()
+            for slope, moving, still in zip(slopes, (s, t), fixed, strict=True)
+        ]
+        return value.detach() + torch.stack(zeros).sum()  # the value, with its gradient
+
+    def _value(self, student: Tensor, teacher: Tensor, chosen: Tensor) -> Tensor:
+        """Contrasts both embeddings with the rows of the memories that are chosen for them."""
         # All rows at once: for a batch, far less memory than to gather those of each image.
         similar = [
             (anchor @ memory.T).gather(1, chosen)
-            for anchor, memory in ((s, self.of_teacher), (t, self.of_student))
+            for anchor, memory in ((student, self.of_teacher), (teacher, self.of_student))
         ]
         if self.training and not self.fixed:
             self._fix(similar)
-        temperature, images = self.temperature, len(self.of_student)
         values = [
-            contrast(cosines, log_z, images, temperature=temperature)
+            contrast(cosines, log_z, len(self.of_student), temperature=self.temperature)
             for cosines, log_z in zip(similar, self.log_z, strict=True)
         ]
-        if self.training:
-            self.of_student = mixed(self.of_student, batch.index, s.detach(), self.momentum)
-            self.of_teacher = mixed(self.of_teacher, batch.index, t.detach(), self.momentum)
         return torch.stack(values).sum()
 
     @torch.no_grad()
@@ -249,25 +267,24 @@ class Contrastive(Loss):
         }
 
 
-def mixed(memory: Tensor, index: Tensor, embedding: Tensor, momentum: float) -> Tensor:
+@torch.no_grad()
+def mix_in(memory: Tensor, index: Tensor, embedding: Tensor, momentum: float) -> None:
     r"""Mixes embeddings into rows of a memory, :math:`\mathrm{normalise}(\mu m + (1 - \mu) e)`.
 
     Args:
-        memory: Rows m, (N, d); it is not changed.
+        memory: Rows m, (N, d); those of the index are changed in place.
         index: Which rows, (n,). Of an index that comes several times the mean is mixed in, once.
         embedding: e, (n, d).
         momentum: :math:`\mu`.
 
-    Returns:
-        The new memory, (N, d).
-
     Examples:
         >>> memory = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        >>> mixed(memory, torch.tensor([1]), torch.tensor([[0.0, -3.0]]), momentum=0.5)
+        >>> mix_in(memory, torch.tensor([1]), torch.tensor([[0.0, -3.0]]), momentum=0.5)
+        >>> memory
         tensor([[ 1.,  0.],
                 [ 0., -1.]])
     """
     images, which, counts = index.unique(return_inverse=True, return_counts=True)
     total = embedding.new_zeros(len(images), embedding.shape[1]).index_add(0, which, embedding)
     rows = momentum * memory[images] + (1 - momentum) * total / counts[:, None]
-    return memory.index_copy(0, images, directions(rows).to(memory.dtype))
+    memory.index_copy_(0, images, directions(rows).to(memory.dtype))

@@ -75,7 +75,7 @@ def tree_diagram(points: Tensor, edges: Tensor) -> Diagrams:
     clouds = points[None] if points.ndim == 2 else points
     deaths = edge_lengths(clouds, edges.expand(len(clouds), -1, -1)).sort(-1).values
     bars = torch.stack([torch.zeros_like(deaths), deaths], dim=-1)
-    return Diagrams.from_bars(bars[0] if points.ndim == 2 else bars, dimension=0)
+    return Diagrams._of_bars(bars[0] if points.ndim == 2 else bars, 0)
 
 
 def batch_tree(batch: Batch, epoch: int) -> Tensor:

@@ -10,7 +10,8 @@ from topkd.features import Batch, Features
 from topkd.losses.base import Loss
 from topkd.losses.decoupled import decoupled_distillation
 from topkd.losses.logits import distillation
-from topkd.losses.refusals import not_negative, one_of, positive
+from topkd.losses.refusals import count, not_negative, one_of, positive, temperature
+from topkd.topology.gradient import scaled_gradient
 
 Of = Literal["kd", "dkd"]
 
@@ -29,19 +30,6 @@ def adversity(epoch: int, rise: int = 10) -> float:
         [-0.0, -0.5, -1.0, -1.0]
     """
     return -(1 - math.cos(math.pi * min(epoch, rise) / rise)) / 2
-
-
-def scaled_gradient(value: Tensor, factor: float) -> Tensor:
-    """Passes a value on as it is, and its gradient back multiplied by a factor.
-
-    Examples:
-        >>> x = torch.tensor(3.0, requires_grad=True)
-        >>> scaled_gradient(x, -0.5).square().backward()
-        >>> x.grad
-        tensor(-3.)
-    """
-    fixed = value.detach()
-    return fixed + factor * (value - fixed)
 
 
 class CurriculumTemperature(Loss):
@@ -85,9 +73,9 @@ class CurriculumTemperature(Loss):
         self.of = one_of("of", of, Of)
         if of == "kd" and not alpha is beta is None:
             raise ValueError("alpha and beta are options of dkd; set of to dkd, or leave them out")
-        positive("rise", rise)
-        self.rise = rise
-        self.lowest, self.spread = positive("lowest", lowest), positive("spread", spread)
+        self.rise = count("rise", rise)
+        self.lowest, self.spread = temperature(lowest, "lowest"), positive("spread", spread)
+        temperature(lowest + spread, "lowest + spread")
         self.alpha = not_negative("alpha", 1.0 if alpha is None else alpha)
         self.beta = not_negative("beta", 2.0 if beta is None else beta)
         self.theta = nn.Parameter(torch.ones(()))

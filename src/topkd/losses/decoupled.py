@@ -7,7 +7,8 @@ from torch import Tensor
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss
 from topkd.losses.logits import standardised
-from topkd.losses.refusals import check_shapes, not_negative, positive
+from topkd.losses.refusals import LOGITS, check_shapes, check_target, not_negative
+from topkd.losses.refusals import temperature as checked
 
 
 def others(logits: Tensor, target: Tensor) -> Tensor:
@@ -59,7 +60,8 @@ def decoupled_distillation(
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape.
+        ValueError: If the logits differ in shape or are no floats, a label is none of their
+            classes, or an option is out of range.
 
     References:
         Decoupled Knowledge Distillation (Zhao et al., CVPR 2022)
@@ -71,7 +73,11 @@ def decoupled_distillation(
         >>> decoupled_distillation(student, teacher, torch.tensor([2]), alpha=0.0).item()
         0.0
     """
-    check_shapes("logits", student, teacher)
+    check_shapes("logits", student, teacher, form=LOGITS)
+    check_target(target, student)
+    checked(temperature)
+    not_negative("alpha", alpha)
+    not_negative("beta", beta)
     scaled = [z / temperature for z in (student, teacher)]
     rests = [others(z, target) for z in scaled]
     log_b = []
@@ -114,7 +120,7 @@ class DecoupledDistillation(Loss):
     ) -> None:
         super().__init__()
         self.alpha, self.beta = not_negative("alpha", alpha), not_negative("beta", beta)
-        self.temperature = positive("temperature", temperature)
+        self.temperature = checked(temperature)
         self.standardise = standardise
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
@@ -155,7 +161,8 @@ def normalized_distillation(
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape.
+        ValueError: If the logits differ in shape or are no floats, a label is none of their
+            classes, or an option is out of range.
 
     References:
         From Knowledge Distillation to Self-Knowledge Distillation (Yang et al., ICCV 2023)
@@ -167,7 +174,10 @@ def normalized_distillation(
         >>> round(loss.exp().item(), 4)
         3.0
     """
-    check_shapes("logits", student, teacher)
+    check_shapes("logits", student, teacher, form=LOGITS)
+    check_target(target, student)
+    checked(temperature)
+    not_negative("gamma", gamma)
     label = target[:, None]
     log_s, log_t = (z.log_softmax(1).gather(1, label) for z in (student, teacher))
     rest_s, rest_t = (others(z, target) / temperature for z in (student, teacher))
@@ -192,7 +202,7 @@ class NormalizedDistillation(Loss):
     def __init__(self, *, gamma: float = 1.5, temperature: float = 1.0) -> None:
         super().__init__()
         self.gamma = not_negative("gamma", gamma)
-        self.temperature = positive("temperature", temperature)
+        self.temperature = checked(temperature)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         return normalized_distillation(

@@ -14,9 +14,10 @@ from torch import Tensor
 from topkd.features import Batch, Features, Tapped
 from topkd.losses.base import Source
 from topkd.losses.controls import Edges, LabelFree, Target, check_tree, tree_diagram
-from topkd.losses.refusals import one_of, positive
+from topkd.losses.refusals import at_least_one, check_floats, one_of, positive
+from topkd.losses.relations import directions
 from topkd.topology import Diagrams, length_unit, rips, wasserstein
-from topkd.topology.units import Unit
+from topkd.topology.units import Unit, told_in
 
 Form = Literal["pce", "em-pce"]
 Norm = Literal["maximum", "euclidean"]
@@ -77,8 +78,9 @@ class Wasserstein(LabelFree):
                 "target: mean needs equally many bars in all clouds, loops are now more, now fewer;"
                 " use other"
             )
-        if not order >= 1:
-            raise ValueError(f"order must be at least 1, got {order}")
+        one_of("dimension", dimension, Literal[0, 1])
+        one_of("scale", scale, Unit)
+        at_least_one("order", order, finite=False)
         self.dimension, self.order, self.diagonal, self.scale = dimension, order, diagonal, scale
         one_of("ground_norm", ground_norm, Norm)
         self.ground_norm = math.inf if ground_norm == "maximum" else 2.0
@@ -90,12 +92,10 @@ class Wasserstein(LabelFree):
         else:
             diagrams = tree_diagram(points, tree)
         unit = length_unit(diagrams.of(0), self.scale)
-        return diagrams.scaled(1 / unit).of(self.dimension).bars
+        return told_in(diagrams.of(self.dimension), unit).bars
 
     def compared(self, student: Tensor, teacher: Tensor) -> Tensor:
-        ours, theirs = (
-            Diagrams.from_bars(bars, dimension=self.dimension) for bars in (student, teacher)
-        )
+        ours, theirs = (Diagrams._of_bars(bars, self.dimension) for bars in (student, teacher))
         return wasserstein(
             ours,
             theirs,
@@ -139,6 +139,9 @@ def persistent_cross_entropy(
     Returns:
         The loss, a scalar.
 
+    Raises:
+        ValueError: If these are no lifetimes, or bandwidth or tolerance is not positive.
+
     References:
         Persistent Cross Entropy (Yeom & Jung, manuscript 2026, not public), which starts from
         Do Topological Characteristics Help in Knowledge Distillation? (Kim et al., ICML 2024)
@@ -149,6 +152,12 @@ def persistent_cross_entropy(
         >>> persistent_cross_entropy(two, one, bandwidth=0.1, tolerance=1.0)  # (1 - 1/2)² / 2
         tensor(0.1250)
     """
+    check_floats("lifetimes", teacher, "(bars)", " of the teacher")
+    if student.ndim != 1 or not student.is_floating_point():
+        check_floats("lifetimes", student, "(bars)", " of the student")
+    positive("bandwidth", bandwidth)
+    positive("tolerance", tolerance)
+    one_of("form", form, Form)
     dtype = student.dtype
     if student.device.type != "mps":  # EM-PCE is a small difference
         student, teacher = student.double(), teacher.double()
@@ -294,8 +303,7 @@ class PersistentCrossEntropy(LabelFree):
 
     def described(self, points: Tensor, tree: Tensor | None) -> Tensor:
         """Lifetimes of the directions of points, (n - 1)."""
-        length = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
-        points = points / length.where(length > 0, 1)  # what has no direction has no gradient
+        points = directions(points)
         return (rips(points) if tree is None else tree_diagram(points, tree)).deaths
 
     def compared(self, student: Tensor, teacher: Tensor) -> Tensor:

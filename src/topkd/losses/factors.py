@@ -18,7 +18,8 @@ from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
 from topkd.losses.hints import mean_square
 from topkd.losses.maps import paired, to_smaller
-from topkd.losses.refusals import check_shapes, one_of
+from topkd.losses.refusals import MAPS, check_shapes, one_of
+from topkd.topology.gradient import SMALL, in_units
 
 SLOPE = 0.1  # of the leaky ReLUs
 
@@ -57,10 +58,13 @@ def factor_transfer(student: Tensor, teacher: Tensor, *, form: Form = "map") -> 
         >>> factor_transfer(left, right).item()
         1.0
     """
-    check_shapes("factors", student, teacher, 2)
+    check_shapes("factors", student, teacher, 2, MAPS)
+    one_of("form", form, Form)
     factors = to_smaller(student, teacher)
     numbers = [f.square().mean(1) if form == "map" else f for f in factors]
-    own, aim = (F.normalize(q.flatten(1), dim=1) for q in numbers)
+    small = SMALL**2 if form == "map" else SMALL
+    rows = [q.flatten(1) for q in numbers]
+    own, aim = (in_units(q, q.norm(dim=1, keepdim=True), small) for q in rows)
     return F.l1_loss(own, aim)
 
 
@@ -175,7 +179,7 @@ class FactorTransfer(Loss):
                 paraphraser does not learn.
         """
         ((own, last),) = paired(student.maps[-1:], teacher.maps[-1:])
-        if not (rate > 0 and epochs > 0 and lr > 0):
+        if not all(0 < value < math.inf for value in (rate, epochs, lr)):
             raise ValueError(f"rate, epochs and lr must be positive, got {rate}, {epochs} and {lr}")
         channels = last.shape[1]
         factors = max(1, int(rate * channels))
@@ -258,7 +262,7 @@ def _train(network: Paraphraser, source: Source, saved: Path, epochs: int, lr: f
             error = _epoch(network, optimizer, source, epoch, advance)
             advance(0, f"epoch {epoch + 1}, {error:.1%} lost")
             if not math.isfinite(error):
-                raise ValueError(f"ft: the paraphraser diverged at lr {lr}; give it a smaller one")
+                raise ValueError(f"the paraphraser diverged at lr {lr}; give it a smaller one")
             reached = {
                 "network": network.state_dict(),
                 "optimizer": optimizer.state_dict(),

@@ -13,7 +13,7 @@ from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
 from topkd.losses.hints import mean_square
 from topkd.losses.maps import paired, to_smaller
-from topkd.losses.refusals import one_of
+from topkd.losses.refusals import MAPS, check_floats, one_of
 
 Pooling = Literal["average", "maximum"]
 
@@ -34,6 +34,9 @@ def flow_matrix(shallow: Tensor, deep: Tensor, *, pooling: Pooling = "average") 
     Returns:
         The matrices G, (n, c, c').
 
+    Raises:
+        ValueError: If these are no maps of the same images.
+
     References:
         A Gift from Knowledge Distillation (Yim et al., CVPR 2017)
         https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html
@@ -43,6 +46,14 @@ def flow_matrix(shallow: Tensor, deep: Tensor, *, pooling: Pooling = "average") 
         >>> flow_matrix(one_hot, one_hot)[0].diagonal()
         tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
+    for name, maps in (("shallow", shallow), ("deep", deep)):
+        check_floats(f"the {name} maps", maps, MAPS)
+    if len(shallow) != len(deep):
+        raise ValueError(
+            f"maps must be of the same images, got shallow {tuple(shallow.shape)}, "
+            f"deep {tuple(deep.shape)}"
+        )
+    one_of("pooling", pooling, Pooling)
     pool = F.adaptive_max_pool2d if pooling == "maximum" else F.adaptive_avg_pool2d
     shallow, deep = (m.flatten(2) for m in to_smaller(shallow, deep, pool))
     return shallow @ deep.mT / shallow.shape[2]

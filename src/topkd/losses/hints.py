@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
 from topkd.losses.maps import paired, to_smaller
-from topkd.losses.refusals import check_shapes
+from topkd.losses.refusals import MAPS, check_shapes, positive
 
 FLOOR = 1e-5  # of the variances of VID
 
@@ -189,7 +189,7 @@ def surprise(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
         The loss, a scalar.
 
     Raises:
-        ValueError: If guess and map differ in shape.
+        ValueError: If guess and map differ in shape, or a variance is missing or not positive.
 
     References:
         Variational Information Distillation for Knowledge Transfer (Ahn et al., CVPR 2019)
@@ -200,7 +200,12 @@ def surprise(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
         >>> surprise(maps + 3, torch.tensor([1.0]), maps).item()
         4.5
     """
-    check_shapes("maps", mean, teacher)
+    check_shapes("maps", mean, teacher, form=MAPS)
+    if variance.shape != mean.shape[1:2]:
+        raise ValueError(
+            f"the variance must be of each channel, ({mean.shape[1]},), got {tuple(variance.shape)}"
+        )
+    positive("the least variance", variance.detach().min())
     errors = (mean - teacher).square().mean((0, 2, 3))  # of each channel
     return 0.5 * (errors / variance + variance.log()).mean()
 
@@ -229,7 +234,7 @@ class VariationalInformation(Loss):
         self, channels: Sequence[tuple[int, int]], *, skip: int = 1, variance: float = 5.0
     ) -> None:
         super().__init__()
-        if not variance > FLOOR:
+        if not FLOOR < variance < math.inf:
             raise ValueError(f"variance must be above {FLOOR}, got {variance}")
         self.skip = skip
         self.guesses = nn.ModuleList(_guess(c_s, c_t) for c_s, c_t in channels)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from topkd.losses.controls import Edges, Labelled, Target
+from topkd.losses.refusals import at_least_one, one_of
 from topkd.topology import edge_matching, rtd_lite, ultrametric
 from topkd.topology.paired import Unit
 
@@ -44,6 +45,8 @@ class EdgeMatching(Labelled):
         target: Target = "own",
     ) -> None:
         super().__init__(edges, target)
+        if scale != "learnt":
+            one_of("scale", scale, Unit)
         self.scale, self.detach_scale, self.symmetric = scale, detach_scale, symmetric
         self.log_scale = nn.Parameter(torch.zeros(())) if scale == "learnt" else None
 
@@ -89,7 +92,7 @@ class RTDLite(Labelled):
         target: Target = "own",
     ) -> None:
         super().__init__(edges, target)
-        self.scale, self.detach_scale = scale, detach_scale
+        self.scale, self.detach_scale = one_of("scale", scale, Unit), detach_scale
 
     def compared(self, student: Tensor, teacher: Tensor, tree: Tensor | None) -> Tensor:
         return rtd_lite(
@@ -126,8 +129,8 @@ class Ultrametric(Labelled):
         target: Target = "own",
     ) -> None:
         super().__init__(edges, target)
-        if not order >= 1:
-            raise ValueError(f"order must be at least 1, got {order}")
+        one_of("scale", scale, Unit)
+        at_least_one("order", order)
         self.order, self.scale, self.detach_scale = order, scale, detach_scale
 
     def compared(self, student: Tensor, teacher: Tensor, tree: Tensor | None) -> Tensor:

@@ -1,11 +1,22 @@
 """Losses on the logits."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss
-from topkd.losses.refusals import check_shapes, not_negative, positive
+from topkd.losses.refusals import (
+    LOGITS,
+    check_floats,
+    check_shapes,
+    not_negative,
+    positive,
+)
+from topkd.losses.refusals import temperature as checked
+
+LEAST_SPREAD = 0.1  # of logits; that of a trained network is greater
+LEAST_VARIATION = 0.01  # of predictions, as a share of their norm; likewise
 
 
 class CrossEntropy(Loss):
@@ -37,16 +48,23 @@ class CrossEntropy(Loss):
 def standardised(logits: Tensor) -> Tensor:
     r"""Gives the logits of every image mean 0 and deviation 1.
 
-    .. math:: \hat z = \frac{z - \mathrm{mean}(z)}{\mathrm{std}(z) + 10^{-7}}
+    .. math:: \hat z = \frac{z - \mathrm{mean}(z)}{\max(\mathrm{std}(z),\, 0.1) + 10^{-7}}
 
     with the unbiased deviation over the classes. A loss of these asks a student for the order and
     the proportions of its teacher's logits, and leaves it their range.
+
+    The authors' code has no such least deviation. It changes nothing in a trained network, whose
+    logits spread more widely, and keeps the slope below 10 where a student starts with all its
+    logits at 0, as heads of vision transformers do: there, that of the code is 10 million.
 
     Args:
         logits: (n, classes).
 
     Returns:
         (n, classes).
+
+    Raises:
+        ValueError: If the logits are no floats (n, classes).
 
     References:
         Logit Standardization in Knowledge Distillation (Sun et al., CVPR 2024)
@@ -58,7 +76,9 @@ def standardised(logits: Tensor) -> Tensor:
         tensor([[-1.0000,  0.0000,  1.0000],
                 [-1.0000,  0.0000,  1.0000]])
     """
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+    check_floats("logits", logits, LOGITS)
+    deviation = logits.std(1, keepdim=True).clamp(min=LEAST_SPREAD) + 1e-7
+    return (logits - logits.mean(1, keepdim=True)) / deviation
 
 
 def distillation(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 4.0) -> Tensor:
@@ -76,7 +96,7 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float | Tenso
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape.
+        ValueError: If the logits differ in shape or are no floats, or an option is out of range.
 
     References:
         Distilling the Knowledge in a Neural Network (Hinton et al., 2014)
@@ -88,7 +108,8 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float | Tenso
         >>> distillation(logits + 5, logits).abs().item() < 1e-6  # it sees only differences
         True
     """
-    check_shapes("logits", student, teacher)
+    check_shapes("logits", student, teacher, form=LOGITS)
+    checked(temperature)
     log_s, log_t = ((z / temperature).log_softmax(1) for z in (student, teacher))
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
@@ -110,7 +131,7 @@ class Distillation(Loss):
 
     def __init__(self, *, temperature: float = 4.0, standardise: bool = False) -> None:
         super().__init__()
-        self.temperature = positive("temperature", temperature)
+        self.temperature = checked(temperature)
         self.standardise = standardise
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
@@ -139,6 +160,10 @@ def correlation_distillation(
     :math:`\rho` divides by. That is followed: it takes weight from classes that no image of the
     batch resembles, and it lets a student lose a little that equals its teacher.
 
+    A length counts as 0.01 of the norm of the probabilities at least, below which it is where
+    z / T varies by less than 0.01. That changes nothing in trained networks, and keeps slopes
+    moderate where a student predicts the same for all images or all classes.
+
     Args:
         student: Logits :math:`z^s`, (n, classes).
         teacher: Logits :math:`z^t`, (n, classes).
@@ -151,7 +176,7 @@ def correlation_distillation(
         The loss, a scalar. What does not vary correlates with nothing.
 
     Raises:
-        ValueError: If the logits differ in shape.
+        ValueError: If the logits differ in shape or are no floats, or an option is out of range.
 
     References:
         Knowledge Distillation from A Stronger Teacher (Huang et al., NeurIPS 2022)
@@ -164,7 +189,11 @@ def correlation_distillation(
         >>> correlation_distillation(fainter, logits).abs().item() < 1e-5
         True
     """
-    check_shapes("logits", student, teacher)
+    check_shapes("logits", student, teacher, form=LOGITS)
+    not_negative("beta", beta)
+    not_negative("gamma", gamma)
+    not_negative("damping", damping)
+    checked(temperature)
     s, t = ((z / temperature).softmax(1) for z in (student, teacher))
     images, classes = _correlation(s, t, damping), _correlation(s.T, t.T, damping)
     return temperature**2 * (beta * (1 - images.mean()) + gamma * (1 - classes.mean()))
@@ -173,10 +202,14 @@ def correlation_distillation(
 def _correlation(first: Tensor, second: Tensor, damping: float) -> Tensor:
     """Computes Pearson's correlation of every two rows, (rows,)."""
     a, b = (x - x.mean(1, keepdim=True) for x in (first, second))
-    lengths = a.norm(dim=1) * b.norm(dim=1)
-    # Below this, gradients would overflow; a row that is constant must not give NaN.
+    lengths = _length(a, first) * _length(b, second)
+    # Below this, gradients would overflow; a row of zeros must not give NaN.
     varies = lengths > 1e-18
     return (a * b).sum(1) / (lengths + damping).where(varies, lengths.new_ones(()))
+
+
+def _length(centred: Tensor, rows: Tensor) -> Tensor:
+    return torch.maximum(centred.norm(dim=1), LEAST_VARIATION * rows.norm(dim=1))
 
 
 class CorrelationDistillation(Loss):
@@ -203,7 +236,7 @@ class CorrelationDistillation(Loss):
     ) -> None:
         super().__init__()
         self.beta, self.gamma = not_negative("beta", beta), not_negative("gamma", gamma)
-        self.temperature = positive("temperature", temperature)
+        self.temperature = checked(temperature)
         self.damping = not_negative("damping", damping)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
@@ -238,7 +271,7 @@ def transformed_teacher_matching(
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape.
+        ValueError: If the logits differ in shape or are no floats, or an option is out of range.
 
     References:
         Knowledge Distillation Based on Transformed Teacher Matching (Zheng & Yang, ICLR 2024)
@@ -250,7 +283,8 @@ def transformed_teacher_matching(
         >>> transformed_teacher_matching(teacher / 10, teacher).item() < 1e-6  # exactly as soft
         True
     """
-    check_shapes("logits", student, teacher)
+    check_shapes("logits", student, teacher, form=LOGITS)
+    positive("exponent", exponent)
     log_power = exponent * teacher.log_softmax(1)
     log_weight = log_power.logsumexp(1, keepdim=True)
     log_s, log_q = student.log_softmax(1), log_power - log_weight

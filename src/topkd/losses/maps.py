@@ -12,7 +12,8 @@ from torch import Tensor
 
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
-from topkd.losses.refusals import one_of
+from topkd.losses.refusals import MAPS, check_shapes, one_of
+from topkd.topology.gradient import SMALL, in_units
 
 
 def paired(
@@ -143,6 +144,9 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, form: AttentionForm 
     Returns:
         The loss, a scalar.
 
+    Raises:
+        ValueError: If these are no maps of the same images.
+
     References:
         Paying More Attention to Attention (Zagoruyko & Komodakis, ICLR 2017)
         https://arxiv.org/abs/1612.03928
@@ -153,9 +157,12 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, form: AttentionForm 
         >>> attention_transfer(left, right).item()
         1.0
     """
+    check_shapes("maps", student, teacher, 1, MAPS)
+    one_of("form", form, AttentionForm)
     maps = to_smaller(student, teacher)
     energies = (torch.linalg.vecdot(m, m, dim=1) / m.shape[1] for m in maps)
-    seen, aim = (F.normalize(energy.flatten(1), dim=1) for energy in energies)
+    rows = [energy.flatten(1) for energy in energies]
+    seen, aim = (in_units(q, q.norm(dim=1, keepdim=True), SMALL**2) for q in rows)
     if form == "paper":
         return torch.linalg.vector_norm(seen - aim, dim=1).mean()
     return F.mse_loss(seen, aim)
@@ -204,6 +211,9 @@ def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         The loss, a scalar.
 
+    Raises:
+        ValueError: If these are no maps of the same images.
+
     References:
         Like What You Like: Knowledge Distill via Neuron Selectivity Transfer (Huang & Wang, 2017)
         https://arxiv.org/abs/1707.01219
@@ -213,6 +223,7 @@ def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
         >>> neuron_selectivity(maps.flip(1), maps).abs().item() < 1e-6  # which neuron: no matter
         True
     """
+    check_shapes("maps", student, teacher, 1, MAPS)
     s, t = (F.normalize(m.flatten(2), dim=2, eps=SILENT) for m in to_smaller(student, teacher))
     _, c_s, positions = s.shape
     c_t = t.shape[1]

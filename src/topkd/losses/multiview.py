@@ -8,7 +8,7 @@ from torch import Tensor
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss
 from topkd.losses.logits import standardised
-from topkd.losses.refusals import check_shapes, one_of
+from topkd.losses.refusals import LOGITS, check_shapes, one_of
 
 Views = Literal[1, 2]
 
@@ -112,7 +112,8 @@ def multi_level_distillation(
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape, or two views have an odd number of rows.
+        ValueError: If the logits differ in shape or are no floats, or two views have an odd number
+            of rows.
 
     References:
         Multi-Level Logit Distillation (Jin et al., CVPR 2023)
@@ -124,7 +125,8 @@ def multi_level_distillation(
         >>> multi_level_distillation(logits + 5, logits).item() < 1e-6
         True
     """
-    check_shapes("logits", student, teacher)
+    check_shapes("logits", student, teacher, form=LOGITS)
+    one_of("views", views, Views)
     if len(student) % views:
         raise ValueError(f"two views need an even number of rows, got {len(student)}")
     pairs = list(zip(student.chunk(views), teacher.chunk(views), strict=True))

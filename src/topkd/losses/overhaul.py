@@ -83,6 +83,11 @@ def partial_distance(
     """
     values = []
     pairs = paired(student, teacher, kind="pre-activations")
+    if [tuple(m.shape) for m in margins] != [(t.shape[1],) for _, t in pairs]:
+        raise ValueError(
+            f"margins must be of each channel, {[(t.shape[1],) for _, t in pairs]}, "
+            f"got {[tuple(m.shape) for m in margins]}"
+        )
     for (s, t), margin in zip(pairs, margins, strict=True):
         check_shapes("pre-activations", s, t)
         gap = s - torch.maximum(t, margin[:, None, None])

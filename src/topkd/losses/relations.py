@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
 from topkd.losses.maps import deepest
-from topkd.losses.refusals import check_shapes, not_negative, one_of, positive
+from topkd.losses.refusals import EMBEDDINGS, check_shapes, count, not_negative, one_of, positive
+from topkd.topology.gradient import SMALL, in_units
 
 Form = Literal["products", "kernel"]
 
 
-def directions(vectors: Tensor) -> Tensor:
-    """Divides vectors (..., d) by their norms; 0 stays 0, and its gradient is finite.
+def directions(vectors: Tensor, small: float = SMALL) -> Tensor:
+    """Divides vectors (..., d) by their norms; 0 stays 0, and below ``small`` slopes are bounded.
 
     Examples:
         >>> directions(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
-    norm = vectors.norm(dim=-1, keepdim=True)
-    return vectors / norm.masked_fill(norm == 0, 1)
+    return in_units(vectors, vectors.norm(dim=-1, keepdim=True), small)
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the batches differ in size.
+        ValueError: If the batches differ in size or are no floats.
 
     References:
         Similarity-Preserving Knowledge Distillation (Tung & Mori, ICCV 2019)
@@ -60,7 +60,8 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """
     check_shapes("batches", student, teacher, 1)
     s, t = student.flatten(1), teacher.flatten(1)
-    return F.mse_loss(directions(s @ s.T), directions(t @ t.T))
+    own, aim = (directions(m @ m.T, SMALL**2) for m in (s, t))
+    return F.mse_loss(own, aim)
 
 
 class SimilarityPreserving(Loss):
@@ -104,11 +105,9 @@ def correlation_products(student: Tensor, teacher: Tensor) -> Tensor:
         >>> correlation_products(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [5.0]]))
         tensor(3.)
     """
-    if student.shape != teacher.shape or len(student) < 2:
-        raise ValueError(
-            "embeddings must have one shape, of two samples or more, got student "
-            f"{tuple(student.shape)}, teacher {tuple(teacher.shape)}"
-        )
+    check_shapes("embeddings", student, teacher, form=EMBEDDINGS)
+    if len(student) < 2:
+        raise ValueError(f"embeddings must be of two samples at least, got {tuple(student.shape)}")
     n, gap = len(student), (student - teacher).abs()
     return (gap.sum(0).square() - gap.square().sum(0)).sum() / (n * (n - 1))
 
@@ -135,13 +134,15 @@ def correlation_kernel(
         The loss, a scalar.
 
     Raises:
-        ValueError: If the batches differ in size.
+        ValueError: If the batches differ in size or are no floats.
 
     References:
         Correlation Congruence for Knowledge Distillation (Peng et al., ICCV 2019)
         https://arxiv.org/abs/1904.01802
     """
-    check_shapes("batches", student, teacher, 1)
+    check_shapes("batches", student, teacher, 1, EMBEDDINGS)
+    positive("gamma", gamma)
+    count("order", order)
     return F.mse_loss(_kernel(student, gamma, order), _kernel(teacher, gamma, order))
 
 
@@ -183,10 +184,9 @@ class CorrelationCongruence(Loss):
     ) -> None:
         super().__init__()
         self.form, self.gamma = one_of("form", form, Form), positive("gamma", gamma)
-        positive("order", order)
-        self.order = order
+        self.order = count("order", order)
         if form == "products":
-            positive("size", size)
+            count("size", size)
             self.student, self.teacher = nn.Linear(student, size), nn.Linear(teacher, size)
 
     @classmethod
@@ -218,7 +218,7 @@ def relational_distances(student: Tensor, teacher: Tensor) -> Tensor:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the batches differ in size.
+        ValueError: If the batches differ in size or are no floats.
 
     References:
         Relational Knowledge Distillation (Park et al., CVPR 2019)
@@ -229,14 +229,14 @@ def relational_distances(student: Tensor, teacher: Tensor) -> Tensor:
         >>> relational_distances(10 - 5 * line, line)
         tensor(0.)
     """
-    check_shapes("batches", student, teacher, 1)
+    check_shapes("batches", student, teacher, 1, EMBEDDINGS)
     return F.smooth_l1_loss(_scaled_distances(student), _scaled_distances(teacher))
 
 
 def _scaled_distances(points: Tensor) -> Tensor:
     distances = (points[:, None] - points).norm(dim=2)
     mean = distances.sum() / (distances > 0).sum().clamp(min=1)
-    return distances / mean.masked_fill(mean == 0, 1)
+    return in_units(distances, mean)
 
 
 def relational_angles(student: Tensor, teacher: Tensor) -> Tensor:
@@ -256,7 +256,7 @@ def relational_angles(student: Tensor, teacher: Tensor) -> Tensor:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the batches differ in size.
+        ValueError: If the batches differ in size or are no floats.
 
     References:
         Relational Knowledge Distillation (Park et al., CVPR 2019)
@@ -267,7 +267,7 @@ def relational_angles(student: Tensor, teacher: Tensor) -> Tensor:
         >>> relational_angles(10 - 5 * corner.flip(1), corner).item() < 1e-9
         True
     """
-    check_shapes("batches", student, teacher, 1)
+    check_shapes("batches", student, teacher, 1, EMBEDDINGS)
     return F.smooth_l1_loss(_cosines(student), _cosines(teacher))
 
 
@@ -316,7 +316,7 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor, *, epsilon: float =
         The loss, a scalar.
 
     Raises:
-        ValueError: If the batches differ in size.
+        ValueError: If the batches differ in size or are no floats.
 
     References:
         Learning Deep Representations with Probabilistic Knowledge Transfer (Passalis & Tefas,
@@ -328,7 +328,8 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor, *, epsilon: float =
         >>> probabilistic_transfer(7 * rows, rows)  # it sees no lengths
         tensor(0.)
     """
-    check_shapes("batches", student, teacher, 1)
+    check_shapes("batches", student, teacher, 1, EMBEDDINGS)
+    positive("epsilon", epsilon)
     units = (directions(embedding) for embedding in (student, teacher))
     similar = ((1 + unit @ unit.T) / 2 for unit in units)
     s, t = (rows / rows.sum(1, keepdim=True) for rows in similar)

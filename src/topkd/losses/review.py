@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
-from topkd.losses.refusals import check_shapes, positive
+from topkd.losses.refusals import MAPS, check_shapes, count
 
 
 def hierarchical(student: Tensor, teacher: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def hierarchical(student: Tensor, teacher: Tensor) -> Tensor:
         >>> hierarchical(apart, torch.zeros(1, 1, 2, 2))  # 1 as they are, 0 averaged
         tensor(0.6667)
     """
-    check_shapes("maps", student, teacher)
+    check_shapes("maps", student, teacher, form=MAPS)
     gap, weight, whole = student - teacher, 1.0, 1.0
     value = gap.square().mean()
     for side in (4, 2, 1):
@@ -128,7 +128,7 @@ class Review(Loss):
                 "both networks need equally many maps, got "
                 f"{len(student) - 1} stages of the student and {len(teacher) - 1} of the teacher"
             )
-        positive("width", width)
+        count("width", width)
         self.preactivations, middle = preactivations, min(width, student[-1])
         last = len(student) - 1
         self.fusions = nn.ModuleList(

@@ -10,7 +10,8 @@ from torch import Tensor
 from topkd.features import Batch, Features
 from topkd.losses.base import Loss, Source
 from topkd.losses.logits import distillation
-from topkd.losses.refusals import check_shapes, one_of, positive
+from topkd.losses.refusals import LOGITS, check_shapes, one_of
+from topkd.losses.refusals import temperature as checked
 
 Kind = Literal["hard", "soft"]
 
@@ -28,7 +29,7 @@ def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape.
+        ValueError: If the logits differ in shape or are no floats, or an option is out of range.
 
     References:
         Training data-efficient image transformers (Touvron et al., ICML 2021)
@@ -40,7 +41,7 @@ def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
         >>> round(loss.exp().item(), 4)
         4.0
     """
-    check_shapes("logits", student, teacher)
+    check_shapes("logits", student, teacher, form=LOGITS)
     return F.cross_entropy(student, teacher.argmax(1))
 
 
@@ -73,7 +74,7 @@ class TokenDistillation(Loss):
         self.kind, self.legacy = one_of("kind", kind, Kind), legacy
         if kind == "hard" and (temperature != 1 or legacy):
             raise ValueError("temperature and legacy are options of the kind soft")
-        self.temperature = positive("temperature", temperature)
+        self.temperature = checked(temperature)
 
     @classmethod
     def between(  # type: ignore[override]  # its options are named

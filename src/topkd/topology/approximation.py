@@ -19,7 +19,7 @@ from topkd.topology.distancenet import DistanceNet
 from topkd.topology.rips import rips
 from topkd.topology.ripsnet import Pooling, RipsNet
 from topkd.topology.stored import Vectorisation, from_json, to_json
-from topkd.topology.units import Unit, length_unit
+from topkd.topology.units import Unit, length_unit, told_in
 
 Approximator = RipsNet | DistanceNet
 Name = Literal["ripsnet", "distancenet"]
@@ -41,7 +41,7 @@ class Exact:
         """Describes one cloud (n, d) or several (clouds, n, d)."""
         diagrams = rips(points, max_dim=self.dimension)
         if self.unit != "none":
-            diagrams = diagrams.scaled(1 / length_unit(diagrams.of(0), self.unit))
+            diagrams = told_in(diagrams, length_unit(diagrams.of(0), self.unit))
         return self.vectorisation(diagrams.of(self.dimension))
 
     @property

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from topkd.topology.gradient import in_units
 from topkd.topology.rips import Diagrams
 from topkd.topology.units import (
     MARGIN,
@@ -362,7 +363,7 @@ def entropy(diagrams: Diagrams) -> Tensor:
 
 def _entropy_terms(persistence: Tensor) -> Tensor:
     total = persistence.sum(-1, keepdim=True)
-    share = persistence / total.where(total > 0, 1)
+    share = in_units(persistence, total)
     share = share.where(share > 0, 1)  # 1 log 1 is 0, and so is the limit at 0
     return -share * share.log()
 

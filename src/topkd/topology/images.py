@@ -200,7 +200,8 @@ class PersistenceImage:
             sample, peak = _nodes, 2 * math.pi * self.sigma**2
         columns = sample(births, self.births, self.resolution, self.sigma)
         rows = sample(persistence, self.persistences, self.resolution, self.sigma)
-        pixels = torch.einsum("...k,...kr,...kc->...rc", weight, rows, columns)
+        with _unrounded(weight):
+            pixels = torch.einsum("...k,...kr,...kc->...rc", weight, rows, columns)
         return pixels.flatten(-2) / (peak * self.scale)
 
     def masses(self, diagrams: Diagrams) -> tuple[Tensor, Tensor]:
@@ -314,13 +315,19 @@ class PersistenceVector:
         persistence = deaths - births
         weight = WEIGHTS[self.weight](births, persistence)
         cells = _cells(persistence, self.persistences, self.resolution, self.sigma)
-        return torch.einsum("...k,...ki->...i", weight, cells) / self.scale
+        with _unrounded(weight):
+            return torch.einsum("...k,...ki->...i", weight, cells) / self.scale
 
     def masses(self, diagrams: Diagrams) -> tuple[Tensor, Tensor]:
         """Weights of all bars, and again, 0 for those outside the range, both (clouds, bars)."""
         births, deaths = measured(diagrams, self.unit, detach_unit=self.detach_unit)
         weight = WEIGHTS[self.weight](births, deaths - births)
         return weight, weight * _inside(deaths - births, self.persistences)
+
+
+def _unrounded(values: Tensor) -> torch.autocast:
+    """Sums in the type of the values, also under autocast, where matrices become half precision."""
+    return torch.autocast(values.device.type, enabled=False)
 
 
 def _points(diagrams: Diagrams, unit: Unit) -> Tensor:

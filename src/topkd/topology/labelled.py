@@ -153,8 +153,7 @@ def rtd_lite(
     )
     shared = rips(distances=least).death_edges
     ours, theirs = pair.lengths(shared)
-    student_tree = rips(pair.student).deaths / pair.student_unit
-    teacher_tree = rips(pair.teacher).deaths / pair.teacher_unit
+    student_tree, teacher_tree = pair.told(rips(pair.student).deaths, rips(pair.teacher).deaths)
     gap = (student_tree + teacher_tree) / 2 - torch.minimum(ours, theirs)
     return pair.result(gap.sum(1).clamp(min=0))  # nothing but rounding makes it negative
 
@@ -246,8 +245,9 @@ def ultrametric(
     if not 1 <= order < math.inf:
         raise ValueError(f"the order is a finite number of at least 1, got {order}")
     pair = paired(student, teacher, unit, unit, detach_unit)
-    ours = single_linkage(pair.student, edges=edges) / pair.student_unit
-    theirs = single_linkage(pair.teacher, edges=edges) / pair.teacher_unit
+    ours, theirs = pair.told(
+        single_linkage(pair.student, edges=edges), single_linkage(pair.teacher, edges=edges)
+    )
     gap = (ours - theirs).abs().pow(order)
     return pair.result(gap.sum(1) / max(gap.shape[1], 1))
 

@@ -12,7 +12,8 @@ unit                 is
 ===================  ==============================================================================
 
 Always over all pairs of different points, never over the tree alone, whose edges are the shortest
-of all and shorter the more points there are. A unit of 0, where points coincide, counts as 1.
+of all and shorter the more points there are. A unit of 0, where points coincide, counts as 1; of
+a unit below 0.001 the gradient is bounded, see :func:`~topkd.topology.gradient.in_units`.
 
 The gradient passes through the unit, and so it never changes the scale, on which the loss does not
 depend. That of a median, quantile or maximum falls on the one or two pairs that attain it, which
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from topkd.topology.gradient import in_units
 from topkd.topology.lengths import edge_lengths
 
 Unit = Literal["none", "mean", "median", "quantile", "matrix_quantile", "max"]
@@ -51,8 +53,11 @@ class Pair(NamedTuple):
 
     def lengths(self, edges: Tensor) -> tuple[Tensor, Tensor]:
         """Lengths of edges (clouds, k, 2) in both clouds, in their units."""
-        ours = edge_lengths(self.student, edges) / self.student_unit
-        return ours, edge_lengths(self.teacher, edges) / self.teacher_unit
+        return self.told(edge_lengths(self.student, edges), edge_lengths(self.teacher, edges))
+
+    def told(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Lengths (clouds, k) of both clouds, in their units."""
+        return in_units(student, self.student_unit), in_units(teacher, self.teacher_unit)
 
     def gap(self, edges: Tensor) -> Tensor:
         ours, theirs = self.lengths(edges)

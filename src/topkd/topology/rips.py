@@ -6,6 +6,7 @@ the points again, so that gradients reach exactly the points that carry each bar
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,13 +42,23 @@ class Diagrams:
 
         Args:
             bars: Births and deaths, (bars, 2) or (clouds, bars, 2), all finite; bars of length
-                zero count as padding in dimensions above 0.
+                zero count as padding in dimensions above 0. Whole numbers become floats of the
+                default type, half precision float32.
             dimension: Of all of them.
+
+        Raises:
+            ValueError: If these are no bars: of another shape or type, NaN, infinite, or with a
+                death below its birth by more than rounding.
 
         Examples:
             >>> Diagrams.from_bars(torch.tensor([[1.0, 3.0], [2.0, 2.5]])).persistence
             tensor([2.0000, 0.5000])
         """
+        return cls._of_bars(_checked_bars(bars, dimension), dimension)
+
+    @classmethod
+    def _of_bars(cls, bars: Tensor, dimension: int) -> Diagrams:
+        """Makes diagrams of bars that were read off points, and need no look."""
         births, deaths = bars.unbind(-1)
         edges = torch.zeros(bars.shape, dtype=torch.int64, device=bars.device)
         mask = (deaths > births) | (dimension == 0)
@@ -106,6 +117,37 @@ class Diagrams:
             count=self.count,
             sizes=tuple(n if d == dimension else 0 for d, n in enumerate(self.sizes)),
         )
+
+
+def _checked_bars(bars: Tensor, dimension: int) -> Tensor:
+    if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 0:
+        raise ValueError(f"dimension must be a whole number, 0 or above, got {dimension!r}")
+    if not isinstance(bars, Tensor):
+        raise ValueError(f"bars must be a tensor (bars, 2), got {type(bars).__name__}")
+    numbers = not bars.is_complex() and bars.dtype != torch.bool
+    if bars.ndim not in (2, 3) or bars.shape[-1] != 2 or not numbers:
+        raise ValueError(
+            "bars must be numbers (bars, 2) or (clouds, bars, 2), births and deaths, "
+            f"got {bars.dtype} {tuple(bars.shape)}"
+        )
+    if not bars.is_floating_point():
+        bars = bars.to(torch.get_default_dtype())
+    if bars.dtype in (torch.float16, torch.bfloat16):
+        bars = bars.float()
+    if torch.compiler.is_compiling():  # a graph must not ask for numbers
+        return bars
+    births, deaths = bars.detach().unbind(-1)
+    rounding = 8 * torch.finfo(bars.dtype).eps * births.abs()
+    wrong = ~(bars.detach().isfinite().all(-1) & (deaths >= births - rounding))
+    if wrong.any():
+        place = wrong.nonzero()[0].tolist()
+        where = f"cloud {place[0]}, bar {place[1]}" if len(place) > 1 else f"bar {place[0]}"
+        birth, death = births[tuple(place)].item(), deaths[tuple(place)].item()
+        cure = "births and deaths must be finite, and no death below its birth"
+        if death == math.inf and math.isfinite(birth):
+            cure = "births and deaths must be finite, leave out what never dies"
+        raise ValueError(f"{where}: {cure}, got {birth} and {death}")
+    return bars
 
 
 def rips(

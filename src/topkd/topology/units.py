@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from topkd.topology.gradient import in_units
 from topkd.topology.rips import Diagrams
 
 MARGIN = 3  # cells or steps beyond what a vectorisation was fitted on
@@ -40,6 +41,8 @@ def length_unit(diagrams: Diagrams, unit: Unit = "mean") -> Tensor:
         >>> both = rips(points, max_dim=1)
         >>> loops = both.scaled(1 / length_unit(both.of(0), "median")).of(1)
     """
+    if unit not in get_args(Unit):
+        raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {unit!r}")
     there, deaths = diagrams.mask, diagrams.deaths
     deaths, count = deaths.where(there, 0), there.sum(-1)
     if unit == "none":
@@ -53,6 +56,13 @@ def length_unit(diagrams: Diagrams, unit: Unit = "mean") -> Tensor:
         middle = torch.stack([(count - 1).clamp(min=0) // 2, count // 2], dim=-1)
         statistic = ordered.gather(-1, middle).mean(-1).where(count > 0, 0)
     return statistic.where(statistic > 0, 1)
+
+
+def told_in(diagrams: Diagrams, unit: Tensor) -> Diagrams:
+    """Divides births and deaths by a unit of each cloud, as :func:`in_units` does."""
+    unit = unit[..., None]
+    births, deaths = in_units(diagrams.births, unit), in_units(diagrams.deaths, unit)
+    return replace(diagrams, births=births, deaths=deaths)
 
 
 def measured(diagrams: Diagrams, unit: Unit, *, detach_unit: bool) -> tuple[Tensor, Tensor]:
@@ -74,7 +84,7 @@ def measured(diagrams: Diagrams, unit: Unit, *, detach_unit: bool) -> tuple[Tens
     length = length_unit(diagrams, unit)[..., None]
     if detach_unit:
         length = length.detach()
-    return births / length, deaths / length
+    return in_units(births, length), in_units(deaths, length)
 
 
 def detached(diagrams: Diagrams) -> Diagrams:
