@@ -275,3 +275,17 @@ def test_every_source_has_the_crop(sideways, load):
     data = load(*sideways, size=8, crop=0.5)
     for found in data.test.read_bytes(torch.arange(2), None):
         assert np.array_equal(found, upright()[4:12, 4:12])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_pictures_that_a_program_would_have_to_read_are_refused(tmp_path, name):
+    postscript = (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(ran) (w) file closefile\n%%EOF\n"
+    )
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / split / "a" / "b.png")
+        (tmp_path / split / "a" / name).write_bytes(postscript)
+    data = DATA["folder"](root=str(tmp_path), size=8)
+    with pytest.raises(ValueError, match=f"{name}.*cannot identify"):
+        data.test.read(torch.arange(2), None)

@@ -88,7 +88,7 @@ def test_every_stage_leaves_what_the_next_needs(tiny):
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda target, out: evaluate_file(target, None, None, None, QUIET),
+        lambda target, out: evaluate_file(target, None, (), QUIET),
         lambda target, out: export(target, ["safetensors"], out, QUIET),
     ],
     ids=["evaluate", "export"],

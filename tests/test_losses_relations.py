@@ -184,9 +184,7 @@ def test_refuses_batches_that_differ(function):
 
 @pytest.mark.parametrize("shape", [(6, 3), (5, 4)])
 def test_refuses_products_of_embeddings_that_differ(shape):
-    with pytest.raises(
-        ValueError, match=r"embeddings differ: student \(6, 4\), teacher \("
-    ):
+    with pytest.raises(ValueError, match=r"embeddings differ: student \(6, 4\), teacher \("):
         correlation_products(torch.zeros(6, 4), torch.zeros(shape))
 
 

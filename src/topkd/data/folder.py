@@ -13,6 +13,7 @@ import torch
 from topkd.data.base import Data, Faults, refuse_clashes, stratified_split
 from topkd.data.pictures import (
     EXTENSIONS,
+    FORMATS,
     MEAN,
     STD,
     Frame,
@@ -51,7 +52,7 @@ class Files:
         path = self.paths[index]
         if not os.path.getsize(path):
             raise OSError("it is empty")
-        return Image.open(path)
+        return Image.open(path, formats=FORMATS)
 
 
 def folder(

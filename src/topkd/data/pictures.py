@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as pretrained networks use
+# Pillow reads others too, some of them (EPS) by running a program on what the file holds.
+FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 CROP = 7 / 8  # of the shorter side, with which networks for ImageNet are commonly evaluated
@@ -251,7 +253,7 @@ def open_bytes(content: bytes | None) -> Image.Image:
 
     if not content:
         raise OSError("it is empty")
-    return Image.open(io.BytesIO(content))
+    return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
 def same_class(target: Tensor, index: int) -> Iterator[int]:
