@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from topkd.data import from_dataset
+from topkd.data import DATA, from_dataset
 from topkd.data.folder import folder
 from topkd.data.parquet import parquet
 from topkd.data.pictures import in_color, open_bytes
