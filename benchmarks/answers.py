@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 
-from topkd import checkpoint
-from topkd.experiment import Experiment
-from topkd.models import MODELS
-from topkd.progress import Progress
-from topkd.recipe import parse
+from topkd._io.progress import Progress
+from topkd.config.recipe import parse
+from topkd.models import MODELS, checkpoint
+from topkd.training.experiment import Experiment
 
 ARMS = {"mild": 1.0, "usual": 2.0, "student": 4.0}
 

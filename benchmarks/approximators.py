@@ -16,9 +16,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
 
-from topkd.experiment import Experiment  # noqa: E402
-from topkd.progress import Progress  # noqa: E402
-from topkd.recipe import load  # noqa: E402
+from topkd._io.progress import Progress  # noqa: E402
+from topkd.config.recipe import load  # noqa: E402
 from topkd.topology import (  # noqa: E402  # noqa: E402
     Exact,
     PersistenceImage,
@@ -29,6 +28,7 @@ from topkd.topology import (  # noqa: E402  # noqa: E402
     train,
 )
 from topkd.topology.approximation import cut_clouds  # noqa: E402
+from topkd.training.experiment import Experiment  # noqa: E402
 
 torch.set_num_threads(1)
 name, seconds, *changes = sys.argv[1:]

@@ -8,7 +8,7 @@ import argparse
 import torch
 from turns import in_turn
 
-from topkd.losses.contrast import mix_in
+from topkd.losses.crd import mix_in
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--images", type=int, default=50_000, help="rows of the memory")

@@ -6,17 +6,17 @@ python benchmarks/exact_term.py
 import torch
 from turns import in_turn
 
+from topkd._io.progress import Progress
+from topkd.config.recipe import parse
 from topkd.data import Data, InMemory
-from topkd.device import Device
 from topkd.features import Batch, Teacher
 from topkd.losses import CrossEntropy, Distillation, TopKD
-from topkd.metrics import Sums
 from topkd.models import MODELS
-from topkd.progress import Progress
-from topkd.recipe import parse
-from topkd.terms import Weighted
 from topkd.topology import PersistenceVector, rips
-from topkd.train import Trainer
+from topkd.training.objective import Weighted
+from topkd.training.precision import Device
+from topkd.training.tracking import Sums
+from topkd.training.trainer import Trainer
 
 SIZE = 64
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
+from topkd._io.progress import Progress
+from topkd.config.recipe import parse
 from topkd.data import InMemory, training_batches
-from topkd.device import Device
 from topkd.features import Features, Teacher
 from topkd.losses import LOSSES, Distillation, Loss, Source
 from topkd.models import MODELS
-from topkd.progress import Progress
-from topkd.recipe import parse
+from topkd.training.precision import Device
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--batch", type=int, default=64)

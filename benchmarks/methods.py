@@ -11,7 +11,7 @@ all methods that look at no feature map.
 import subprocess
 import sys
 
-from topkd import recipe
+from topkd.config import recipe
 
 FAMILY = "methods/resnet20-resnet8/"
 ELSEWHERE = {"deit": "cifar100/resnet20-deit-tiny"}

@@ -40,12 +40,13 @@ import torch
 import yaml
 from rich.progress import track
 
-from topkd import checkpoint, cli, recipe
 from topkd import report as _report  # noqa: F401  (imported before the fork, like all that follows)
-from topkd.checks import check
-from topkd.experiment import Experiment  # noqa: F401
-from topkd.models import MODELS
-from topkd.strict import RecipeError
+from topkd.cli import app
+from topkd.config import recipe
+from topkd.config.validation import RecipeError
+from topkd.models import MODELS, checkpoint
+from topkd.training.check import check
+from topkd.training.experiment import Experiment  # noqa: F401
 
 LIMIT = 60.0  # seconds that a command on a hostile file may take
 MEMORY = 2.0  # GB
@@ -122,7 +123,7 @@ def _become(arguments: tuple[str, ...], folder: Path, output: int, error: int) -
         os.chdir(folder)
         sys.argv = ["topkd", *arguments]
         sys.path.insert(0, str(folder))  # so that code that a file names would be found
-        cli.main()
+        app.main()
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1

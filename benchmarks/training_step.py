@@ -47,16 +47,16 @@ def plain(model: str, batch: int):
 def ours(model: str, size: int, *, compiled: bool):
     import torch
 
+    from topkd._io.progress import Progress
+    from topkd.config.recipe import parse
     from topkd.data import Data, InMemory
-    from topkd.device import Device
     from topkd.features import Batch
     from topkd.losses import CrossEntropy
-    from topkd.metrics import Sums
     from topkd.models import MODELS
-    from topkd.progress import Progress
-    from topkd.recipe import parse
-    from topkd.terms import Weighted
-    from topkd.train import Trainer
+    from topkd.training.objective import Weighted
+    from topkd.training.precision import Device
+    from topkd.training.tracking import Sums
+    from topkd.training.trainer import Trainer
 
     recipe = parse(
         {
@@ -94,7 +94,7 @@ def in_convolutions(step) -> float:
 def work(way: str, model: str, batch: int, threads: int) -> None:
     """Takes a step for each line on standard input and prints its seconds."""
     if way != WAYS[0]:
-        from topkd.allocator import keep_freed_memory
+        from topkd._runtime.allocator import keep_freed_memory
 
         keep_freed_memory()
     import torch
@@ -118,7 +118,7 @@ def main() -> None:
     if asked.worker:
         work(*asked.worker, asked.batch, asked.threads)
         return
-    from topkd.environment import environment
+    from topkd._runtime.environment import environment
 
     machine = environment()
     for model in ("resnet8", "resnet20"):

@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal
 
-from topkd import recipe
+from topkd.config import recipe
 from topkd.losses import LOSSES, Loss
 from topkd.losses.controls import Edges, Target, Topological
 

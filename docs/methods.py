@@ -7,8 +7,8 @@ python docs/methods.py > docs/methods.md
 import csv
 from pathlib import Path
 
-from topkd.report import formula
-from topkd.results import collect
+from topkd.evaluation.results import collect
+from topkd.reporting.page import formula
 
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from topkd import plots
+from topkd.reporting import plots
 from topkd.topology import rips
 
 here = Path(__file__).parent

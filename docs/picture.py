@@ -6,8 +6,8 @@ topkd run digits && python docs/picture.py runs/digits docs/exact-and-guessed.pn
 import sys
 from pathlib import Path
 
-from topkd.chapters import images
-from topkd.results import collect
+from topkd.evaluation.results import collect
+from topkd.reporting.sections import images
 
 folder, picture = map(Path, sys.argv[1:])
 study = next(study for study in collect(folder) if study.first.result.teacher)

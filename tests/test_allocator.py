@@ -8,7 +8,7 @@ import pytest
 
 STEPS = """
 import resource
-from topkd.allocator import keep_freed_memory
+from topkd._runtime.allocator import keep_freed_memory
 if {keep}: keep_freed_memory()
 def step():
     held = [bytes(bytearray(3 << 20)) for _ in range(30)]

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from topkd.answers import Answers
 from topkd.features import Batch, Features
+from topkd.training.teacher_cache import Answers
 
 IMAGES, CLASSES, WIDTH = 12, 3, 5
 

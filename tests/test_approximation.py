@@ -25,7 +25,7 @@ from topkd.topology import (
     train,
 )
 from topkd.topology.approximation import cut_clouds
-from topkd.topology.stored import to_json
+from topkd.topology.serialization import to_json
 
 
 def clouds(count, n=8, d=3, seed=0):

@@ -18,7 +18,7 @@ from safetensors.torch import save as save_safetensors
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from topkd import checkpoint
+from topkd.models import checkpoint
 
 # --- Foreign weights -----------------------------------------------------------------------------
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 import yaml
 
-from topkd import cli, evaluate, processor, recipe
+from topkd._runtime import processor
+from topkd.cli import app, options
+from topkd.config import recipe
+from topkd.evaluation import metrics
 from topkd.losses import LOSSES
-from topkd.train import Trainer
+from topkd.training.trainer import Trainer
 
 TINY = {
     "data": {"name": "digits", "limit": 200},
@@ -46,7 +49,7 @@ def call(monkeypatch, capsys, tmp_path):
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["topkd", *words])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            app.main()
         out, err = capsys.readouterr()
         return int(end.value.code or 0), out, err
 
@@ -242,7 +245,7 @@ def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("topkd.experiment.Experiment.student", interrupt)
+    monkeypatch.setattr("topkd.training.experiment.Experiment.student", interrupt)
     status, _, err = call("student", "tiny.yaml")
     assert status == 130
     assert "the same command goes on from the last epoch" in err
@@ -261,7 +264,7 @@ def test_no_space_left_is_one_line(call, monkeypatch):
 @pytest.mark.parametrize("place", [".", "teacher", "teacher/student/seed0"])
 @pytest.mark.parametrize("when", ["before the first", "before the last", "after the last"])
 def test_a_folder_that_is_deleted_meanwhile_is_one_line(call, tmp_path, monkeypatch, place, when):
-    train_epoch, predict = Trainer._epoch, evaluate.predict
+    train_epoch, predict = Trainer._epoch, metrics.predict
     folder = tmp_path / "runs" / place
 
     def epoch(self, number, advance):
@@ -269,7 +272,7 @@ def test_a_folder_that_is_deleted_meanwhile_is_one_line(call, tmp_path, monkeypa
             shutil.rmtree(folder)
         entry = train_epoch(self, number, advance)
         if number == 2 and when == "after the last":
-            monkeypatch.setattr("topkd.experiment.evaluate.predict", deleting)
+            monkeypatch.setattr("topkd.training.experiment.evaluate.predict", deleting)
         return entry
 
     def deleting(*words):
@@ -300,18 +303,18 @@ def test_a_log_of_tensorboard_that_is_deleted_is_one_line(call, tmp_path, monkey
 
 
 def test_seeds_are_read_in_every_form():
-    assert cli._join_seeds(["run", "x", "--seeds", "0", "1", "2", "a=1"]) == [
+    assert app._join_seeds(["run", "x", "--seeds", "0", "1", "2", "a=1"]) == [
         *("run", "x", "--seeds", "0,1,2", "a=1")
     ]
-    assert cli._numbers("0,2") == [0, 2]
-    assert cli._numbers("1-3") == [1, 2, 3]
+    assert options.numbers("0,2") == [0, 2]
+    assert options.numbers("1-3") == [1, 2, 3]
 
 
 def test_help_loads_neither_torch_nor_pydantic():
     code = (
         "import sys; sys.argv = ['topkd', '--help']\n"
         "from topkd import cli\n"
-        "try: cli.main()\n"
+        "try: app.main()\n"
         "finally: print([m for m in ('torch', 'pydantic', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -10,7 +10,7 @@ from reference import topology as reference
 
 from topkd.topology import Diagrams, rips
 from topkd.topology.curves import BettiCurve, EntropyCurve, Landscape, Silhouette, entropy
-from topkd.topology.units import length_unit
+from topkd.topology.scaling import length_unit
 
 
 def with_births(clouds=3, bars=25, seed=0):

@@ -18,10 +18,10 @@ from torchvision.transforms import functional as torchvision
 
 from topkd.data import DATA, Data, InMemory, plain_batches, same_order, training_batches
 from topkd.data.augment import crop_and_flip, draws, normalise
-from topkd.data.cifar import cifar10, cifar100
-from topkd.data.digits import digits
-from topkd.data.folder import Files, folder
 from topkd.data.pictures import MEAN, STD, Frame, Names, Pictures, open_bytes
+from topkd.data.sources.cifar import cifar10, cifar100
+from topkd.data.sources.digits import digits
+from topkd.data.sources.folder import Files, folder
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -10,6 +10,7 @@ from reference import data as reference
 from scipy import stats
 from torchvision.transforms import v2
 
+from topkd.config.recipe import DataSection
 from topkd.data import (
     Augmentation,
     Augmented,
@@ -23,8 +24,7 @@ from topkd.data import (
 from topkd.data import augmented as module
 from topkd.data.augment import draws
 from topkd.data.augmented import OPERATIONS, cut_box, erase, randaugment
-from topkd.recipe import DataSection
-from topkd.sections import load_data
+from topkd.training.build import load_data
 
 HALF = ((0.5,) * 3, (0.25,) * 3)
 # Python warns of what every DataLoader does: it forks a process that has threads.

@@ -14,11 +14,11 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from typer.testing import CliRunner
 
-from topkd.cli import app
+from topkd.cli.app import app
 from topkd.data import Data, InMemory
-from topkd.data.folder import folder
 from topkd.data.shards import splits
-from topkd.data.webdataset import webdataset
+from topkd.data.sources.folder import folder
+from topkd.data.sources.webdataset import webdataset
 
 
 def picture(path, seed=0):

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from topkd.data import DATA, from_dataset
-from topkd.data.folder import folder
-from topkd.data.parquet import parquet
 from topkd.data.pictures import in_color, open_bytes
-from topkd.data.webdataset import webdataset
+from topkd.data.sources.folder import folder
+from topkd.data.sources.parquet import parquet
+from topkd.data.sources.webdataset import webdataset
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 ORIENTATION = 274

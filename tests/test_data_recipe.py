@@ -5,9 +5,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from topkd import checkpoint
-from topkd.cli import app
-from topkd.models import MODELS
+from topkd.cli.app import app
+from topkd.models import MODELS, checkpoint
 
 
 @pytest.fixture

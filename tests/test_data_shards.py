@@ -15,19 +15,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from topkd import evaluate
+from topkd.config.recipe import DataSection
+from topkd.config.validation import RecipeError
 from topkd.data import DATA, Data, InMemory, from_dataset, plain_batches, training_batches
 from topkd.data.base import Blocks
 from topkd.data.batches import shuffled
-from topkd.data.folder import folder
-from topkd.data.parquet import parquet
 from topkd.data.pictures import MEAN, STD
 from topkd.data.shards import refuse_gaps
-from topkd.data.webdataset import webdataset
+from topkd.data.sources.folder import folder
+from topkd.data.sources.parquet import parquet
+from topkd.data.sources.webdataset import webdataset
+from topkd.evaluation import metrics
 from topkd.features import Tapped
-from topkd.recipe import DataSection
-from topkd.sections import load_data
-from topkd.strict import RecipeError
+from topkd.training.build import load_data
 
 pa = pytest.importorskip("pyarrow")
 files = pytest.importorskip("pyarrow.parquet")
@@ -97,7 +97,7 @@ def learn(data):
         loss.backward()
         optimizer.step()
     tapped = Tapped(network, maps=["0"], head="4").eval()
-    return evaluate.predict(tapped, data.test, torch.device("cpu"))
+    return metrics.predict(tapped, data.test, torch.device("cpu"))
 
 
 def test_pictures_of_every_source_train_the_same_network(tmp_path, shared):
@@ -137,7 +137,7 @@ def test_pictures_of_every_source_train_the_same_network(tmp_path, shared):
     for name, data in sources.items():
         assert list(data.classes) == names, name
         assert torch.equal(answers[name].logits, answers["folder"].logits), name
-        assert evaluate.top_k(answers[name], 1) == evaluate.top_k(answers["folder"], 1)
+        assert metrics.top_k(answers[name], 1) == metrics.top_k(answers["folder"], 1)
     assert len(answers["folder"].logits.argmax(1).unique()) > 1
 
 
@@ -405,7 +405,7 @@ def test_more_rows_than_bytes_are_refused(tmp_path):
 
 @pytest.mark.parametrize("column", ["image", "label"])
 def test_a_column_that_would_grow_is_refused(tmp_path, monkeypatch, column):
-    monkeypatch.setattr(sys.modules["topkd.data.parquet"], "ALWAYS", 1 << 20)
+    monkeypatch.setattr(sys.modules["topkd.data.sources.parquet"], "ALWAYS", 1 << 20)
     table = pa.table({"image": [png(pixels(1)[0])] * 2, "label": ["a", "b"]})
     long = [bytes(1 << 22)] * 2 if column == "image" else ["a" * (1 << 22)] * 2
     table = table.set_column(table.column_names.index(column), column, [long])
@@ -418,7 +418,7 @@ def test_a_column_that_would_grow_is_refused(tmp_path, monkeypatch, column):
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_picture_that_is_stored_once_for_many_rows_is_refused(tmp_path, monkeypatch, nested):
-    monkeypatch.setattr(sys.modules["topkd.data.parquet"], "ALWAYS", 1 << 20)
+    monkeypatch.setattr(sys.modules["topkd.data.sources.parquet"], "ALWAYS", 1 << 20)
     places = pa.array(np.zeros(20_000, np.int32))
     once = np.random.default_rng(0).bytes(100_000)
     image = pa.DictionaryArray.from_arrays(places, pa.array([once]))

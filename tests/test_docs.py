@@ -10,13 +10,13 @@ import torch
 from pydantic import BaseModel
 from typer.main import get_command
 
-from topkd import recipe
-from topkd.checks import check
-from topkd.cli import app
+from topkd.cli.app import app
+from topkd.config import recipe
+from topkd.config.validation import RecipeError
 from topkd.data import DATA
 from topkd.losses import LOSSES
 from topkd.models import MODELS
-from topkd.strict import RecipeError
+from topkd.training.check import check
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

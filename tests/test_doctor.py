@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from topkd import checkpoint, doctor, recipe
+from topkd._io.progress import Progress
+from topkd.config import recipe
+from topkd.config.recipe import Term
 from topkd.data import DATA, InMemory, digits
-from topkd.evaluate import Predictions
-from topkd.experiment import Experiment
-from topkd.models import MODELS, foreign
-from topkd.progress import Progress
-from topkd.recipe import Term
+from topkd.evaluation.metrics import Predictions
+from topkd.models import MODELS, checkpoint, factory
+from topkd.training import preflight
+from topkd.training.experiment import Experiment
 
 QUIET = Progress(quiet=True)
 RIPSNET = {"name": "topkd", "via": "ripsnet", "training": {"passes": 1, "epochs": 1}}
@@ -46,7 +47,7 @@ def taught(tmp_path_factory):
     tree = TINY | {"student": {"model": "resnet8"}, "losses": [{"name": "ce"}], "epochs": 2}
     tree["optimizer"] = {"lr": 0.1, "schedule": "one-cycle"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("topkd.sections.DATA", DATA | {"digits": otherwise})
+        patch.setattr("topkd.training.build.DATA", DATA | {"digits": otherwise})
         experiment = Experiment(recipe.parse(tree), out, QUIET)
         assert experiment.student("student", 0)["last"]["top1"] > 80
     return experiment.folder / "student/seed0/student.safetensors"
@@ -71,7 +72,7 @@ def test_a_healthy_recipe_has_nothing_wrong_and_nothing_is_written(taught, tmp_p
     losses = [*TINY["losses"], late, share]
     controls = {"ce": [{"name": "ce"}], "none": [{"name": "ce"}, {"name": "kd", "weight": 0.0}]}
     before = everything_in(taught.parents[3])
-    findings = doctor.examine(tiny(tmp_path, taught, losses=losses, controls=controls))
+    findings = preflight.examine(tiny(tmp_path, taught, losses=losses, controls=controls))
     assert not told(findings, "look") + told(findings, "wrong")
     parts = [finding.part for finding in findings]
     assert parts[:4] == ["data", "batches", "normalisation", "teacher"]
@@ -89,8 +90,8 @@ def test_the_epoch_in_which_most_terms_count_is_found():
         for start, length, warmup, decay, ends in generator.integers(0, 20, (3, 5)).tolist():
             stop = start + length + 1 if ends % 2 else None
             terms.append(Term(name="ce", start=start + 1, stop=stop, warmup=warmup, decay=decay))
-        counts = [doctor._counting(terms, epoch, epochs) for epoch in range(1, epochs + 1)]
-        assert counts[doctor._fullest(terms, epochs) - 1] == pytest.approx(max(counts))
+        counts = [preflight._counting(terms, epoch, epochs) for epoch in range(1, epochs + 1)]
+        assert counts[preflight._fullest(terms, epochs) - 1] == pytest.approx(max(counts))
 
 
 def test_the_doctor_is_as_fast_with_any_number_of_epochs(tmp_path, monkeypatch):
@@ -98,13 +99,13 @@ def test_the_doctor_is_as_fast_with_any_number_of_epochs(tmp_path, monkeypatch):
     monkeypatch.setattr(Term, "schedule", lambda *words: (next(asked), schedule(*words))[1])
     late = {"name": "ce", "label": "late", "start": 2, "stop": 10**12, "decay": 10**8}
     tree = TINY | {"losses": [{"name": "ce"}, late], "epochs": 10**13}
-    assert not told(doctor.examine(Experiment(recipe.parse(tree), tmp_path, QUIET)), "wrong")
+    assert not told(preflight.examine(Experiment(recipe.parse(tree), tmp_path, QUIET)), "wrong")
     assert next(asked) < 1000
 
 
 def test_a_recipe_without_a_teacher_is_examined(tmp_path):
     alone = Experiment(recipe.parse(TINY | {"losses": [{"name": "ce"}]}), tmp_path, QUIET)
-    findings = doctor.examine(alone)
+    findings = preflight.examine(alone)
     assert not told(findings, "wrong")
     assert "teacher" not in [finding.part for finding in findings]
 
@@ -121,20 +122,20 @@ def without_its_record(taught, path):
 
 def test_a_file_of_ours_is_shown_images_as_it_was_trained_on_them(taught, tmp_path):
     experiment = tiny(tmp_path, teacher={"model": "resnet8", "checkpoint": str(taught)})
-    assert not told(doctor.examine(experiment), "wrong")
+    assert not told(preflight.examine(experiment), "wrong")
 
 
 def test_another_normalisation_is_found_and_the_right_one_named(taught, tmp_path):
     path, name = without_its_record(taught, tmp_path / "bare.safetensors"), "to 0 ... 1"
     experiment = tiny(tmp_path, teacher={"model": "resnet8", "checkpoint": str(path)})
-    wrong = told(doctor.examine(experiment), "wrong")
+    wrong = told(preflight.examine(experiment), "wrong")
     (finding,) = [finding for finding in wrong if finding.part == "teacher's normalisation"]
     assert finding.found.startswith(f"of images normalised {name} it is right on ")
     assert finding.advice == "set 'teacher.mean=[0,0,0]' 'teacher.std=[1,1,1]'"
     (tmp_path / "tiny.yaml").write_text(recipe.write(experiment.recipe), encoding="utf-8")
     advised = recipe.load(str(tmp_path / "tiny.yaml"), finding.advice.split("'")[1::2])
     again = Experiment(advised, tmp_path, QUIET)
-    assert not told(doctor.examine(again), "wrong")  # the advice is a change as it stands
+    assert not told(preflight.examine(again), "wrong")  # the advice is a change
 
 
 def predictions(target, guess, classes):
@@ -148,9 +149,9 @@ def test_another_order_of_the_classes_is_found():
     right = torch.rand(500, generator=generator) < 0.7
     guess = torch.where(right, target, torch.randint(0, 10, (500,), generator=generator))
     classes = [f"name {number}" for number in range(10)]
-    assert not [*doctor._class_order(predictions(target, guess, 10), classes)]
+    assert not [*preflight._class_order(predictions(target, guess, 10), classes)]
     order = torch.tensor([1, 2, 3, 4, 0, 5, 6, 7, 8, 9])  # what class i is called by the teacher
-    (finding,) = doctor._class_order(predictions(target, order[guess], 10), classes)
+    (finding,) = preflight._class_order(predictions(target, order[guess], 10), classes)
     there = 100 * (guess == target)[1::2].double().mean().item()
     assert f"in another order it is right on {there:.2f} %" in finding.found
     named = [
@@ -165,12 +166,12 @@ def test_what_chance_would_mend_is_no_other_order():
     generator = torch.Generator().manual_seed(0)
     target = torch.arange(1000).repeat(2)[torch.randperm(2000, generator=generator)]
     guess = torch.randint(0, 1000, (2000,), generator=generator)
-    assert not [*doctor._class_order(predictions(target, guess, 1000), [""] * 1000)]
+    assert not [*preflight._class_order(predictions(target, guess, 1000), [""] * 1000)]
 
 
 def test_a_poor_teacher_without_a_record_is_told(tmp_path):
     checkpoint.save_weights(tmp_path / "new.safetensors", MODELS["resnet8"].build(10).network, {})
-    findings = doctor.examine(tiny(tmp_path, tmp_path / "new.safetensors"))
+    findings = preflight.examine(tiny(tmp_path, tmp_path / "new.safetensors"))
     (finding,) = told(findings, "wrong")
     assert "none is recorded, guessing gives 10.00 %" in finding.found
 
@@ -184,20 +185,20 @@ def test_a_poor_teacher_without_a_record_is_told(tmp_path):
 )
 def test_a_teacher_of_other_classes_is_a_finding(tmp_path, monkeypatch, classes, message):
     named = replace(digits(), classes=list("abcdefghij"))
-    monkeypatch.setattr("topkd.sections.DATA", DATA | {"digits": lambda: named})
+    monkeypatch.setattr("topkd.training.build.DATA", DATA | {"digits": lambda: named})
     path = tmp_path / "teacher.safetensors"
     checkpoint.save_weights(path, MODELS["resnet8"].build(10).network, {"classes": classes})
-    last = doctor.examine(tiny(tmp_path, path))[-1]
+    last = preflight.examine(tiny(tmp_path, path))[-1]
     assert (last.part, last.verdict) == ("teacher", "wrong")
     assert message in last.found
 
 
 def test_weights_that_cannot_be_had_are_a_finding(taught, tmp_path):
-    missing = doctor.examine(tiny(tmp_path, tmp_path / "absent.pth"))[-1]
+    missing = preflight.examine(tiny(tmp_path, tmp_path / "absent.pth"))[-1]
     assert (missing.part, missing.verdict) == ("teacher", "wrong")
     assert missing.found == f"{tmp_path / 'absent.pth'}: No such file or directory"
     other = {"model": "resnet14", "checkpoint": str(taught)}
-    misfit = doctor.examine(tiny(tmp_path, teacher=other))[-1]
+    misfit = preflight.examine(tiny(tmp_path, teacher=other))[-1]
     assert (misfit.part, misfit.verdict) == ("teacher", "wrong")
     assert "does not fit this network" in misfit.found
 
@@ -206,7 +207,7 @@ def test_a_teacher_that_answers_with_nan_is_a_finding(tmp_path):
     network = MODELS["resnet8"].build(10).network
     network.fc.bias.data.fill_(torch.nan)
     checkpoint.save_weights(tmp_path / "nan.safetensors", network, {})
-    last = doctor.examine(tiny(tmp_path, tmp_path / "nan.safetensors"))[-1]
+    last = preflight.examine(tiny(tmp_path, tmp_path / "nan.safetensors"))[-1]
     assert (last.part, last.verdict) == ("teacher", "wrong")
     assert "NaN" in last.found
 
@@ -214,14 +215,14 @@ def test_a_teacher_that_answers_with_nan_is_a_finding(tmp_path):
 def test_a_teacher_that_is_not_trained_yet_is_not_trained(tmp_path):
     model = recipe.load("digits/teacher").student.model
     section = {"model": model, "recipe": "digits/teacher"}
-    last = doctor.examine(tiny(tmp_path, teacher=section))[-1]
+    last = preflight.examine(tiny(tmp_path, teacher=section))[-1]
     assert (last.part, last.verdict) == ("teacher", "look")
     assert last.found == "digits/teacher trains it first"
     assert not [*tmp_path.iterdir()]
 
 
 def test_a_pretrained_teacher_is_asked(taught, tmp_path, monkeypatch):
-    plain = foreign.build
+    plain = factory.build
 
     def build(name, classes, size=None, *, pretrained=False, **taps):
         network = plain(name, classes, size, **taps)
@@ -229,10 +230,10 @@ def test_a_pretrained_teacher_is_asked(taught, tmp_path, monkeypatch):
             checkpoint.fill(network.network, checkpoint.load_weights(taught), "published")
         return network
 
-    published = foreign.Published(10, 8, (0.0,) * 3, (1.0,) * 3)
-    monkeypatch.setattr(foreign, "published", lambda name: published)
-    monkeypatch.setattr(foreign, "build", build)
-    findings = doctor.examine(tiny(tmp_path, teacher={"model": "resnet8", "pretrained": True}))
+    published = factory.Published(10, 8, (0.0,) * 3, (1.0,) * 3)
+    monkeypatch.setattr(factory, "published", lambda name: published)
+    monkeypatch.setattr(factory, "build", build)
+    findings = preflight.examine(tiny(tmp_path, teacher={"model": "resnet8", "pretrained": True}))
     assert not told(findings, "wrong")
     (finding,) = told(findings, "look")
     assert "none is recorded, guessing gives 10.00 %" in finding.found
@@ -284,15 +285,15 @@ def rimmed(tmp_path, monkeypatch):
 
 
 def test_another_crop_is_found_and_named(rimmed):
-    wrong = told(doctor.examine(rimmed()), "wrong")
+    wrong = told(preflight.examine(rimmed()), "wrong")
     assert [finding.part for finding in wrong] == ["teacher", "crop"]
     assert wrong[1].found == "of the middle 1 of each picture it is right on 100.00 %"
     assert wrong[1].advice == "set data.crop=1"
-    assert not told(doctor.examine(rimmed(crop=1)), "wrong")  # the advice is a change as it stands
+    assert not told(preflight.examine(rimmed(crop=1)), "wrong")  # the advice is a change
 
 
 def test_where_pictures_are_shown_whole_no_crop_is_tried(rimmed):
-    assert not told(doctor.examine(rimmed(padding=1)), "wrong")
+    assert not told(preflight.examine(rimmed(padding=1)), "wrong")
 
 
 # --- Data ----------------------------------------------------------------------------------------
@@ -303,8 +304,8 @@ def test_a_class_without_images_is_told(tmp_path, monkeypatch):
     kept = (data.train.target != 3).nonzero().flatten()
     train = replace(data.train, pixels=data.train.pixels[kept], target=data.train.target[kept])
     lacking = replace(data, train=train, classes=[f"name {label}" for label in range(10)])
-    monkeypatch.setattr("topkd.sections.DATA", DATA | {"digits": lambda: lacking})
-    findings = doctor.examine(tiny(tmp_path, tmp_path / "absent.pth"))
+    monkeypatch.setattr("topkd.training.build.DATA", DATA | {"digits": lambda: lacking})
+    findings = preflight.examine(tiny(tmp_path, tmp_path / "absent.pth"))
     assert findings[0].verdict == "wrong"
     assert "no student learns name 3:" in findings[0].advice
 
@@ -315,8 +316,8 @@ def test_odd_images_are_told_with_what_they_are(tmp_path, monkeypatch):
     pixels[:, ::2] = 153
     images = InMemory(pixels, torch.arange(400) % 10, (0.9,) * 3, (0.1,) * 3, 1, flip=False)
     data = replace(digits(), train=images, mean=images.mean, std=images.std)
-    monkeypatch.setattr("topkd.sections.DATA", DATA | {"digits": lambda: data})
-    finding = doctor.examine(tiny(tmp_path, tmp_path / "absent.pth"))[2]
+    monkeypatch.setattr("topkd.training.build.DATA", DATA | {"digits": lambda: data})
+    finding = preflight.examine(tiny(tmp_path, tmp_path / "absent.pth"))[2]
     assert finding.verdict == "look"
     assert finding.found == (
         "normalised images have mean -5.00 -5.00 -5.00 and deviation 2.00 2.00 2.00"
@@ -325,7 +326,7 @@ def test_odd_images_are_told_with_what_they_are(tmp_path, monkeypatch):
 
 
 def test_batches_that_cannot_be_filled_are_told(taught, tmp_path):
-    findings = doctor.examine(tiny(tmp_path, taught, batch_size=2000))
+    findings = preflight.examine(tiny(tmp_path, taught, batch_size=2000))
     (finding,) = told(findings, "wrong")
     assert finding.part == "batches"
     assert findings[-1].part == "teacher"  # and no run is tried
@@ -336,7 +337,7 @@ def test_batches_that_cannot_be_filled_are_told(taught, tmp_path):
 
 def test_a_loss_that_the_taps_do_not_suit_is_told_in_its_own_words(taught, tmp_path):
     losses = [{"name": "ce"}, {"name": "fsp", "label": "flow"}]
-    findings = doctor.examine(tiny(tmp_path, taught, losses=losses, controls={"ce": losses[:1]}))
+    findings = preflight.examine(tiny(tmp_path, taught, losses=losses, controls={"ce": losses[:1]}))
     (finding,) = told(findings, "wrong")
     assert finding.part == "losses of student"
     assert finding.found.startswith("losses.flow: fsp needs as many channels in the student as")
@@ -348,12 +349,12 @@ def test_a_loss_that_the_taps_do_not_suit_is_told_in_its_own_words(taught, tmp_p
 
 def test_an_approximator_is_not_trained_but_its_fidelity_is_told(taught, tmp_path):
     experiment = tiny(tmp_path, taught, losses=[{"name": "ce"}, RIPSNET])
-    (finding,) = told(doctor.examine(experiment), "look")
+    (finding,) = told(preflight.examine(experiment), "look")
     assert finding.found.startswith("topkd has to learn from the teacher first")
     assert not [*tmp_path.iterdir()]
     experiment.prepare()
     before = everything_in(tmp_path)
-    findings = doctor.examine(experiment)
+    findings = preflight.examine(experiment)
     r2 = experiment.losses("student", experiment.new_student(), 0)[1].loss.facts()["fidelity"]["r2"]
     (finding,) = [finding for finding in findings if "explains" in finding.found]
     assert f"the approximator of topkd explains {max(r2, 0):.0%} of what" in finding.found
@@ -363,7 +364,7 @@ def test_an_approximator_is_not_trained_but_its_fidelity_is_told(taught, tmp_pat
 
 def test_a_term_that_is_too_light_is_told_unless_it_is_meant_to_be(taught, tmp_path):
     light, none = ([{"name": "ce"}, {"name": "kd", "weight": weight}] for weight in (1e-9, 0.0))
-    findings = doctor.examine(tiny(tmp_path, taught, losses=light, controls={"none": none}))
+    findings = preflight.examine(tiny(tmp_path, taught, losses=light, controls={"none": none}))
     (finding,) = told(findings, "look")
     assert finding.part == "losses of student"
     assert finding.found.startswith("at the beginning kd carries 0.00% of the gradient")
@@ -382,7 +383,7 @@ def test_a_step_that_fails_is_told(taught, tmp_path, monkeypatch, error, found, 
         raise error
 
     monkeypatch.setattr("topkd.losses.Distillation.forward", fail)
-    (finding,) = told(doctor.examine(tiny(tmp_path, taught)), "wrong")
+    (finding,) = told(preflight.examine(tiny(tmp_path, taught)), "wrong")
     assert finding.found == found
     assert finding.advice.startswith(advice)
 
@@ -393,8 +394,8 @@ def test_a_step_that_fails_is_told(taught, tmp_path, monkeypatch, error, found, 
 def test_an_epoch_takes_its_steps_and_its_judging(taught, tmp_path, monkeypatch):
     """A step takes a second, but for the first three, and to judge 500 of 540 images another."""
     clock = SimpleNamespace(perf_counter=chain([0, 10, 20], count(30)).__next__)
-    monkeypatch.setattr(doctor, "time", clock)
-    findings = doctor.examine(tiny(tmp_path, taught))
+    monkeypatch.setattr(preflight, "time", clock)
+    findings = preflight.examine(tiny(tmp_path, taught))
     (finding,) = [finding for finding in findings if finding.part == "time"]
     # 1257 images are 39 batches of 32: 39 + 1.08 seconds, and four times that
     assert finding.found == (
@@ -414,4 +415,4 @@ def test_an_epoch_takes_its_steps_and_its_judging(taught, tmp_path, monkeypatch)
     ],
 )
 def test_durations_are_told_in_the_unit_that_suits(seconds, text):
-    assert doctor._duration(seconds) == text
+    assert preflight._duration(seconds) == text

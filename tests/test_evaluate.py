@@ -9,7 +9,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import entropy, wasserstein_distance
 
-from topkd.evaluate import Predictions, likeness, quality
+from topkd.evaluation.metrics import Predictions, likeness, quality
 
 
 def predictions(width: int) -> Predictions:

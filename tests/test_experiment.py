@@ -9,17 +9,17 @@ import pytest
 import torch
 import yaml
 
-from topkd import checkpoint, recipe
-from topkd.answers import Answers
-from topkd.checks import check
+from topkd._io.progress import Progress
+from topkd.config import recipe
+from topkd.config.validation import RecipeError
 from topkd.data import DATA, Data, InMemory
-from topkd.experiment import Experiment, evaluate_file
-from topkd.export import export
+from topkd.export.student import export
 from topkd.losses import LOSSES
-from topkd.models import MODELS
-from topkd.progress import Progress
-from topkd.strict import RecipeError
+from topkd.models import MODELS, checkpoint
 from topkd.topology.approximation import Approximation
+from topkd.training.check import check
+from topkd.training.experiment import Experiment, evaluate_file
+from topkd.training.teacher_cache import Answers
 
 QUIET = Progress(quiet=True)
 TINY = {
@@ -227,7 +227,7 @@ def is_small(name):
 )
 def test_every_recipe_can_be_trained(name, tmp_path, monkeypatch):
     read = recipe.load(name)
-    monkeypatch.setattr("topkd.sections.DATA", DATA | {read.data.name: lambda: noise()})
+    monkeypatch.setattr("topkd.training.build.DATA", DATA | {read.data.name: lambda: noise()})
     changes = ["epochs=1", "batch_size=64"]
     if read.teacher is not None:
         network = MODELS[read.teacher.model].build(100).network

@@ -18,15 +18,18 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from topkd import checkpoint, cli, files, formats, recipe
+from topkd._io import files
+from topkd._io.progress import Progress
+from topkd.cli import app
+from topkd.config import recipe
+from topkd.config.recipe import DataSection
 from topkd.data import DATA
-from topkd.experiment import Experiment
-from topkd.export import TOLERANCE, export
-from topkd.formats import FORMATS, Subject
-from topkd.models import MODELS
-from topkd.progress import Progress
-from topkd.recipe import DataSection
-from topkd.sections import load_data
+from topkd.export import formats
+from topkd.export.formats import FORMATS, Subject
+from topkd.export.student import TOLERANCE, export
+from topkd.models import MODELS, checkpoint
+from topkd.training.build import load_data
+from topkd.training.experiment import Experiment
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -310,7 +313,7 @@ def test_every_family_can_be_written(model, tmp_path):
 def call(monkeypatch, capfd, *words):
     monkeypatch.setattr(sys, "argv", ["topkd", *map(str, words)])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        app.main()
     out, err = capfd.readouterr()
     return int(end.value.code or 0), out, err
 

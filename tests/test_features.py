@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from topkd import checkpoint
 from topkd.features import Batch, Features, Tapped, Teacher
-from topkd.models import MODELS
+from topkd.models import MODELS, checkpoint
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OTHER = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

@@ -15,7 +15,7 @@ from reference.equality import same
 from safetensors.torch import save
 from torch import nn
 
-from topkd import files, sealed, state
+from topkd._io import files, sealed, state
 
 # --- Files ---------------------------------------------------------------------------------------
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from topkd import checkpoint, recipe
+from topkd._io.progress import Progress
+from topkd._runtime.memory_format import formatted
+from topkd.config import recipe
+from topkd.config.validation import RecipeError
 from topkd.data import Data, InMemory
-from topkd.experiment import Experiment, evaluate_file
 from topkd.features import Features, Tapped, Teacher
-from topkd.memory_format import formatted
-from topkd.models import MODELS, foreign
-from topkd.models.families import fold_tokens, taps_of
-from topkd.progress import Progress
-from topkd.strict import RecipeError
+from topkd.models import MODELS, checkpoint, factory
+from topkd.models.feature_info import fold_tokens, taps_of
+from topkd.training.experiment import Experiment, evaluate_file
 
 QUIET = Progress(quiet=True)
 CLASSES = 7
@@ -136,7 +136,7 @@ RECTIFIED = ("resne", "regnet", "vgg", "alexnet")
 def built(request):
     """A network, what it makes of two images, and the same with nothing done in place."""
     torch.manual_seed(0)
-    network = foreign.build(request.param, CLASSES, 64).eval()
+    network = factory.build(request.param, CLASSES, 64).eval()
     other = copy.deepcopy(network)
     for module in other.modules():
         if hasattr(module, "inplace"):
@@ -223,7 +223,7 @@ def test_every_weight_is_reached_through_maps_and_logits(built):
     ],
 )
 def test_maps_are_those_that_timm_itself_lays_out(name, stages):
-    network = foreign.build(f"timm:{name}", CLASSES, 64).eval()
+    network = factory.build(f"timm:{name}", CLASSES, 64).eval()
     assert len(network.maps) == 5 or name == "test_vit4"
     blocks = [tap for tap in network.maps if not tap.startswith(("patch_embed", "stem"))]
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_maps_are_those_that_timm_itself_lays_out(name, stages):
 
 
 def test_tokens_are_laid_out_row_by_row():
-    network = foreign.build("timm:vit_tiny_patch16_224", CLASSES, 64).eval().network
+    network = factory.build("timm:vit_tiny_patch16_224", CLASSES, 64).eval().network
     patches = network.patch_embed.proj(images())
     embedded = network.patch_embed(images())  # the same as a sequence
     torch.testing.assert_close(fold_tokens(embedded, prefix=1), patches)
@@ -252,7 +252,7 @@ def test_tokens_that_make_no_square_are_refused():
 
 
 def test_terms_get_maps_from_taps_of_their_own():
-    network = foreign.build("timm:vit_tiny_patch16_224", CLASSES, 64).eval()
+    network = factory.build("timm:vit_tiny_patch16_224", CLASSES, 64).eval()
     network.also(["blocks.0", "norm"])
     made = network(images())
     assert [tuple(made.others[tap].shape) for tap in ("blocks.0", "norm")] == [(2, 192, 4, 4)] * 2
@@ -282,7 +282,7 @@ def test_a_network_of_no_family_says_how_its_tokens_lie():
 
 
 def test_in_training_the_heads_answer_one_by_one():
-    network = foreign.build("timm:deit_tiny_distilled_patch16_224", CLASSES, 32)
+    network = factory.build("timm:deit_tiny_distilled_patch16_224", CLASSES, 32)
     plain = network.network
     with torch.no_grad():
         trained, judged = network.train()(images(2, 32)), network.eval()(images(2, 32))
@@ -324,7 +324,7 @@ def test_a_tap_that_reads_no_tensor_is_refused():
 
 @pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "torchvision:vit_b_32"])
 def test_images_of_another_size_than_a_transformer_is_built_for_are_told(name):
-    network = foreign.build(name, CLASSES, 64).eval()
+    network = factory.build(name, CLASSES, 64).eval()
     with pytest.raises(ValueError, match=r"^VisionTransformer refuses images of 3 x 32 x 32: .*64"):
         network(images(2, 32))
 
@@ -333,7 +333,7 @@ def test_images_of_another_size_than_a_transformer_is_built_for_are_told(name):
 
 
 def test_our_own_names_come_first():
-    assert foreign.find("resnet20") is MODELS["resnet20"]
+    assert factory.find("resnet20") is MODELS["resnet20"]
 
 
 @pytest.mark.parametrize(
@@ -363,13 +363,13 @@ def test_our_own_names_come_first():
 )
 def test_names_that_are_wrong_are_told(own_module, name, message):
     with pytest.raises(ValueError, match=message):
-        foreign.find(name)
+        factory.find(name)
 
 
 def test_a_missing_package_names_the_line_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"timm, which is not installed: pip install 'topkd\[mod"):
-        foreign.find("timm:resnet18")
+        factory.find("timm:resnet18")
 
 
 OWN = """
@@ -427,10 +427,10 @@ def own_module(tmp_path, monkeypatch):
 
 def test_networks_of_ones_own_are_read_where_one_says(own_module):
     taps = {"maps": ["first", "last"], "head": "head"}
-    made = foreign.build("own_module:build", 5, **taps)(images(2, 8))
+    made = factory.build("own_module:build", 5, **taps)(images(2, 8))
     assert [tuple(m.shape) for m in made.maps] == [(2, 4, 4, 4), (2, 6, 2, 2)]
     assert made.logits.shape == (2, 5)
-    made = foreign.build("own_module:sized", 5, 16, head="1")(images(2, 16))
+    made = factory.build("own_module:sized", 5, 16, head="1")(images(2, 16))
     assert made.embedding.shape == (2, 3 * 16 * 16)
 
 
@@ -448,14 +448,14 @@ def test_networks_of_ones_own_are_read_where_one_says(own_module):
 )
 def test_networks_that_cannot_be_read_are_told(own_module, name, options, message):
     with pytest.raises(ValueError, match=message):
-        foreign.build(name, 5, **options)
+        factory.build(name, 5, **options)
 
 
 def test_taps_of_ones_own_replace_those_of_the_family():
-    network = foreign.build("resnet20", 5, maps=["layer1"])
+    network = factory.build("resnet20", 5, maps=["layer1"])
     assert network.maps == ("layer1",)
     assert network.preactivations == ()  # those of the family belong to other maps
-    network = foreign.build("torchvision:resnet18", 5, preactivations=["layer4.1.relu:in"])
+    network = factory.build("torchvision:resnet18", 5, preactivations=["layer4.1.relu:in"])
     assert network.maps == ("relu", "layer1", "layer2", "layer3", "layer4")
     assert network.preactivations == ("layer4.1.relu:in",)
 
@@ -497,10 +497,10 @@ def published(monkeypatch):
     [("torchvision:mobilenet_v3_small", "classifier.3"), ("timm:test_vit", "head")],
 )
 def test_published_weights_get_a_new_head_for_other_classes(published, name, head):
-    published.update(foreign.build(name, 1000).network.state_dict())
-    whole = foreign.build(name, 1000, pretrained=True).network.state_dict()
+    published.update(factory.build(name, 1000).network.state_dict())
+    whole = factory.build(name, 1000, pretrained=True).network.state_dict()
     assert all(torch.equal(tensor, published[key]) for key, tensor in whole.items())
-    other = foreign.build(name, CLASSES, pretrained=True)
+    other = factory.build(name, CLASSES, pretrained=True)
     assert other.classifier.out_features == CLASSES
     for key, tensor in other.network.state_dict().items():
         assert key.startswith(f"{head}.") or torch.equal(tensor, published[key]), key
@@ -508,8 +508,8 @@ def test_published_weights_get_a_new_head_for_other_classes(published, name, hea
 
 @pytest.mark.slow
 def test_position_embeddings_are_interpolated(published):
-    published.update(foreign.build("torchvision:vit_b_16", 1000).network.state_dict())
-    network = foreign.build("torchvision:vit_b_16", CLASSES, 64, pretrained=True).eval()
+    published.update(factory.build("torchvision:vit_b_16", 1000).network.state_dict())
+    network = factory.build("torchvision:vit_b_16", CLASSES, 64, pretrained=True).eval()
     assert network(images()).maps[-1].shape == (2, 768, 4, 4)
     found = network.network.encoder.pos_embedding
     expected = published["encoder.pos_embedding"]
@@ -521,9 +521,9 @@ def test_position_embeddings_are_interpolated(published):
 
 def test_published_weights_say_what_they_were_made_with():
     imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    told = foreign.published("torchvision:resnet50.IMAGENET1K_V1")
-    assert told == foreign.Published(1000, 224, *imagenet)
-    assert foreign.published("timm:test_vit") == foreign.Published(
+    told = factory.published("torchvision:resnet50.IMAGENET1K_V1")
+    assert told == factory.Published(1000, 224, *imagenet)
+    assert factory.published("timm:test_vit") == factory.Published(
         1000, 160, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     )
 
@@ -576,9 +576,9 @@ def noise_of(side):
 
 
 def test_a_recipe_of_foreign_networks_is_carried_out(own_module, tmp_path, published):
-    published.update(foreign.build("timm:test_vit", 10).network.state_dict())
+    published.update(factory.build("timm:test_vit", 10).network.state_dict())
     weights = tmp_path / "teacher.safetensors"
-    checkpoint.save_weights(weights, foreign.build("timm:test_vit", 10, 32).network, {})
+    checkpoint.save_weights(weights, factory.build("timm:test_vit", 10, 32).network, {})
     tree = TREE | {
         "student": {"model": "own_module:build", "maps": ["last"], "head": "head"},
         "teacher": {"model": "timm:test_vit", "checkpoint": str(weights), "size": 32},
@@ -596,7 +596,7 @@ def test_a_recipe_of_foreign_networks_is_carried_out(own_module, tmp_path, publi
 
 def test_a_transformer_is_built_for_the_images_and_evaluated_again(tmp_path, monkeypatch):
     larger = noise_of(32)
-    monkeypatch.setattr("topkd.experiment.load_data", lambda section: larger)
+    monkeypatch.setattr("topkd.training.experiment.load_data", lambda section: larger)
     tree = TREE | {"student": {"model": "timm:test_vit"}, "losses": [{"name": "ce"}]}
     experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
     result = experiment.student("student", 0)
@@ -648,12 +648,12 @@ def test_a_pretrained_teacher_must_know_the_classes_and_the_size(tmp_path, monke
         _ = Experiment(recipe.parse(tree), tmp_path, QUIET).teacher
 
     half = (0.5,) * 3
-    monkeypatch.setattr(foreign, "published", lambda name: foreign.Published(10, 160, half, half))
+    monkeypatch.setattr(factory, "published", lambda name: factory.Published(10, 160, half, half))
     message = "timm:test_vit was trained on images of 160 px, digits has 8; say which"
     with pytest.raises(RecipeError, match=f"teacher.size: {message}"):
         _ = Experiment(recipe.parse(tree), tmp_path, QUIET).teacher
 
-    published.update(foreign.build("timm:test_vit", 10).network.state_dict())
+    published.update(factory.build("timm:test_vit", 10).network.state_dict())
     monkeypatch.setattr("timm.models._builder.load_pretrained", lambda network, **options: None)
     tree["teacher"] = teacher | {"size": 160}
     experiment = Experiment(recipe.parse(tree | {"name": "sized"}), tmp_path, QUIET)

@@ -11,12 +11,13 @@ from PIL import Image
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from topkd import checkpoint, cli, recipe
-from topkd.experiment import Experiment
+from topkd._io.progress import Progress
+from topkd.cli import app
+from topkd.config import recipe
 from topkd.features import Tapped
-from topkd.models import foreign
+from topkd.models import checkpoint, factory
 from topkd.models.found import taps_by_running
-from topkd.progress import Progress
+from topkd.training.experiment import Experiment
 
 # As the public repositories for CIFAR have it, with shortcuts of option A and classes told by none.
 RESNET = """
@@ -122,7 +123,7 @@ def images(side, n=2):
 
 
 def test_a_network_from_the_current_folder_is_found_and_read(here):
-    network = foreign.build("cifar_resnet:resnet20", 10, 32).eval()
+    network = factory.build("cifar_resnet:resnet20", 10, 32).eval()
     assert network.maps == ("layer1", "layer2", "layer3")
     assert network.found == (
         "cifar_resnet:resnet20 is read as it was found to compute: "
@@ -132,15 +133,15 @@ def test_a_network_from_the_current_folder_is_found_and_read(here):
     assert [tuple(m.shape[1:]) for m in made.maps] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
     torch.testing.assert_close(made.maps[-1].mean((2, 3)), made.embedding)
     torch.testing.assert_close(network.head(made.embedding), made.logits)
-    assert foreign.build("cifar_resnet:resnet8", 7, 32)(images(32)).logits.shape == (2, 7)
-    assert foreign.build("cifar_resnet:resnet14", 7, 32)(images(32)).logits.shape == (2, 7)
+    assert factory.build("cifar_resnet:resnet8", 7, 32)(images(32)).logits.shape == (2, 7)
+    assert factory.build("cifar_resnet:resnet14", 7, 32)(images(32)).logits.shape == (2, 7)
     assert str(here) == sys.path[-1]  # no file here is taken for a package that comes later
 
 
 def test_what_one_gives_overrules_what_is_found(here):
-    network = foreign.build("cifar_resnet:resnet20", 10, 32, maps=["layer2"])
+    network = factory.build("cifar_resnet:resnet20", 10, 32, maps=["layer2"])
     assert network.maps == ("layer2",)
-    network = foreign.build("cifar_resnet:resnet20", 10, 32, maps=["layer2"], head="linear")
+    network = factory.build("cifar_resnet:resnet20", 10, 32, maps=["layer2"], head="linear")
     assert network.found == ""
 
 
@@ -163,7 +164,7 @@ def test_what_is_found_is_what_the_family_has(name):
     options = {"image_size": side} if name == "vit_b_16" else {}
     plain = models.get_model(name, num_classes=7, **options).eval()
     found = taps_by_running(wrapped(plain), side)
-    known = foreign.build(f"torchvision:{name}", 7, side)
+    known = factory.build(f"torchvision:{name}", 7, side)
     assert f"net.{known._embedding}" == f"{found['head']}:in"
     network = Tapped(wrapped(plain), **found).eval()
     with torch.no_grad():
@@ -184,7 +185,7 @@ def test_what_is_found_of_timm_is_its_head_and_its_last_map(name):
     timm = pytest.importorskip("timm")
     plain = timm.create_model(name, num_classes=7).eval()
     found = taps_by_running(wrapped(plain), 64)
-    known = foreign.build(f"timm:{name}", 7, 64).eval()
+    known = factory.build(f"timm:{name}", 7, 64).eval()
     assert f"net.{known._embedding}" == f"{found['head']}:in"
     made = Tapped(wrapped(plain), **found).eval()(images(64))
     sides = [m.shape[-1] for m in made.maps]
@@ -252,7 +253,7 @@ def call(monkeypatch, capsys):
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["topkd", *words])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            app.main()
         out, err = capsys.readouterr()
         return int(end.value.code or 0), out, err
 
@@ -271,7 +272,7 @@ def pictures(folder, classes):
 
 
 def test_a_public_network_is_evaluated_by_its_name_alone(here, call):
-    network = foreign.build("cifar_resnet:resnet20", 10, 32).network
+    network = factory.build("cifar_resnet:resnet20", 10, 32).network
     torch.save({"state_dict": nn.DataParallel(network).state_dict()}, here / "resnet20.th")
     torch.save(AveragedModel(network).state_dict(), here / "swa.pth")
     pictures(here / "ten", 10)
@@ -292,7 +293,7 @@ def test_a_head_that_is_not_found_is_given(here, call):
         RESNET + "\n\ndef soft():\n    return nn.Sequential(resnet20(), nn.Softmax(1))\n",
         encoding="utf-8",
     )
-    network = foreign.build("cifar_resnet:soft", 10, 8, head="0.linear").network
+    network = factory.build("cifar_resnet:soft", 10, 8, head="0.linear").network
     torch.save({"model_state_dict": network.state_dict()}, here / "soft.pth")
     words = ("evaluate", "soft.pth", "--model", "cifar_resnet:soft", "--data", "digits")
     status, _, err = call(*words)
@@ -329,7 +330,7 @@ TREE = {
 
 
 def test_networks_of_ones_own_learn_by_their_maps(here, call):
-    teacher = foreign.build("cifar_resnet:resnet20", 10, 8).network
+    teacher = factory.build("cifar_resnet:resnet20", 10, 8).network
     torch.save({"net": teacher.state_dict(), "acc": torch.tensor([71.0, 90.0])}, here / "t.pth")
     tree = TREE | {"teacher": {"model": "cifar_resnet:resnet20", "checkpoint": "t.pth"}}
     (here / "own.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
@@ -346,7 +347,7 @@ def test_networks_of_ones_own_learn_by_their_maps(here, call):
 
 
 def test_a_student_gets_the_classifier_of_a_network_of_ones_own(here):
-    teacher = foreign.build("cifar_resnet:resnet20", 10, 8).network
+    teacher = factory.build("cifar_resnet:resnet20", 10, 8).network
     torch.save(teacher.state_dict(), here / "t.pth")
     tree = TREE | {
         "teacher": {"model": "cifar_resnet:resnet20", "checkpoint": "t.pth"},

@@ -5,7 +5,7 @@ import torch
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from topkd.processes import gather
+from topkd._runtime.processes import gather
 from topkd.topology import rips
 
 POINTS = torch.randn(24, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -15,8 +15,9 @@ import pytest
 pytest.importorskip("huggingface_hub")
 from huggingface_hub import constants
 
-from topkd import cli, hub
-from topkd.progress import Progress
+from topkd._io.progress import Progress
+from topkd.cli import app
+from topkd.export import hub
 
 # huggingface_hub sends files in a way of which httpx disapproves.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -527,7 +528,7 @@ def test_a_file_that_is_not_the_one_that_was_checked_is_not_pushed(server, expor
 def call(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["topkd", *map(str, words)])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        app.main()
     out, err = capsys.readouterr()
     return int(end.value.code or 0), out, err
 

@@ -16,7 +16,8 @@ from scipy.stats import norm
 
 from topkd.topology import Diagrams, PersistenceImage, PersistenceVector, rips
 from topkd.topology.images import WEIGHTS
-from topkd.topology.stored import (
+from topkd.topology.scaling import length_unit
+from topkd.topology.serialization import (
     FORMS,
     VECTORISATIONS,
     VectorisationLayer,
@@ -24,7 +25,6 @@ from topkd.topology.stored import (
     lost_mass,
     to_json,
 )
-from topkd.topology.units import length_unit
 
 
 def cloud_batch(clouds=6, n=40, d=5, seed=0):
@@ -615,7 +615,7 @@ def test_a_layer_warns_once(fitted):
 def test_a_layer_looks_at_calls_whose_number_is_a_power_of_two(monkeypatch, fitted):
     seen = []
     monkeypatch.setattr(
-        "topkd.topology.stored.lost_mass",
+        "topkd.topology.serialization.lost_mass",
         lambda vectorisation, diagrams: seen.append(diagrams) or torch.zeros(()),
     )
     layer = VectorisationLayer(fitted)

@@ -14,7 +14,7 @@ from scipy.cluster.hierarchy import cophenet, linkage
 from scipy.spatial.distance import pdist, squareform
 from torch.library import opcheck
 
-from topkd.topology.labelled import (
+from topkd.topology.matched import (
     attaining_edges,
     edge_matching,
     persistence_weighted,

@@ -9,7 +9,7 @@ from reference.features import CLASSES, CLOUD, IMAGES, WIDTH, batch, features, s
 
 from topkd.features import Batch
 from topkd.losses import contrast
-from topkd.losses.contrast import Choice, Contrastive, mix_in
+from topkd.losses.crd import Choice, Contrastive, mix_in
 
 TARGET = torch.arange(IMAGES) % CLASSES
 

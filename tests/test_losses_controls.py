@@ -11,10 +11,10 @@ from reference.features import CLOUD, answers, batch, features, source_in
 from scipy.stats import chisquare
 from torch.autograd import gradcheck
 
+from topkd.config.validation import parse_options
 from topkd.features import Batch, Features
 from topkd.losses import LOSSES
 from topkd.losses.controls import batch_tree, random_tree, tree_diagram
-from topkd.strict import parse_options
 
 LABEL_FREE = {
     "topkd": ("topkd", {}),

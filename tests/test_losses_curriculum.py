@@ -7,7 +7,7 @@ import torch
 from reference.features import batch, features
 
 from topkd.losses import CurriculumTemperature, decoupled_distillation, distillation
-from topkd.losses.curriculum import adversity, scaled_gradient
+from topkd.losses.ctkd import adversity, scaled_gradient
 
 
 def slope(loss):

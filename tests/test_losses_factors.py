@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 
 from topkd.features import Features
 from topkd.losses import FactorTransfer, factor_transfer
-from topkd.losses.factors import Paraphraser, learn
+from topkd.losses.factor_transfer import Paraphraser, learn
 
 SHORT = {"epochs": 3, "lr": 0.05}
 

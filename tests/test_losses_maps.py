@@ -25,7 +25,7 @@ from topkd.losses import (
     neuron_selectivity,
     surprise,
 )
-from topkd.losses.hints import regressor
+from topkd.losses.regression import regressor
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from reference import logits as written_out
 from reference.features import CLOUD, batch, features
 
 from topkd.losses import MultiLevelDistillation, multi_level_distillation
-from topkd.losses.multiview import batch_level, class_level, instance_level, unsure
+from topkd.losses.mlkd import batch_level, class_level, instance_level, unsure
 
 EVERY_WAY = [
     (views, faithful, standardise)

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 
 from topkd.features import Tapped, Teacher
 from topkd.losses import ActivationBoundaries, Overhaul, activation_boundaries, partial_distance
-from topkd.losses.overhaul import negative_mean, normalisations
+from topkd.losses.ofd import negative_mean, normalisations
 from topkd.models import MODELS
 
 

@@ -19,7 +19,7 @@ from topkd.losses.approximators import learn
 from topkd.losses.controls import batch_tree
 from topkd.topology import PersistenceImage, PersistenceVector, RipsNet
 from topkd.topology.approximation import Approximation, Training
-from topkd.topology.stored import to_json
+from topkd.topology.serialization import to_json
 
 SHORT = Training(passes=2, epochs=2)
 RING = 12  # points of a cloud that has loops

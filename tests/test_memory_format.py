@@ -10,8 +10,8 @@ import torch
 from reference.gradients import Narrow
 from torch import nn
 
+from topkd._runtime.memory_format import memory_format
 from topkd.features import Tapped
-from topkd.memory_format import memory_format
 from topkd.models import MODELS
 
 WRONG = 0.2  # relative error; rounding at the kinks of ReLUs makes up to 0.1 in a deep network

@@ -10,10 +10,10 @@ from reference import networks
 from reference.networks import FAMILIES, NETWORKS, family
 from torch import nn
 
-from topkd import checkpoint, evaluate
-from topkd.data.cifar import cifar100
+from topkd.data.sources.cifar import cifar100
+from topkd.evaluation import metrics
 from topkd.features import Tapped
-from topkd.models import MODELS
+from topkd.models import MODELS, checkpoint
 from topkd.models.mobilenet import InvertedResidual
 from topkd.models.resnet import ResNet
 from topkd.models.shufflenet import HalvingBlock, ShuffleNetV2, SplitBlock
@@ -294,8 +294,8 @@ def test_published_student_reaches_its_published_accuracy(shared):
     path, root = shared("checkpoints/resnet20_cifar100_topkd.pth"), shared("data/cifar100")
     network = MODELS["resnet20"].build(100).eval()
     checkpoint.fill(network.network, checkpoint.load_weights(path), path.name)
-    judged = evaluate.predict(network, cifar100(root=str(root)).test, torch.device("cpu"))
-    assert evaluate.top_k(judged, 1) == pytest.approx(71.74, abs=0.03)
+    judged = metrics.predict(network, cifar100(root=str(root)).test, torch.device("cpu"))
+    assert metrics.top_k(judged, 1) == pytest.approx(71.74, abs=0.03)
 
 
 # --- How weights begin ---------------------------------------------------------------------------

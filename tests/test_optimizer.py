@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from topkd.optimizer import build, learning_rate
-from topkd.recipe import Optimizer, RecipeError, load
+from topkd.config.recipe import Optimizer, RecipeError, load
+from topkd.training.optim import build, learning_rate
 
 
 def test_adamw_is_its_formula():

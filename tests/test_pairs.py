@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from topkd import checkpoint, recipe
-from topkd.models import MODELS
+from topkd.config import recipe
+from topkd.models import MODELS, checkpoint
 
 PAIRS = [
     name

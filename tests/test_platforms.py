@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from topkd import recipe
+from topkd.config import recipe
 
 ROOT = Path(__file__).parents[1]
 # Python's own ways to UTF-8 are closed, so that the locale counts: one that knows ASCII alone.

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from topkd import plots
+from topkd.reporting import plots
 
 RUNS = {"kd": [[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]], "student": [[2.0, 2.0, 2.0]]}
 

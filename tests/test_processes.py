@@ -14,11 +14,11 @@ import yaml
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from topkd import checkpoint, processes
-from topkd.experiment import evaluate_file
-from topkd.models import MODELS
-from topkd.progress import Progress
-from topkd.sync_batchnorm import synchronize
+from topkd._io.progress import Progress
+from topkd._runtime import processes
+from topkd._runtime.sync_batchnorm import synchronize
+from topkd.models import MODELS, checkpoint
+from topkd.training.experiment import evaluate_file
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 RECIPE = {
@@ -118,8 +118,8 @@ def test_shares_cover_all_items_once_and_are_equally_many(monkeypatch, total, co
 
 SPY = """
 import os, sys, torch
-from topkd import cli
-from topkd.train import Trainer
+from topkd.cli import app
+from topkd.training.trainer import Trainer
 rank, run, step, seen = os.environ["RANK"], Trainer.run, Trainer.step, []
 def spied_step(self, batch, *args, **options):
     seen.append(batch.index.tolist())
@@ -130,7 +130,7 @@ def spied_run(self, folder):
     return history
 Trainer.step, Trainer.run = spied_step, spied_run
 sys.argv = ["topkd", "run", "mine.yaml"]
-cli.main()
+app.main()
 """
 
 
@@ -214,9 +214,9 @@ import os, sys
 folder = sys.argv[1].format(os.environ["RANK"])
 os.makedirs(folder, exist_ok=True)
 os.chdir(folder)
-from topkd import cli
+from topkd.cli import app
 sys.argv = ["topkd", "run", "../mine.yaml"]
-cli.main()
+app.main()
 """
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from topkd import processor
+from topkd._runtime import processor
 
 ZEN3 = {"sse4_1": True, "avx": True, "avx2": True}
 ZEN4 = ZEN3 | {"avx512_bw": True, "avx512_vnni": True, "avx512_bf16": True}

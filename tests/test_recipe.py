@@ -6,11 +6,11 @@ import math
 import pytest
 import yaml
 
-from topkd import recipe
-from topkd.checks import teacher_recipe
+from topkd.config import recipe
+from topkd.config.recipe import load, names, parse, write
+from topkd.config.validation import RecipeError, parse_options, read_yaml
 from topkd.losses import LOSSES
-from topkd.recipe import load, names, parse, write
-from topkd.strict import RecipeError, parse_options, read_yaml
+from topkd.training.check import teacher_recipe
 
 SMALL = {
     "name": "small",

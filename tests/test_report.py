@@ -13,10 +13,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from topkd import chapters, files, plots, report
-from topkd.progress import Progress
-from topkd.recipe import Term
-from topkd.results import finished
+from topkd._io import files
+from topkd._io.progress import Progress
+from topkd.config.recipe import Term
+from topkd.evaluation.results import finished
+from topkd.reporting import page as report
+from topkd.reporting import plots, sections
 from topkd.topology import PersistenceImage, RipsNet, rips
 from topkd.topology.approximation import Approximation, Exact, Fidelity
 
@@ -349,7 +351,7 @@ def test_several_comparisons_are_corrected(tmp_path):
     runs = [result("kd", seed, 90.0) for seed in range(3)]
     runs += [result(arm, s, 90 + gain) for arm, of in gains.items() for s, gain in enumerate(of)]
     study = collect_one(put(tmp_path, *runs))
-    alone = study.compare(chapters.accuracy)["student"].t_p
+    alone = study.compare(sections.accuracy)["student"].t_p
     corrected = next(line for line in report.statements(study) if "student" in line)
     assert f"p = {2 * alone:.2g}" in corrected
     assert any("corrected for 2 comparisons (Holm)" in line for line in report.setting(study))
@@ -387,9 +389,9 @@ def test_terms_are_faint_below_a_thousandth_and_only_with_a_weight(tmp_path):
     shares = {"ce": 0.999, "kd": 0.001, "topkd": 0.0}
     silent = [CE, KD, TOPKD | {"weight": 0.0}]
     put(tmp_path, result("student", 0, 90.0, gradient_share=shares, losses=silent))
-    assert chapters.faint_terms(collect_one(tmp_path)) == []
+    assert sections.faint_terms(collect_one(tmp_path)) == []
     put(tmp_path, result("student", 1, 90.0, recipe="b", gradient_share=shares | {"kd": 0.0009}))
-    warnings = chapters.faint_terms(report.collect(tmp_path)[0])
+    warnings = sections.faint_terms(report.collect(tmp_path)[0])
     assert [re.search(r"the term (\w+) carries (\S+) %", w).groups() for w in warnings] == [
         ("kd", "0.09"),
         ("topkd", "0"),
@@ -491,7 +493,7 @@ def test_terms_that_end_or_begin_on_the_way_are_drawn_while_they_last(six, undra
     for term in ("early", "late"):
         assert f"loss {term} over the epochs of kd, student" in described
     drawn = {
-        picture.alt: picture.figure for picture in chapters.training(collect_one(six)).pictures
+        picture.alt: picture.figure for picture in sections.training(collect_one(six)).pictures
     }
     for line in drawn["loss early over the epochs of kd, student"].axes[0].lines:
         assert line.get_ydata()[0] == 0.5
@@ -530,7 +532,7 @@ def test_a_broken_ripsnet_is_said(six, undrawn):
 
 def test_clouds_hold_the_same_images_for_every_network(six):
     study = collect_one(put_files(six))
-    chapter = chapters.shape(study)
+    chapter = sections.shape(study)
     teacher, control, student = (picture.figure.axes[0] for picture in chapter.pictures[:3])
     together = chapter.pictures[3].figure.axes[0].lines
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:16]

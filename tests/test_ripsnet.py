@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from topkd import checkpoint
+from topkd.models import checkpoint
 from topkd.topology import RipsNet
 
 

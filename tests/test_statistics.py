@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from topkd.statistics import Sample, holm, paired, sign_flip
+from topkd.evaluation.statistics import Sample, holm, paired, sign_flip
 
 numbers = st.integers(-10_000, 10_000).map(lambda n: n / 100)  # as accuracies differ: by hundredths
 values = st.lists(numbers, min_size=2, max_size=8)

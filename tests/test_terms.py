@@ -11,14 +11,14 @@ from reference.features import Recorder, features, tapped
 from test_train import STATISTICS, a_batch, data, trainer
 from torch import multiprocessing, nn
 
-from topkd.device import Device
+from topkd.config.recipe import Term, View, parse
+from topkd.config.validation import RecipeError
 from topkd.features import Tapped, Teacher
 from topkd.losses import LOSSES, CrossEntropy, Distillation, Loss, Source
-from topkd.metrics import Sums
-from topkd.recipe import Term, View, parse
-from topkd.strict import RecipeError
-from topkd.terms import Balance, Weighted, cosines, gradients, seen, taps, warnings
-from topkd.train import Trainer
+from topkd.training.objective import Balance, Weighted, cosines, gradients, seen, taps, warnings
+from topkd.training.precision import Device
+from topkd.training.tracking import Sums
+from topkd.training.trainer import Trainer
 
 
 def terms(*trees):

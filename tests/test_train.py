@@ -7,16 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from topkd._io.progress import Progress
+from topkd.config.recipe import parse
 from topkd.data import Data, InMemory
-from topkd.device import Device
 from topkd.features import Batch, Features, Tapped, Teacher
 from topkd.losses import CrossEntropy, Distillation, Loss
-from topkd.metrics import Sums
 from topkd.models import MODELS
-from topkd.progress import Progress
-from topkd.recipe import parse
-from topkd.terms import Weighted
-from topkd.train import Diverged, Trainer
+from topkd.training.objective import Weighted
+from topkd.training.precision import Device
+from topkd.training.tracking import Sums
+from topkd.training.trainer import Diverged, Trainer
 
 STATISTICS = ((0.5,) * 3, (0.25,) * 3)
 

@@ -5,14 +5,14 @@ import shutil
 import pytest
 import torch
 
-from topkd import checkpoint, data
+from topkd import data
+from topkd._io.progress import Progress
+from topkd.config.recipe import DataSection
 from topkd.data import DATA
 from topkd.data.trust import PLAIN
-from topkd.experiment import evaluate_file
-from topkd.export import export
-from topkd.models import MODELS
-from topkd.progress import Progress
-from topkd.recipe import DataSection
+from topkd.export.student import export
+from topkd.models import MODELS, checkpoint
+from topkd.training.experiment import evaluate_file
 
 QUIET = Progress(quiet=True)
 COMMANDS = {

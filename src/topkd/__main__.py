@@ -1,5 +1,5 @@
 """Lets ``python -m topkd`` do what ``topkd`` does."""
 
-from topkd.cli import main
+from topkd.cli.app import main
 
 main()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topkd.memory_format import formatted, memory_format
+from topkd._runtime.memory_format import formatted, memory_format
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Tapped(nn.Module):
     """A classifier that also returns what chosen modules computed on the way.
 
     The network is read through hooks and computes what it did. Its weights are made contiguous, and
-    its images are laid out in the format that :func:`~topkd.memory_format.memory_format` chooses. A
+    its images are laid out in the format that the processor computes correctly and fastest. A
     tap is the name of a module, whose output is read; with ``:in`` after the name, its input is,
     which the module then overwrites no longer. A network that answers with a pair has two heads:
     its logits come first, those of the head that learns from teachers second.

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from topkd._io.progress import Progress
 from topkd.features import Batch, Features, Tapped, Teacher
 from topkd.losses import Source
-from topkd.progress import Progress
 
 CLOUD, IMAGES, CLASSES = 6, 48, 4
 WIDTH = 5  # of the teacher's embedding; its maps have WIDTH channels, WIDTH - 1, WIDTH - 2, ...

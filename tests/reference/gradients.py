@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from topkd._io.progress import Progress
+from topkd.config.recipe import Term
 from topkd.features import Batch, Features, Tapped, Teacher
 from topkd.losses import LOSSES, Source
-from topkd.models import MODELS, foreign
-from topkd.progress import Progress
-from topkd.recipe import Term
-from topkd.terms import Weighted
+from topkd.models import MODELS, factory
+from topkd.training.objective import Weighted
 
 STEPS = 3
 LAST = torch.channels_last
@@ -131,7 +131,7 @@ def loss_error(loss, student, teacher, batch):
 def networks(names):
     for name, size in names.items():
         torch.manual_seed(0)
-        yield name, network_error(foreign.build(name, 10, size), size)
+        yield name, network_error(factory.build(name, 10, size), size)
 
 
 def quick():

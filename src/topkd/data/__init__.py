@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping
 from topkd.data.augmented import Augmentation, Augmented, with_augmentation
 from topkd.data.base import Data, Faults, Images, InMemory, Subset, same_order
 from topkd.data.batches import plain_batches, refuse_few, training_batches
-from topkd.data.cifar import cifar10, cifar100
-from topkd.data.dataset import dataset, from_dataset
-from topkd.data.digits import digits
-from topkd.data.folder import folder
-from topkd.data.parquet import parquet
 from topkd.data.pictures import with_crop
-from topkd.data.webdataset import webdataset
+from topkd.data.sources.cifar import cifar10, cifar100
+from topkd.data.sources.dataset import dataset, from_dataset
+from topkd.data.sources.digits import digits
+from topkd.data.sources.folder import folder
+from topkd.data.sources.parquet import parquet
+from topkd.data.sources.webdataset import webdataset
 
 DATA: Mapping[str, Callable[..., Data]] = {
     "cifar10": cifar10,

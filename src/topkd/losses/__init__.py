@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from topkd.losses.ab import ActivationBoundaries, activation_boundaries
 from topkd.losses.base import Loss, Source
-from topkd.losses.boundaries import ActivationBoundaries, activation_boundaries
 from topkd.losses.classifier import (
     ClassAttention,
     ReusedClassifier,
@@ -13,25 +13,18 @@ from topkd.losses.classifier import (
     class_maps,
     last_map,
 )
-from topkd.losses.contrast import Contrastive, contrast
-from topkd.losses.curriculum import CurriculumTemperature
-from topkd.losses.decoupled import (
+from topkd.losses.crd import Contrastive, contrast
+from topkd.losses.ctkd import CurriculumTemperature
+from topkd.losses.deit import TokenDistillation, hard_distillation
+from topkd.losses.diagrams import PersistentCrossEntropy, Wasserstein, persistent_cross_entropy
+from topkd.losses.dkd import (
     DecoupledDistillation,
     NormalizedDistillation,
     decoupled_distillation,
     normalized_distillation,
 )
-from topkd.losses.diagrams import PersistentCrossEntropy, Wasserstein, persistent_cross_entropy
-from topkd.losses.factors import FactorTransfer, factor_transfer
-from topkd.losses.flow import SolutionFlow, flow_matrix
-from topkd.losses.hints import (
-    FeatureMimicking,
-    FitNet,
-    VariationalInformation,
-    mean_square,
-    surprise,
-)
-from topkd.losses.labelled import EdgeMatching, RTDLite, Ultrametric
+from topkd.losses.factor_transfer import FactorTransfer, factor_transfer
+from topkd.losses.fsp import SolutionFlow, flow_matrix
 from topkd.losses.logits import (
     CorrelationDistillation,
     CrossEntropy,
@@ -49,8 +42,16 @@ from topkd.losses.maps import (
     attention_transfer,
     neuron_selectivity,
 )
-from topkd.losses.multiview import MultiLevelDistillation, multi_level_distillation
-from topkd.losses.overhaul import Overhaul, partial_distance
+from topkd.losses.matched import EdgeMatching, RTDLite, Ultrametric
+from topkd.losses.mlkd import MultiLevelDistillation, multi_level_distillation
+from topkd.losses.ofd import Overhaul, partial_distance
+from topkd.losses.regression import (
+    FeatureMimicking,
+    FitNet,
+    VariationalInformation,
+    mean_square,
+    surprise,
+)
 from topkd.losses.relations import (
     CorrelationCongruence,
     ProbabilisticTransfer,
@@ -63,9 +64,8 @@ from topkd.losses.relations import (
     relational_distances,
     similarity_preserving,
 )
-from topkd.losses.review import Review, hierarchical
-from topkd.losses.tokens import TokenDistillation, hard_distillation
-from topkd.losses.topology import TopKD
+from topkd.losses.reviewkd import Review, hierarchical
+from topkd.losses.topkd import TopKD
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topkd import files, state
+from topkd._io import files, state
 from topkd.losses.base import Source
 from topkd.topology import Diagrams, PersistenceImage, PersistenceVector, length_unit, rips
 from topkd.topology.approximation import (
@@ -22,8 +22,8 @@ from topkd.topology.approximation import (
     fidelity,
     train,
 )
-from topkd.topology.stored import Form
-from topkd.topology.units import Unit
+from topkd.topology.scaling import Unit
+from topkd.topology.serialization import Form
 
 HELD_OUT = 256  # clouds, at least, by which an approximator is judged
 WARN_BELOW = 0.5  # R² of an approximator

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from topkd._io.progress import Progress
+from topkd.config.recipe import Taps
 from topkd.features import Batch, Features, Tapped, Teacher
-from topkd.progress import Progress
-from topkd.recipe import Taps
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topkd.features import Batch, Features, Tapped
+from topkd.losses._validation import MAPS, check_floats, check_shapes, not_negative
 from topkd.losses.base import Loss, Source
 from topkd.losses.maps import deepest, to_smaller
-from topkd.losses.refusals import MAPS, check_floats, check_shapes, not_negative
 from topkd.losses.relations import directions
 from topkd.models.reused import Reused, projector
 

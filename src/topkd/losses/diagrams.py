@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from topkd.features import Batch, Features, Tapped
+from topkd.losses._validation import at_least_one, check_floats, one_of, positive
 from topkd.losses.base import Source
 from topkd.losses.controls import Edges, LabelFree, Target, check_tree, tree_diagram
-from topkd.losses.refusals import at_least_one, check_floats, one_of, positive
 from topkd.losses.relations import directions
 from topkd.topology import Diagrams, length_unit, rips, wasserstein
-from topkd.topology.units import Unit, told_in
+from topkd.topology.scaling import Unit, told_in
 
 Form = Literal["pce", "em-pce"]
 Norm = Literal["maximum", "euclidean"]

@@ -5,15 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from topkd.features import Batch, Features
-from topkd.losses.base import Loss
-from topkd.losses.refusals import (
+from topkd.losses._validation import (
     LOGITS,
     check_floats,
     check_shapes,
     not_negative,
     positive,
 )
-from topkd.losses.refusals import temperature as checked
+from topkd.losses._validation import temperature as checked
+from topkd.losses.base import Loss
 
 LEAST_SPREAD = 0.1  # of logits; that of a trained network is greater
 LEAST_VARIATION = 0.01  # of predictions, as a share of their norm; likewise

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from topkd.features import Batch, Features
+from topkd.losses._validation import MAPS, check_shapes, one_of
 from topkd.losses.base import Loss, Source
-from topkd.losses.refusals import MAPS, check_shapes, one_of
 from topkd.topology.gradient import SMALL, in_units
 
 

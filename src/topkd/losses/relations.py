@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topkd.features import Batch, Features
+from topkd.losses._validation import EMBEDDINGS, check_shapes, count, not_negative, one_of, positive
 from topkd.losses.base import Loss, Source
 from topkd.losses.maps import deepest
-from topkd.losses.refusals import EMBEDDINGS, check_shapes, count, not_negative, one_of, positive
 from topkd.topology.gradient import SMALL, in_units
 
 Form = Literal["products", "kernel"]

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from topkd.models.initialisation import begin_as_he
+from topkd.models.initialization import begin_as_he
 
 STAGES_V2 = (
     (1, 16, 1, 1),

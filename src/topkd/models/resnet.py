@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topkd.models.initialisation import begin_as_he
+from topkd.models.initialization import begin_as_he
 
 BLOCKS_50 = (3, 4, 6, 3)
 """Blocks in each stage of :class:`ResNet50`."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topkd.models.initialisation import begin_as_he
+from topkd.models.initialization import begin_as_he
 
 TAPS: dict[str, Any] = {
     "maps": ("conv1", "block1", "block2", "block3"),

@@ -25,7 +25,7 @@ what                          computes                                    cost o
 ============================  ==========================================  ================  =======
 
 "Differs" tells whether gradients reach the points. The four comparisons in the middle know which
-point is which, see :mod:`topkd.topology.labelled`. This package imports nothing else of topkd.
+point is which, see :mod:`topkd.topology.matched`. This package imports nothing else of topkd.
 
 .. [1] Where smoothing is asked for.
 """
@@ -38,18 +38,18 @@ from topkd.topology.images import (
     PersistenceImage,
     PersistenceVector,
 )
-from topkd.topology.labelled import (
+from topkd.topology.lengths import edge_lengths
+from topkd.topology.matched import (
     edge_matching,
     persistence_weighted,
     rtd_lite,
     single_linkage,
     ultrametric,
 )
-from topkd.topology.lengths import edge_lengths
 from topkd.topology.rips import Diagrams, rips
 from topkd.topology.ripsnet import RipsNet
-from topkd.topology.stored import VectorisationLayer, lost_mass
-from topkd.topology.units import length_unit
+from topkd.topology.scaling import length_unit
+from topkd.topology.serialization import VectorisationLayer, lost_mass
 
 __all__ = [
     "Approximation",

@@ -1,4 +1,4 @@
-"""The compiled kernel behind :func:`topkd.topology.labelled.single_linkage`."""
+"""The compiled kernel behind :func:`topkd.topology.matched.single_linkage`."""
 
 import numpy as np
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from topkd.topology.distancenet import DistanceNet
 from topkd.topology.rips import rips
 from topkd.topology.ripsnet import Pooling, RipsNet
-from topkd.topology.stored import Vectorisation, from_json, to_json
-from topkd.topology.units import Unit, length_unit, told_in
+from topkd.topology.scaling import Unit, length_unit, told_in
+from topkd.topology.serialization import Vectorisation, from_json, to_json
 
 Approximator = RipsNet | DistanceNet
 Name = Literal["ripsnet", "distancenet"]

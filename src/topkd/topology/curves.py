@@ -27,7 +27,7 @@ from torch import Tensor
 
 from topkd.topology.gradient import in_units
 from topkd.topology.rips import Diagrams
-from topkd.topology.units import (
+from topkd.topology.scaling import (
     MARGIN,
     Unit,
     check_choice,
@@ -48,7 +48,7 @@ class Curve(ABC):
 
     Args:
         lengths: The lowest and the highest node. What bars do outside is not seen, and has no
-            gradient; see :func:`topkd.topology.stored.lost_mass`.
+            gradient; see :func:`topkd.topology.serialization.lost_mass`.
         resolution: Number of nodes, both ends included.
         scale: What values are divided by; ``fit`` takes the greatest of the clouds it sees.
         unit: Of births, deaths and nodes: "none", or the "mean", "median" or "max" of the deaths

@@ -6,7 +6,7 @@ an image are equal: TopKD's 20 x 20 pixels hold 20 numbers. :class:`PersistenceV
 in 20 numbers, and reads lengths in units of their mean, so that networks of different widths
 compare. :mod:`topkd.topology.curves` has functions of length.
 
-How they are stored is told in :mod:`topkd.topology.stored`.
+How they are stored is told in :mod:`topkd.topology.serialization`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from topkd.topology.rips import Diagrams
-from topkd.topology.units import (
+from topkd.topology.scaling import (
     MARGIN,
     Unit,
     check_choice,
@@ -73,7 +73,7 @@ class PersistenceImage:
         sampling: What a pixel is.
         weight: What a bar counts.
         unit: Of all lengths: "none", or the "mean", "median" or "max" of the deaths of each cloud,
-            see :func:`topkd.topology.units.length_unit`.
+            see :func:`topkd.topology.scaling.length_unit`.
         detach_unit: Whether the gradient takes the unit for a constant. If not, it passes through.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Atomic files, sealed weights, resumable state and progress bars."""

@@ -1,0 +1,25 @@
+"""``topkd check``."""
+
+from __future__ import annotations
+
+import typer
+
+from topkd.cli.options import Changes, RecipeName
+
+PANEL = "Recipes"
+
+
+def check(recipe: RecipeName, changes: Changes = None) -> None:
+    """Check every name and option of a recipe, without running it."""
+    from topkd.config import recipe as recipes
+    from topkd.training.check import check as check_recipe
+    from topkd.training.check import check_batches, found_taps
+
+    loaded = recipes.load(recipe, changes or [])
+    check_recipe(loaded)
+    check_batches(loaded)
+    taught = f", taught by {loaded.teacher.model}" if loaded.teacher else ""
+    arms = ", ".join(loaded.arms)
+    typer.echo(f"{loaded.name} is right: {loaded.student.model}{taught}; runs {arms}")
+    for line in found_taps(loaded):
+        typer.echo(line)

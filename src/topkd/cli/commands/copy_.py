@@ -1,0 +1,26 @@
+"""``topkd copy``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from topkd.cli.options import RecipeName
+
+PANEL = "Recipes"
+
+
+def copy_(
+    recipe: RecipeName,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")],
+) -> None:
+    """Copy a recipe, comments included, to a file of your own."""
+    from topkd._io import files
+    from topkd.config import recipe as recipes
+
+    if file.exists():
+        raise FileExistsError(f"{file} exists already; copy to another name")
+    files.write(file, recipes.text(recipe))
+    typer.echo(f"{file}: edit it, then `topkd check {file}` and `topkd run {file}`")

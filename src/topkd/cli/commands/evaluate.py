@@ -1,0 +1,62 @@
+"""``topkd evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from topkd.cli.options import AsJson, Quiet, Trust
+
+PANEL = "Evaluate and report"
+
+
+def evaluate(
+    target: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or a weights file.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Network in the file, if the file does not tell.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|KEY=VALUE",
+            help="Evaluation data set, or a change to the one in the file, e.g. `root=FOLDER`.",
+        ),
+    ] = None,
+    root: Annotated[str | None, typer.Option(help="The same as `--data root=FOLDER`.")] = None,
+    weights: Annotated[
+        Literal["plain", "ema"],
+        typer.Option(help="Of a file with both: as trained, or their running mean."),
+    ] = "plain",
+    head: Annotated[
+        str | None,
+        typer.Option(help="Module that makes the logits, of a network where it is not found."),
+    ] = None,
+    trust: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure accuracy and calibration of a network on test images, in float32.
+
+    Example: `topkd evaluate resnet20.pth --model resnet20 --data cifar100 --root ~/data/cifar100`
+    """
+    from topkd._io.progress import Progress
+    from topkd.training.experiment import evaluate_file
+
+    changes = [*(data or []), *([f"root={json.dumps(root)}"] if root else [])]
+    progress = Progress(quiet=quiet)
+    result = evaluate_file(
+        target, model, changes, progress, weights=weights, head=head, trust=trust
+    )
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    typer.echo(f"{result['model']} on the {result['images']:,} test images of {result['data']}")
+    typer.echo(f"top-1              {result['top1']:.2f} %")
+    typer.echo(f"top-5              {result['top5']:.2f} %")
+    typer.echo(f"log-likelihood     {-result['nll']:.4f} nats an image")
+    typer.echo(f"calibration error  {result['ece']:.2f} %")

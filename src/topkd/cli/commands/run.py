@@ -1,0 +1,49 @@
+"""``topkd run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from topkd.cli.options import (
+    Changes,
+    Out,
+    Quiet,
+    RecipeName,
+    Seeds,
+    experiment_of,
+    is_first_process,
+    numbers,
+)
+from topkd.cli.printing import print_results
+
+PANEL = "Train"
+
+
+def run(
+    recipe: RecipeName,
+    changes: Changes = None,
+    seeds: Seeds = "0",
+    out: Out = Path("runs"),
+    quiet: Quiet = False,
+) -> None:
+    """Run all that a recipe needs: teacher, RipsNet, students, evaluation, report.
+
+    What is done already is not done again, so the same command goes on where it was stopped.
+
+    Examples: `topkd run digits --seeds 0 1 2` · `topkd run cifar100/resnet56-resnet20
+    data.root=~/data/cifar100`
+    """
+    from topkd.reporting.page import write_report
+
+    experiment = experiment_of(recipe, changes, out, quiet)
+    results = [
+        experiment.student(arm, seed) for seed in numbers(seeds) for arm in experiment.recipe.arms
+    ]
+    if not is_first_process():
+        return
+    page = experiment.folder / "report.html"
+    write_report(experiment.folder, page, experiment.progress)
+    print_results(results)
+    typer.echo(f"report: {page}")

@@ -1,0 +1,16 @@
+"""``topkd show``."""
+
+from __future__ import annotations
+
+import typer
+
+from topkd.cli.options import Changes, RecipeName
+
+PANEL = "Recipes"
+
+
+def show(recipe: RecipeName, changes: Changes = None) -> None:
+    """Print a recipe with every setting that it leaves to its default."""
+    from topkd.config import recipe as recipes
+
+    typer.echo(recipes.write(recipes.load(recipe, changes or [])), nl=False)

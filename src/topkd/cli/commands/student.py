@@ -1,0 +1,39 @@
+"""``topkd student``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from topkd.cli.options import (
+    Changes,
+    Out,
+    Quiet,
+    RecipeName,
+    Seeds,
+    experiment_of,
+    is_first_process,
+    numbers,
+)
+from topkd.cli.printing import print_results
+
+PANEL = "Train"
+
+
+def student(
+    recipe: RecipeName,
+    changes: Changes = None,
+    arm: Annotated[
+        str, typer.Option(help="`student` for the recipe's own losses, or the name of a control.")
+    ] = "student",
+    seeds: Seeds = "0",
+    out: Out = Path("runs"),
+    quiet: Quiet = False,
+) -> None:
+    """Train and evaluate the student of a recipe without its controls, or one control."""
+    experiment = experiment_of(recipe, changes, out, quiet)
+    results = [experiment.student(arm, seed) for seed in numbers(seeds)]
+    if is_first_process():
+        print_results(results)

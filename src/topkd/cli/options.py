@@ -1,0 +1,66 @@
+"""Arguments and options that several commands share, and how they are read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+# The package is imported inside the commands: `topkd --help` should not have to load torch.
+if TYPE_CHECKING:
+    from topkd.training.experiment import Experiment
+
+MOST_SEEDS = 10_000
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A file, or a name from `topkd list recipes`.")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Changes to the recipe, e.g. `optimizer.lr=0.1` or `losses.kd.weight=1`.",
+    ),
+]
+Seeds = Annotated[str, typer.Option(help="One run for each seed: `0 1 2`, `0,1,2` or `0-2`.")]
+Out = Annotated[Path, typer.Option(help="Where runs are kept, in a folder called as the recipe.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Endpoint = Annotated[str | None, typer.Option(help="Address of the hub, if it is another one.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Let the file name code to run and paths to open."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+
+
+def experiment_of(recipe: str, changes: list[str] | None, out: Path, quiet: bool) -> Experiment:
+    """Loads a recipe and prepares its experiment."""
+    from topkd._io.progress import Progress
+    from topkd.config import recipe as recipes
+    from topkd.training.experiment import Experiment
+
+    return Experiment(recipes.load(recipe, changes or []), out, Progress(quiet=quiet))
+
+
+def is_first_process() -> bool:
+    """Tells whether this is the one of several processes that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def numbers(seeds: str) -> list[int]:
+    """Reads `0,1,2` or `0-2`."""
+    ranges: list[range] = []
+    try:
+        for part in seeds.split(","):
+            first, _, last = part.partition("-")
+            ranges.append(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise ValueError(f"--seeds: expected numbers such as 0,1,2 or 0-2, got {seeds!r}") from None
+    if sum(max(0, each.stop - each.start) for each in ranges) > MOST_SEEDS:
+        raise ValueError(f"--seeds: expected at most {MOST_SEEDS:,} numbers, got {seeds!r}")
+    found = [number for each in ranges for number in each]
+    if not found:
+        raise ValueError(f"--seeds: {seeds!r} is empty; give the smaller number first")
+    return found

@@ -1,0 +1,1 @@
+"""Recipes: their schema and their validation. Knows no network and no data."""

@@ -1,0 +1,214 @@
+"""Data sets of Python: anything with ``len`` and ``[index]`` that gives a picture and a label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topkd._runtime.imports import imported
+from topkd.data.base import Data, Faults
+from topkd.data.pictures import MEAN, STD, Frame, OnError, StorageError, picture_data
+from topkd.data.shards import numbered
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Indexed(Protocol):
+    """What torch calls a map-style ``Dataset``."""
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    def __getitem__(self, index: int) -> Any:
+        """A picture and its label."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """Pictures that Python code gives."""
+
+    dataset: Indexed
+    origin: str
+
+    @property
+    def blocks(self) -> None:
+        """None: samples can be asked for in any order."""
+
+    def name(self, index: int) -> str:
+        """The data set and the place in it."""
+        return f"{self.origin}[{index}]"
+
+    def open(self, index: int) -> Image.Image:
+        """Makes a picture of what the data set gives."""
+        return _picture(self.dataset[index][0], self.name(index))
+
+
+def from_dataset(
+    train: Indexed,
+    test: Indexed,
+    *,
+    classes: Sequence[str] | None = None,
+    size: int = 224,
+    padding: int | None = None,
+    crop: float | None = None,
+    flip: bool = True,
+    mean: tuple[float, float, float] = MEAN,
+    std: tuple[float, float, float] = STD,
+    on_error: OnError = "stop",
+) -> Data:
+    """Makes data of two data sets of torch or alike.
+
+    They give pictures before normalisation and without augmentation, which is ours: a PIL image, an
+    array (h, w, 3) of bytes, or a tensor (1 or 3, h, w) of bytes or of floats in [0, 1]. Pictures
+    become squares as with :func:`topkd.data.sources.folder.folder`. Several threads ask at a time.
+
+    Labels are read from the attribute ``targets`` or ``labels`` where there is one; otherwise every
+    sample is asked for once.
+
+    Args:
+        train: To train on.
+        test: To judge by.
+        classes: Their names in order; if not told, the attribute ``classes``, or numbers.
+        size: Pixels on a side of what networks see.
+        padding: Width of the black border that training crops are cut from, for small pictures.
+        crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
+            but as many pixels as networks see where a picture has them.
+        flip: Whether pictures may be mirrored in training.
+        mean: By which each channel is normalised, of values in [0, 1].
+        std: By which each channel is normalised.
+        on_error: Whether a training picture that cannot be read stops the work or is replaced by
+            the next of its class. A picture to judge by always stops it.
+
+    Raises:
+        ValueError: If a data set is empty, or labels are no whole numbers in the range of classes.
+
+    Examples:
+        >>> samples = [(torch.zeros(3, 8, 8), label) for label in (0, 1)]
+        >>> data = from_dataset(samples, samples, size=8)
+        >>> data.classes, data.test.read(torch.arange(2), None).shape
+        (['0', '1'], torch.Size([2, 3, 8, 8]))
+    """
+    faults, frame = Faults(), Frame(size, padding, flip, mean, std, crop)
+    names = classes or getattr(train, "classes", None)
+    origins = [f"{part} {type(d).__name__}" for part, d in (("train", train), ("test", test))]
+    labels = [_labels(d, origin) for d, origin in zip((train, test), origins, strict=True)]
+    items = [Items(d, origin) for d, origin in zip((train, test), origins, strict=True)]
+    told = None if names is None else list(names)
+    known, target = numbered(labels, told, items, origins[0], faults)
+    return picture_data(type(train).__name__, items, target, known, frame, on_error, faults)
+
+
+def dataset(
+    *,
+    train: str,
+    test: str,
+    classes: tuple[str, ...] | None = None,
+    size: int = 224,
+    padding: int | None = None,
+    crop: float | None = None,
+    flip: bool = True,
+    mean: tuple[float, float, float] = MEAN,
+    std: tuple[float, float, float] = STD,
+    on_error: OnError = "stop",
+) -> Data:
+    """Loads data sets that functions of yours return, as MODULE:CALLABLE.
+
+    Args:
+        train: As ``module:function``, which is called without arguments; the module is imported.
+        test: The same, to judge by.
+        classes: Their names in order; if not told, the attribute ``classes``, or numbers.
+        size: Pixels on a side of what networks see.
+        padding: Width of the black border that training crops are cut from, for small pictures.
+        crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
+            but as many pixels as networks see where a picture has them.
+        flip: Whether pictures may be mirrored in training.
+        mean: By which each channel is normalised, of values in [0, 1].
+        std: By which each channel is normalised.
+        on_error: Whether a training picture that cannot be read stops the work or is replaced by
+            the next of its class. A picture to judge by always stops it.
+
+    Raises:
+        ValueError: If there is no such function, or as :func:`from_dataset` says.
+    """
+    parts = [_called(name, f"data.{key}") for key, name in (("train", train), ("test", test))]
+    return from_dataset(
+        *parts,
+        classes=classes,
+        size=size,
+        padding=padding,
+        crop=crop,
+        flip=flip,
+        mean=mean,
+        std=std,
+        on_error=on_error,
+    )
+
+
+def _called(name: str, where: str) -> Indexed:
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ValueError(f"{where}: expected module:function, got {name!r}")
+    try:
+        found: Indexed = getattr(imported(module), function)()
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and misses another
+        raise ValueError(f"{where}: there is no module {module!r}") from error
+    except AttributeError as error:
+        if not hasattr(imported(module), function):
+            raise ValueError(f"{where}: {module} has no {function!r}") from error
+        raise
+    return found
+
+
+def _labels(dataset: Indexed, origin: str) -> list[int | str]:
+    if not len(dataset):
+        raise ValueError(f"{origin} is empty")
+    if isinstance(dataset, torch.utils.data.Subset):
+        whole = _labels(dataset.dataset, origin)  # type: ignore[arg-type]
+        return [whole[place] for place in dataset.indices]
+    kept = [getattr(dataset, name, None) for name in ("targets", "labels")]
+    changes = getattr(dataset, "target_transform", None) is not None
+    given = next((labels for labels in kept if labels is not None and not changes), None)
+    if given is None:
+        given = [dataset[index][1] for index in range(len(dataset))]
+    if len(given) != len(dataset):
+        raise ValueError(f"{origin} has {len(dataset)} samples and {len(given)} labels")
+    return [_whole(label, f"{origin}[{index}]") for index, label in enumerate(given)]
+
+
+def _whole(label: Any, where: str) -> int:
+    try:
+        if isinstance(label, bool) or getattr(label, "dtype", None) == torch.bool:
+            raise TypeError
+        return int(label.__index__())
+    except (AttributeError, TypeError):
+        raise ValueError(f"{where}: expected a whole number as label, got {label!r}") from None
+
+
+def _picture(image: Any, where: str) -> Image.Image:
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] in (1, 3):
+        if image.is_floating_point():
+            if not (image.min() >= 0 and image.max() <= 1):
+                raise StorageError(
+                    f"{where}: floats must be in [0, 1], got {image.min():.4g} to "
+                    f"{image.max():.4g}; leave normalising to data.mean and data.std"
+                )
+            image = (image * 255).round().to(torch.uint8)
+        image = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
+        return Image.fromarray(np.ascontiguousarray(image))
+    got = f"{type(image).__name__} {tuple(getattr(image, 'shape', ()))}"
+    raise StorageError(
+        f"{where}: expected a PIL image, bytes (h, w, 3) or a tensor (3, h, w), got {got}"
+    )

@@ -1,0 +1,369 @@
+"""Tar shards of pictures, as WebDataset writes them, on this machine or elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from topkd._io import files
+from topkd.data.base import Blocks, Data, Faults
+from topkd.data.pictures import (
+    EXTENSIONS,
+    MEAN,
+    STD,
+    Frame,
+    Names,
+    OnError,
+    StorageError,
+    is_hidden,
+    open_bytes,
+    picture_data,
+)
+from topkd.data.shards import numbered, splits
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+LONGEST, FILE = 1000, 1 << 20  # characters of a label, and bytes of the file that it is in
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample of a shard: where its picture lies in the file, and its label."""
+
+    name: str
+    offset: int
+    size: int
+    label: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file: a path on this machine, or an address or command that gives one."""
+
+    place: str
+    is_remote: bool
+
+    def __str__(self) -> str:
+        return self.place
+
+
+class Shelf:
+    """Opens shards; those from elsewhere are fetched to a folder first, and the oldest go again.
+
+    Args:
+        cache: The folder; None where no shard is from elsewhere.
+        keep: How many fetched shards may lie there; None for all.
+    """
+
+    def __init__(self, cache: Path | None, keep: int | None) -> None:
+        self.cache, self.keep = cache, keep
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"cache": self.cache, "keep": self.keep}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def open(self, shard: Shard) -> IO[bytes]:
+        """Opens a shard for reading.
+
+        Raises:
+            StorageError: If it cannot be opened or fetched.
+        """
+        try:
+            if not shard.is_remote:
+                return open(shard.place, "rb")
+            with self._lock:
+                return self._fetched(shard.place)
+        except OSError as error:
+            raise StorageError(f"{shard} cannot be read: {error}") from error
+
+    def _fetched(self, shard: str) -> IO[bytes]:
+        assert self.cache is not None
+        path = self.cache / f"{files.sha256(shard.encode())[:24]}.tar"
+        if not path.exists():
+            self._fetch(shard, path)
+        file = open(path, "rb")  # noqa: SIM115  (handed out, and readable if it is removed now)
+        os.utime(path)
+        if self.keep is not None:
+            there = sorted(self.cache.glob("*.tar"), key=_last_use)
+            for old in there[: max(0, len(there) - self.keep)]:
+                old.unlink(missing_ok=True)
+        return file
+
+    def _fetch(self, shard: str, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+        try:
+            with os.fdopen(handle, "wb") as file, _package().gopen(shard) as stream:
+                shutil.copyfileobj(stream, file, 1 << 20)
+            os.replace(part, path)
+        finally:
+            Path(part).unlink(missing_ok=True)
+
+
+def _last_use(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process was faster
+        return 0.0
+
+
+class Members:
+    """Pictures in tar files, each read from its place without what comes before it.
+
+    Args:
+        shards: Paths, or where else they are.
+        entries: The samples of each shard.
+        shelf: Opens them.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], entries: Sequence[Sequence[Entry]], shelf: Shelf
+    ) -> None:
+        self.shards, self.shelf = shards, shelf
+        every = [entry for samples in entries for entry in samples]
+        self._names = Names(entry.name for entry in every)
+        self._where = np.array([(e.offset, e.size) for e in every], np.int64).reshape(-1, 2)
+        sizes = [len(samples) for samples in entries]
+        self._shard = np.repeat(np.arange(len(sizes)), sizes)
+        self._largest = max(sizes, default=0)
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """The shard of each picture, where not all shards can be kept here."""
+        keep = self.shelf.keep
+        if keep is None or not any(shard.is_remote for shard in self.shards):
+            return None
+        return Blocks(self._shard, (keep - 2) * self._largest)
+
+    def name(self, index: int) -> str:
+        """The shard and the file in it."""
+        return f"{self.shards[self._shard[index]]}: {self._names[index]}"
+
+    def open(self, index: int) -> Image.Image:
+        """Opens a picture, of any mode."""
+        offset, size = self._where[index].tolist()
+        shard = self.shards[self._shard[index]]
+        with self.shelf.open(shard) as file:
+            file.seek(offset)
+            content = file.read(size)
+        if len(content) < size:
+            raise StorageError(f"{shard} has become shorter since it was looked through")
+        return open_bytes(content)
+
+
+def webdataset(
+    *,
+    root: str = ".",
+    train: str | None = None,
+    test: str | None = None,
+    label: str = "cls",
+    classes: str | None = None,
+    cache: str | None = None,
+    keep: int | None = None,
+    size: int = 224,
+    padding: int | None = None,
+    crop: float | None = None,
+    flip: bool = True,
+    mean: tuple[float, float, float] = MEAN,
+    std: tuple[float, float, float] = STD,
+    on_error: OnError = "stop",
+) -> Data:
+    """Loads pictures from tar shards: ``0001.jpg`` and ``0001.cls`` are one sample.
+
+    Every shard is looked through once for where its pictures lie. From then on shards on this
+    machine are read at random places: the order of an epoch is any order, the same as for a folder.
+
+    Shards from elsewhere (``https://...``, ``pipe:aws s3 cp s3://... -``) are fetched to ``cache``
+    by the webdataset package. Where ``keep`` says that not all may stay there, an epoch goes
+    through them in random order, each picture moved back at random among about ``keep`` - 2 shards;
+    so no shard is fetched twice in an epoch. ``pipe:cat /mnt/slow/...`` does the same for a drive
+    on which random places are slow.
+
+    Args:
+        root: Folder of the shards; it is searched where train and test are not told.
+        train: Shards as webdataset writes them, ``imagenet-train-{000000..001281}.tar``, several
+            with ``::`` between; inside ``root`` if they are paths.
+        test: The same, to judge by. Where neither is told, names or folders tell the split.
+        label: Extension of the labels, whole numbers or names; ``json:key`` for a key of a JSON.
+        classes: File with the names of the classes, one on each line.
+        cache: Folder for what was fetched or found out. Without it every start looks through all
+            shards anew, about 30 microseconds a file in them: for ImageNet a minute or two.
+        keep: Fetched shards that may lie there at a time, 3 or more; all if not told.
+        size: Pixels on a side of what networks see.
+        padding: Width of the black border that training crops are cut from, for small pictures.
+        crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
+            but as many pixels as networks see where a picture has them.
+        flip: Whether pictures may be mirrored in training.
+        mean: By which each channel is normalised, of values in [0, 1].
+        std: By which each channel is normalised.
+        on_error: Whether a training picture that cannot be read stops the work or is replaced by
+            the next of its class. A picture to judge by always stops it.
+
+    Raises:
+        FileNotFoundError: If there are no shards, or one is missing.
+        ModuleNotFoundError: If the webdataset package is not installed.
+        ValueError: If a shard cannot be read, or a sample has no picture or no label.
+
+    References:
+        https://github.com/webdataset/webdataset
+    """
+    frame = Frame(size, padding, flip, mean, std, crop)
+    top, faults = Path(root).expanduser(), Faults()
+    parts = _shards(top, train, test)
+    if any(shard.is_remote for part in parts for shard in part) and cache is None:
+        raise ValueError("shards from elsewhere need data.cache, a folder to fetch them to")
+    if keep is not None and keep < 3:
+        raise ValueError(f"data.keep must be 3 or more, got {keep}")
+    folder = None if cache is None else Path(cache).expanduser()
+    shelf = Shelf(folder, keep)
+    entries = [[_entries(shard, label, shelf) for shard in part] for part in parts]
+    labels = [_parsed([e.label for samples in part for e in samples]) for part in entries]
+    names = None
+    if classes is not None:
+        names = Path(classes).expanduser().read_text(encoding="utf-8").splitlines()
+    members = [Members(part, found, shelf) for part, found in zip(parts, entries, strict=True)]
+    known, target = numbered(labels, names, members, str(top), faults)
+    return picture_data(f"webdataset {top.name}", members, target, known, frame, on_error, faults)
+
+
+def _shards(root: Path, train: str | None, test: str | None) -> list[list[Shard]]:
+    if train is None and test is None:
+        return [[Shard(str(path), False) for path in part] for part in splits(root, ".tar")]
+    if train is None or test is None:
+        raise ValueError("data.train and data.test go together: tell both or neither")
+    return [_expanded(root, pattern, key) for key, pattern in (("train", train), ("test", test))]
+
+
+def _expanded(root: Path, pattern: str, key: str) -> list[Shard]:
+    """Expands braces, and tells paths from what must be fetched.
+
+    This is done once, before a path is joined to its folder: a file or folder whose name looks like
+    a command or an address is still a file or folder.
+    """
+    shards = []
+    for written in _package().shardlists.expand_urls(pattern):
+        if re.match(r"pipe:|\w+://", written):
+            _refuse_quotes(written, key)
+            shards.append(Shard(written, True))
+            continue
+        path = root / written
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, which data.{key} names")
+        shards.append(Shard(str(path), False))
+    return shards
+
+
+def _refuse_quotes(address: str, key: str) -> None:
+    """Refuses addresses that would end the quotes in which webdataset hands them to a shell."""
+    wrong = re.search(r"['\"`\\\s\x00-\x1f]", address)
+    if wrong and not address.startswith("pipe:"):
+        raise ValueError(
+            f"data.{key}: the address {address!r} holds {wrong[0]!r}; write it percent-encoded"
+        )
+
+
+def _parsed(labels: list[str]) -> list[int | str]:
+    """Numbers where all labels are numbers, and names otherwise."""
+    if all(re.fullmatch(r"-?\d+", label) for label in labels):
+        return [int(label) for label in labels]
+    return list(labels)
+
+
+def _entries(shard: Shard, label: str, shelf: Shelf) -> list[Entry]:
+    """Looks through a shard, or recalls what was found when it was."""
+    key = [shard.place, label]
+    if not shard.is_remote:
+        about = Path(shard.place).stat()
+        key += [str(about.st_size), str(about.st_mtime_ns)]
+    known = None
+    if shelf.cache is not None:
+        known = shelf.cache / f"{files.sha256(json.dumps(key).encode())[:24]}.json"
+        if known.exists():
+            return [Entry(*entry) for entry in files.read_json(known)]
+    with shelf.open(shard) as file:
+        found = _look_through(file, shard.place, label)
+    if known is not None:
+        rows = [(e.name, e.offset, e.size, e.label) for e in found]
+        files.write(known, json.dumps(rows))
+    return found
+
+
+def _look_through(file: IO[bytes], shard: str, label: str) -> list[Entry]:
+    extension, _, key = label.partition(":")
+    split = _package().tariterators.base_plus_ext
+    samples: list[tuple[str, dict[str, tarfile.TarInfo]]] = []
+    entries = []
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                name, rest = split(member.name)
+                places = [part for part in member.name.split("/") if part not in (".", "..")]
+                if not member.isfile() or name is None or any(map(is_hidden, places)):
+                    continue
+                if member.issparse():  # a few bytes that are read as any number
+                    raise StorageError(
+                        f"{shard}: {member.name} is sparse; store it as a plain file"
+                    )
+                if not samples or samples[-1][0] != name:  # neighbours of one name are a sample
+                    samples.append((name, {}))
+                if samples[-1][1].setdefault(rest.lower(), member) is not member:
+                    raise StorageError(f"{shard}: {member.name} is there twice")
+            for name, parts in samples:
+                where = f"{shard}: {name}"
+                picture = next((parts[e[1:]] for e in EXTENSIONS if e[1:] in parts), None)
+                if picture is None or extension not in parts:
+                    missing = "picture" if picture is None else f".{extension}"
+                    raise StorageError(f"{where} has no {missing}, only .{', .'.join(parts)}")
+                content = tar.extractfile(parts[extension])
+                assert content is not None
+                text = _label(content.read(FILE), key, where)
+                entries.append(Entry(picture.name, picture.offset_data, picture.size, text))
+    except (tarfile.TarError, EOFError, MemoryError, OverflowError) as error:
+        raise StorageError(
+            f"{shard} is not a whole tar file without compression: {error}"
+        ) from error
+    if not entries:
+        raise StorageError(f"{shard} holds no sample")
+    return entries
+
+
+def _label(content: bytes, key: str, where: str) -> str:
+    try:
+        text = content.decode().strip()
+        told = json.loads(text)[key] if key else text
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise StorageError(f"{where}: its label cannot be read: {error!r}") from error
+    if isinstance(told, bool) or not isinstance(told, int | str):
+        raise StorageError(f"{where}: expected a whole number or a name as label, got {told!r:.80}")
+    label = str(told)
+    if not label:
+        raise StorageError(f"{where}: its label is empty")
+    if len(label) > LONGEST:
+        raise StorageError(f"{where}: expected a label of up to {LONGEST:,} characters, got more")
+    return label
+
+
+def _package() -> Any:
+    try:
+        import webdataset
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "tar shards need the webdataset package: pip install 'topkd[data]'"
+        ) from error
+    return webdataset

@@ -1,0 +1,1 @@
+"""Metrics of predictions, results of runs, and statistics over seeds."""

@@ -1,0 +1,1 @@
+"""Export: a student for other runtimes, and for the Hugging Face hub."""

@@ -1,0 +1,227 @@
+"""How a network is written for others to run, and read back."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from topkd.data import Images
+from topkd.models import checkpoint, factory
+from topkd.models.reused import rebuild
+
+BATCH = 64  # images at a time; no number depends on it
+CALIBRATION = 512  # training images that set the ranges; as many others judge them
+
+Answer = Callable[[Tensor], Tensor]
+"""Normalised images (n, 3, size, size) to logits (n, classes)."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be written."""
+
+    network: nn.Module  # in eval mode, on the CPU, without taps
+    about: Mapping[str, Any]  # model, classes and size, and what else is kept with the weights
+    train: Images | None  # to quantise by
+
+    @property
+    def images(self) -> Tensor:
+        """Any two images; one alone would be taken for a size that never changes."""
+        return torch.zeros(2, 3, self.about["size"], self.about["size"])
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to write a network."""
+
+    file: str
+    about: str
+    write: Callable[[Subject, Path], dict[str, Any]]  # gives what is worth knowing of the file
+    read: Callable[[Path], Answer]
+    packages: tuple[str, ...] = ()
+    is_rounded: bool = False  # so that its answers differ from the network's
+
+
+def build(about: Mapping[str, Any]) -> nn.Module:
+    """Builds the network that a file of ours tells of, new and without taps.
+
+    Args:
+        about: Its model, its classes and the size of its images.
+
+    Raises:
+        ValueError: If there is no such network.
+    """
+    classes, taps = len(about["classes"]), about.get("taps") or {}
+    student = factory.build(about["model"], classes, about["size"], **taps)
+    tapped = rebuild(student, about["reused"]) if about.get("reused") else student
+    return tapped.network.eval()
+
+
+def require(package: str) -> ModuleType:
+    """Imports a package that only export needs.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed; the message says how to get it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        message = f"this needs {package}: pip install 'topkd[export]'"
+        raise ModuleNotFoundError(message, name=package) from error
+
+
+def _write_safetensors(subject: Subject, path: Path) -> dict[str, Any]:
+    checkpoint.save_weights(path, subject.network, subject.about)
+    return {}
+
+
+def _read_safetensors(path: Path) -> Answer:
+    network = build(checkpoint.read_about(path))
+    checkpoint.fill(network, checkpoint.load_weights(path), path.name)
+    return network
+
+
+def _traced(subject: Subject, write: Callable[..., Any], **options: Any) -> Any:
+    """Calls a tracer of torch for any number of images."""
+    any_number = ({0: torch.export.Dim("batch", min=1)},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about itself: users can do nothing about it
+        try:
+            return write(subject.network, (subject.images,), dynamic_shapes=any_number, **options)
+        except Exception as error:  # whatever the code of a foreign network provokes in a tracer
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ValueError(f"{subject.about['model']} cannot be traced: {reason}") from error
+
+
+def _write_torch_export(subject: Subject, path: Path) -> dict[str, Any]:
+    program = _traced(subject, torch.export.export)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # tells where the source lies on this machine
+    torch.export.save(program, path)
+    return {"torch": torch.__version__}
+
+
+def _read_torch_export(path: Path) -> Answer:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about its own buffers
+        return torch.export.load(path).module()
+
+
+def _write_onnx(subject: Subject, path: Path) -> dict[str, Any]:
+    require("onnxscript")
+    onnx = require("onnx")
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    program = _traced(subject, torch.onnx.export, dynamo=True, verbose=False, **names)
+    model = program.model_proto
+    graph = model.graph
+    model.ClearField("metadata_props")
+    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")  # where the source lies on this machine, line by line
+        part.ClearField("doc_string")
+    graph.ClearField("metadata_props")
+    graph.ClearField("value_info")  # any reader infers it; quantising makes some of it wrong
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString())
+    return {"opset": next(o.version for o in model.opset_import if not o.domain)}
+
+
+def _read_onnx(path: Path) -> Answer:
+    runtime = require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _write_int8(subject: Subject, path: Path) -> dict[str, Any]:
+    """Quantises in two ways and keeps the one that changes fewer answers.
+
+    Static: the ranges of all activations are read off training images. Dynamic: off each batch.
+    Which is better depends on the network; it is chosen by training images, never by test images.
+    """
+    quantization = require("onnxruntime.quantization")
+    if subject.train is None:
+        raise ValueError("onnx-int8 reads ranges off training images: give --data root=FOLDER")
+    order = np.random.default_rng(0).permutation(len(subject.train.target))
+    # So that a small set is shared out between the two purposes.
+    count = min(CALIBRATION, len(order) // 2)
+    if not count:
+        raise ValueError("onnx-int8 needs two training images at least")
+    by, judged_by = (torch.from_numpy(part) for part in (order[:count], order[count : 2 * count]))
+    plain, ready = path.with_name(FORMATS["onnx"].file), path.with_suffix(".ready")
+    if not plain.exists():  # in the same work
+        _write_onnx(subject, plain)
+    quantization.quant_pre_process(plain, ready, skip_symbolic_shape=True)
+    ways = {way: path.with_suffix(f".{way}") for way in ("static", "dynamic")}
+    reader = _reader(subject.train, by)
+    quantization.quantize_static(ready, ways["static"], reader, per_channel=True)
+    # Without sign: older runtimes have no other integer convolution.
+    kind = quantization.QuantType.QUInt8
+    quantization.quantize_dynamic(ready, ways["dynamic"], per_channel=True, weight_type=kind)
+    same = {
+        way: _agreement(subject.network, _read_onnx(file), subject.train, judged_by)
+        for way, file in ways.items()
+    }
+    best = max(same, key=same.__getitem__)
+    ways[best].rename(path)
+    return {"quantisation": best, "calibration_images": count, "agreement_on_training": same}
+
+
+@torch.no_grad()
+def _agreement(network: Answer, other: Answer, images: Images, index: Tensor) -> float:
+    """Computes the share of some images, in percent, that both give the same class."""
+    same = 0
+    for part in index.split(BATCH):
+        shown = images.read(part, None)
+        same += int((network(shown).argmax(1) == other(shown).argmax(1)).sum())
+    return round(100 * same / len(index), 2)
+
+
+def _reader(images: Images, index: Tensor) -> Any:
+    """Gives images in the way that onnxruntime asks for them."""
+    batches: Iterator[Tensor] = (images.read(part, None) for part in index.split(BATCH))
+
+    class Reader(require("onnxruntime.quantization").CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(batches, None)
+            return None if batch is None else {"images": batch.numpy()}
+
+    return Reader()
+
+
+_ONNX = ("onnx", "onnxscript", "onnxruntime")
+
+FORMATS: Mapping[str, Format] = {
+    "safetensors": Format(
+        "model.safetensors",
+        "weights, which cannot run code, for topkd and torch",
+        _write_safetensors,
+        _read_safetensors,
+    ),
+    "onnx": Format("model.onnx", "for any ONNX runtime", _write_onnx, _read_onnx, _ONNX),
+    "torch-export": Format(
+        "model.pt2",
+        "for torch without the source of the network",
+        _write_torch_export,
+        _read_torch_export,
+    ),
+    "onnx-int8": Format(
+        "model.int8.onnx",
+        "the same in eight bits",
+        _write_int8,
+        _read_onnx,
+        _ONNX,
+        is_rounded=True,
+    ),
+}
+"""Name -> how to write and read it."""

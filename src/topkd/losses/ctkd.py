@@ -1,0 +1,100 @@
+"""Distillation at a temperature that works against the student."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from topkd.features import Batch, Features
+from topkd.losses._validation import count, not_negative, one_of, positive, temperature
+from topkd.losses.base import Loss
+from topkd.losses.dkd import decoupled_distillation
+from topkd.losses.logits import distillation
+from topkd.topology.gradient import scaled_gradient
+
+Of = Literal["kd", "dkd"]
+
+
+def adversity(epoch: int, rise: int = 10) -> float:
+    r"""Computes what the gradient of the temperature is multiplied by.
+
+    .. math:: \lambda_e = -\tfrac{1}{2} \big(1 - \cos(\pi \min(e, r) / r)\big)
+
+    Args:
+        epoch: e, counted from 1.
+        rise: r, the epochs until the gradient is fully reversed.
+
+    Examples:
+        >>> [round(adversity(epoch), 3) for epoch in (0, 5, 10, 200)]
+        [-0.0, -0.5, -1.0, -1.0]
+    """
+    return -(1 - math.cos(math.pi * min(epoch, rise) / rise)) / 2
+
+
+class CurriculumTemperature(Loss):
+    r"""Distillation at one learnt temperature that comes to make the task as hard as it can, CTKD.
+
+    .. math:: T = T_0 + s\, \sigma(\theta)
+
+    where :math:`\theta`, 1 at the start, is trained with the student's optimizer; its gradient is
+    multiplied by :func:`adversity`, so that it climbs what the student descends. In eval mode the
+    gradient is left as it is. The temperature of each image, by a small network, is not offered.
+
+    Args:
+        of: What is computed at this temperature, :func:`~topkd.losses.logits.distillation` (kd)
+            or :func:`~topkd.losses.dkd.decoupled_distillation` (dkd).
+        lowest: :math:`T_0`.
+        spread: s.
+        rise: Epochs until the gradient is fully reversed.
+        alpha: Of dkd, 1 if not told.
+        beta: Of dkd, 2 if not told.
+
+    References:
+        Curriculum Temperature for Knowledge Distillation (Li et al., AAAI 2023)
+        https://arxiv.org/abs/2211.16231
+
+    Examples:
+        >>> round(CurriculumTemperature().temperature.item(), 2)
+        15.62
+    """
+
+    def __init__(
+        self,
+        *,
+        of: Of = "kd",
+        lowest: float = 1.0,
+        spread: float = 20.0,
+        rise: int = 10,
+        alpha: float | None = None,
+        beta: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.of = one_of("of", of, Of)
+        if of == "kd" and not alpha is beta is None:
+            raise ValueError("alpha and beta are options of dkd; set of to dkd, or leave them out")
+        self.rise = count("rise", rise)
+        self.lowest, self.spread = temperature(lowest, "lowest"), positive("spread", spread)
+        temperature(lowest + spread, "lowest + spread")
+        self.alpha = not_negative("alpha", 1.0 if alpha is None else alpha)
+        self.beta = not_negative("beta", 2.0 if beta is None else beta)
+        self.theta = nn.Parameter(torch.ones(()))
+        self.factor = 0.0
+
+    def begin(self, epoch: int) -> None:
+        """Turns the gradient of the temperature against the student, step by step."""
+        self.factor = adversity(epoch, self.rise)
+
+    @property
+    def temperature(self) -> Tensor:
+        """T, a scalar."""
+        theta = scaled_gradient(self.theta, self.factor) if self.training else self.theta
+        return self.lowest + self.spread * theta.sigmoid()
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
+        logits, temperature = (student.logits, teacher.logits), self.temperature
+        if self.of == "kd":
+            return distillation(*logits, temperature=temperature)
+        return decoupled_distillation(
+            *logits, batch.target, alpha=self.alpha, beta=self.beta, temperature=temperature
+        )

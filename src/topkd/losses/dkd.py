@@ -1,0 +1,214 @@
+"""Losses on the logits that treat the class of the label apart from the others."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from topkd.features import Batch, Features
+from topkd.losses._validation import LOGITS, check_shapes, check_target, not_negative
+from topkd.losses._validation import temperature as checked
+from topkd.losses.base import Loss
+from topkd.losses.logits import standardised
+
+
+def others(logits: Tensor, target: Tensor) -> Tensor:
+    """Leaves out the logit of the label.
+
+    Args:
+        logits: (n, classes).
+        target: Labels, (n,).
+
+    Returns:
+        (n, classes - 1), in their order.
+
+    Examples:
+        >>> others(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([1, 2]))
+        tensor([[1., 3.],
+                [4., 5.]])
+    """
+    place = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, place + (place >= target[:, None]))
+
+
+def decoupled_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float | Tensor = 4.0,
+) -> Tensor:
+    r"""Compares how sure two networks are of the label and, apart from that, all else they see.
+
+    .. math:: \frac{T^2}{n} \sum_i \alpha\, \mathrm{KL}\big(b^t_i \,\|\, b^s_i\big)
+        + \beta\, \mathrm{KL}\big(q^t_i \,\|\, q^s_i\big)
+
+    where :math:`b = (p_y, 1 - p_y)` with :math:`p = \mathrm{softmax}(z / T)`, and q is the softmax
+    of :math:`z / T` without the label y. :func:`~topkd.losses.logits.distillation` is the same
+    with :math:`\alpha = 1` and :math:`\beta = 1 - p^t_y`.
+
+    Args:
+        student: Logits :math:`z^s`, (n, classes).
+        teacher: Logits :math:`z^t`, (n, classes).
+        target: Labels y, (n,).
+        alpha: Weight of the label against the rest.
+        beta: Weight of what the rest is made of.
+        temperature: T.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: If the logits differ in shape or are no floats, a label is none of their
+            classes, or an option is out of range.
+
+    References:
+        Decoupled Knowledge Distillation (Zhao et al., CVPR 2022)
+        https://arxiv.org/abs/2203.08679
+
+    Examples:
+        >>> teacher = torch.tensor([[0.0, 1.0, 5.0]])
+        >>> student = torch.tensor([[0.0, 1.0, 9.0]])  # differs in the label, 2, alone
+        >>> decoupled_distillation(student, teacher, torch.tensor([2]), alpha=0.0).item()
+        0.0
+    """
+    check_shapes("logits", student, teacher, form=LOGITS)
+    check_target(target, student)
+    checked(temperature)
+    not_negative("alpha", alpha)
+    not_negative("beta", beta)
+    scaled = [z / temperature for z in (student, teacher)]
+    rests = [others(z, target) for z in scaled]
+    log_b = []
+    for z, rest in zip(scaled, rests, strict=True):
+        odds = z.gather(1, target[:, None]) - rest.logsumexp(1, keepdim=True)
+        log_b.append(F.logsigmoid(torch.cat([odds, -odds], 1)))
+    log_q = [rest.log_softmax(1) for rest in rests]
+    losses = [
+        F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+        for log_s, log_t in (log_b, log_q)
+    ]
+    return temperature**2 * (alpha * losses[0] + beta * losses[1])
+
+
+class DecoupledDistillation(Loss):
+    """:func:`decoupled_distillation` of the logits, DKD; of mixed images, with the main label.
+
+    Published with a warm-up of 20 epochs and ``beta`` 2 for resnet56 to resnet20 and resnet110 to
+    resnet32, 6 for vgg13 and the pairs of WRNs, 8 for resnet32x4 and ResNet50; on ImageNet with
+    T = 1, a warm-up of 1 and ``beta`` 0.5 for ResNet34 to ResNet18.
+
+    Args:
+        alpha: Weight of the label against the rest.
+        beta: Weight of what the rest is made of.
+        temperature: T.
+        standardise: Whether to compare :func:`~topkd.losses.logits.standardised` logits.
+
+    References:
+        Decoupled Knowledge Distillation (Zhao et al., CVPR 2022)
+        https://arxiv.org/abs/2203.08679
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        standardise: bool = False,
+    ) -> None:
+        super().__init__()
+        self.alpha, self.beta = not_negative("alpha", alpha), not_negative("beta", beta)
+        self.temperature = checked(temperature)
+        self.standardise = standardise
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
+        logits = student.logits, teacher.logits
+        s, t = map(standardised, logits) if self.standardise else logits
+        return decoupled_distillation(
+            s, t, batch.target, alpha=self.alpha, beta=self.beta, temperature=self.temperature
+        )
+
+
+def normalized_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 1.5,
+    temperature: float = 1.0,
+) -> Tensor:
+    r"""Adds to the label, as sure as the teacher is of it, the teacher's view of all else.
+
+    .. math:: -\frac{1}{n} \sum_i \Big[ p^t_{iy} \log p^s_{iy}
+        + \gamma T^2 \sum_{j \ne y} q^t_{ij} \log q^s_{ij} \Big]
+
+    where :math:`p = \mathrm{softmax}(z)` and q is the softmax of :math:`z / T` without the label
+    y. These are cross-entropies: a student that equals its teacher does not lose 0.
+
+    The code of the authors is followed. A copy that is part of SDD keeps the label in q, so that
+    numbers quoted from there are of another loss.
+
+    Args:
+        student: Logits :math:`z^s`, (n, classes).
+        teacher: Logits :math:`z^t`, (n, classes).
+        target: Labels y, (n,).
+        gamma: Weight of the other classes.
+        temperature: T, of the other classes.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: If the logits differ in shape or are no floats, a label is none of their
+            classes, or an option is out of range.
+
+    References:
+        From Knowledge Distillation to Self-Knowledge Distillation (Yang et al., ICCV 2023)
+        https://arxiv.org/abs/2303.13005
+
+    Examples:
+        >>> sure, guess = torch.tensor([[99.0, 0.0, 0.0]]), torch.zeros(1, 3)
+        >>> loss = normalized_distillation(guess, sure, torch.tensor([0]), gamma=0.0)
+        >>> round(loss.exp().item(), 4)
+        3.0
+    """
+    check_shapes("logits", student, teacher, form=LOGITS)
+    check_target(target, student)
+    checked(temperature)
+    not_negative("gamma", gamma)
+    label = target[:, None]
+    log_s, log_t = (z.log_softmax(1).gather(1, label) for z in (student, teacher))
+    rest_s, rest_t = (others(z, target) / temperature for z in (student, teacher))
+    rest = (rest_t.softmax(1) * rest_s.log_softmax(1)).sum(1)
+    return -(log_t.exp() * log_s).mean() - gamma * temperature**2 * rest.mean()
+
+
+class NormalizedDistillation(Loss):
+    """:func:`normalized_distillation` of the logits, NKD; of mixed images, with the main label.
+
+    The defaults are those for ImageNet; for CIFAR-100 ``gamma`` 3.5 and T = 3 were published.
+
+    Args:
+        gamma: Weight of the other classes.
+        temperature: T, of the other classes.
+
+    References:
+        From Knowledge Distillation to Self-Knowledge Distillation (Yang et al., ICCV 2023)
+        https://arxiv.org/abs/2303.13005
+    """
+
+    def __init__(self, *, gamma: float = 1.5, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.gamma = not_negative("gamma", gamma)
+        self.temperature = checked(temperature)
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
+        return normalized_distillation(
+            student.logits,
+            teacher.logits,
+            batch.target,
+            gamma=self.gamma,
+            temperature=self.temperature,
+        )

@@ -1,0 +1,296 @@
+"""A loss on what a teacher's last map says in fewer channels."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from topkd._io import files, state
+from topkd._runtime import processes
+from topkd.features import Batch, Features
+from topkd.losses._validation import MAPS, check_shapes, one_of
+from topkd.losses.base import Loss, Source
+from topkd.losses.maps import paired, to_smaller
+from topkd.losses.regression import mean_square
+from topkd.topology.gradient import SMALL, in_units
+
+SLOPE = 0.1  # of the leaky ReLUs
+
+Form = Literal["map", "whole"]
+
+
+def factor_transfer(student: Tensor, teacher: Tensor, *, form: Form = "map") -> Tensor:
+    r"""Compares the factors of two networks, whatever their lengths.
+
+    .. math:: \frac{1}{nm} \sum_i \Big\lVert \frac{q^s_i}{\lVert q^s_i \rVert_2} -
+        \frac{q^t_i}{\lVert q^t_i \rVert_2} \Big\rVert_1
+
+    for n images and m numbers in each q. ``form="map"`` is RepDistiller's: q is the mean over
+    channels of the squared factor, a number for each position. ``form="whole"`` is the paper's: q
+    is the factor itself, where the paper writes a sum and its authors compute a mean.
+    (torchdistill divides by n once more.) The larger factor is averaged to the size of the smaller.
+
+    Args:
+        student: Factor of the student, (n, k, h, w).
+        teacher: Factor of the teacher, (n, k, h, w), with a size that may differ.
+        form: Which of the two.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: If the factors differ in images or channels.
+
+    References:
+        Paraphrasing Complex Network: Network Compression via Factor Transfer (Kim et al., NeurIPS
+        2018) https://arxiv.org/abs/1802.04977
+
+    Examples:
+        >>> left, right = torch.zeros(1, 3, 1, 2), torch.zeros(1, 3, 1, 2)
+        >>> left[..., 0], right[..., 1] = 1.0, -7.0
+        >>> factor_transfer(left, right).item()
+        1.0
+    """
+    check_shapes("factors", student, teacher, 2, MAPS)
+    one_of("form", form, Form)
+    factors = to_smaller(student, teacher)
+    numbers = [f.square().mean(1) if form == "map" else f for f in factors]
+    small = SMALL**2 if form == "map" else SMALL
+    rows = [q.flatten(1) for q in numbers]
+    own, aim = (in_units(q, q.norm(dim=1, keepdim=True), small) for q in rows)
+    return F.l1_loss(own, aim)
+
+
+def encoder(channels: int, factors: int, *, normalised: bool) -> nn.Sequential:
+    """Builds what makes factors (n, k, h, w) of a map (n, c, h, w): three 3x3 convolutions.
+
+    Args:
+        channels: c.
+        factors: k.
+        normalised: Whether a normalisation follows each.
+    """
+    widths = [(channels, channels), (channels, factors), (factors, factors)]
+    return _chain([nn.Conv2d(a, b, 3, padding=1) for a, b in widths], normalised)
+
+
+def _chain(
+    convolutions: Sequence[nn.Conv2d | nn.ConvTranspose2d], normalised: bool
+) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for convolution in convolutions:
+        nn.init.kaiming_normal_(convolution.weight, a=SLOPE)  # torch's own fades in six layers
+        nn.init.zeros_(cast(Tensor, convolution.bias))
+        between = [nn.BatchNorm2d(convolution.out_channels)] if normalised else []
+        layers += [convolution, *between, nn.LeakyReLU(SLOPE)]
+    return nn.Sequential(*layers)
+
+
+class Paraphraser(nn.Module):
+    """An auto-encoder of maps: (n, c, h, w) to factors (n, k, h, w) and back.
+
+    Args:
+        channels: c.
+        factors: k.
+
+    References:
+        Paraphrasing Complex Network: Network Compression via Factor Transfer (Kim et al., NeurIPS
+        2018) https://arxiv.org/abs/1802.04977
+
+    Examples:
+        >>> Paraphraser(8, 4).encoder(torch.zeros(2, 8, 3, 3)).shape
+        torch.Size([2, 4, 3, 3])
+    """
+
+    def __init__(self, channels: int, factors: int) -> None:
+        super().__init__()
+        self.encoder = encoder(channels, factors, normalised=False)
+        widths = [(factors, factors), (factors, channels), (channels, channels)]
+        back = [nn.ConvTranspose2d(a, b, 3, padding=1) for a, b in widths]
+        self.decoder = _chain(back, normalised=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return self.decoder(self.encoder(maps))
+
+
+class FactorTransfer(Loss):
+    """:func:`factor_transfer` of the last maps.
+
+    The teacher's factors are what a :class:`Paraphraser` of its last map makes of it, an
+    auto-encoder that learns from the teacher alone before the student begins. The student's are
+    made by a translator: the same encoder with normalisations, which learns with the student.
+
+    Args:
+        paraphrase: Makes the teacher's factors; its weights stay as they are.
+        translate: Makes the student's.
+        form: "map" or "whole", as :func:`factor_transfer` takes it.
+        facts: What readers of the results should know of the paraphraser.
+
+    References:
+        Paraphrasing Complex Network: Network Compression via Factor Transfer (Kim et al., NeurIPS
+        2018) https://arxiv.org/abs/1802.04977
+    """
+
+    reads_maps = True
+
+    def __init__(
+        self,
+        paraphrase: nn.Module,
+        translate: nn.Module,
+        *,
+        form: Form = "map",
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.paraphrase, self.translate = paraphrase.requires_grad_(False), translate
+        self.form, self._facts = one_of("form", form, Form), facts or {}
+
+    @classmethod
+    def between(  # type: ignore[override]  # its options are named
+        cls,
+        student: Features,
+        teacher: Features,
+        source: Source,
+        *,
+        form: Form = "map",
+        rate: float = 0.5,
+        epochs: int = 30,
+        lr: float = 0.01,
+    ) -> FactorTransfer:
+        """Builds the loss, training the paraphraser where that has not been done.
+
+        Args:
+            student: What the student makes of some batch.
+            teacher: What the teacher makes of it.
+            source: The teacher's answers to the training images.
+            form: "map", as RepDistiller, or "whole", as the paper.
+            rate: Factors for each channel of the teacher's last map.
+            epochs: How long the paraphraser is trained.
+            lr: Its learning rate.
+
+        Raises:
+            ValueError: If one of the networks has no map, an option is out of range, or the
+                paraphraser does not learn.
+        """
+        ((own, last),) = paired(student.maps[-1:], teacher.maps[-1:])
+        if not all(0 < value < math.inf for value in (rate, epochs, lr)):
+            raise ValueError(f"rate, epochs and lr must be positive, got {rate}, {epochs} and {lr}")
+        channels = last.shape[1]
+        factors = max(1, int(rate * channels))
+        paraphraser, error = processes.by_first(
+            lambda: learn(source, channels, factors, epochs=epochs, lr=lr)
+        )
+        translator = encoder(own.shape[1], factors, normalised=True)
+        facts = {"factors": factors, "reconstruction_error": error}
+        return cls(paraphraser.encoder, translator, form=form, facts=facts)
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
+        own, aim = self.translate(student.maps[-1]), self.paraphrase(teacher.maps[-1])
+        return factor_transfer(own, aim, form=self.form)
+
+    def facts(self) -> dict[str, Any]:
+        """Tells how many factors there are and how much of the map is lost in them."""
+        return self._facts
+
+
+def learn(
+    source: Source, channels: int, factors: int, *, epochs: int, lr: float
+) -> tuple[Paraphraser, float]:
+    """Trains a paraphraser of a teacher's last maps, or loads it where that is done.
+
+    It is trained by SGD with momentum 0.9 and weight decay 5e-4 on the mean squared error. After
+    each epoch its state is written, from which the next call goes on.
+
+    Args:
+        source: The teacher's answers to the training images, and where to keep the result.
+        channels: Of the last map.
+        factors: Channels of what is made of it.
+        epochs: Passes over the augmented training images.
+        lr: Learning rate.
+
+    Returns:
+        The paraphraser and what it lost in its last epoch: the squared error as a share of the
+        maps' squares.
+
+    Raises:
+        ValueError: If the error is not finite.
+    """
+    about = json.dumps([source.teacher_hash, channels, factors, epochs, lr])
+    path = source.folder / f"paraphraser-{files.sha256(about.encode())[:8]}.safetensors"
+    with torch.random.fork_rng(devices=[]):  # the translator is the same, trained or loaded
+        torch.manual_seed(0)
+        network = Paraphraser(channels, factors)
+    if not files.is_complete(path):
+        with source.progress.alone(path):
+            _learn(network, source, path, epochs, lr)
+    weights = load(files.read_checked(path))
+    error = weights.pop("error").item()
+    network.load_state_dict(weights)
+    return network.eval(), error
+
+
+def _learn(network: Paraphraser, source: Source, path: Path, epochs: int, lr: float) -> None:
+    """Trains a paraphraser and writes it, unless another process has done so by now."""
+    if not files.is_complete(path):
+        error = _train(network, source, path.with_suffix(".state"), epochs, lr)
+        source.progress.say(f"Paraphraser: {error:.1%} of the maps is lost")
+        weights = network.cpu().state_dict() | {"error": torch.tensor(error, dtype=torch.float64)}
+        files.write_checked(path, save(weights))
+        state.delete(path.with_suffix(".state"))
+
+
+def _train(network: Paraphraser, source: Source, saved: Path, epochs: int, lr: float) -> float:
+    """Trains a network, going on from a saved state, and tells its error in the last epoch."""
+    if source.teacher is not None:  # its maps are large: the GPU it is on is good for them too
+        network.to(next(source.teacher.network.parameters()).device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    done, error = 0, math.nan
+    resumed = state.load(saved)
+    if resumed is not None:
+        network.load_state_dict(resumed["network"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        done, error = resumed["epoch"], resumed["error"]
+    with source.progress.bar("Paraphraser", epochs * source.images, "images") as advance:
+        advance(done * source.images, "")
+        for epoch in range(done, epochs):
+            error = _epoch(network, optimizer, source, epoch, advance)
+            advance(0, f"epoch {epoch + 1}, {error:.1%} lost")
+            if not math.isfinite(error):
+                raise ValueError(f"the paraphraser diverged at lr {lr}; give it a smaller one")
+            reached = {
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "epoch": epoch + 1,
+                "error": error,
+            }
+            state.save(saved, reached)
+    return error
+
+
+def _epoch(
+    network: Paraphraser,
+    optimizer: torch.optim.Optimizer,
+    source: Source,
+    epoch: int,
+    advance: Callable[[int, str], None],
+) -> float:
+    """Trains for one pass over the images and tells which share of the maps is lost."""
+    device = next(network.parameters()).device
+    lost, whole = torch.zeros((), device=device), torch.zeros((), device=device)
+    for batch, answer in source.answers(epoch):
+        maps = answer.maps[-1].to(device)
+        error = mean_square(network(maps), maps)
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        lost += error.detach() * len(maps)
+        whole += maps.square().mean() * len(maps)
+        advance(len(batch.index), "")
+    return (lost / whole).item()

@@ -1,0 +1,144 @@
+"""Losses that compare the shapes of two clouds of the same images, and see which is which."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from topkd.losses._validation import at_least_one, one_of
+from topkd.losses.controls import Edges, Labelled, Target
+from topkd.topology import edge_matching, rtd_lite, ultrametric
+from topkd.topology.correspondence import Unit
+
+
+class EdgeMatching(Labelled):
+    """:func:`~topkd.topology.edge_matching` of the embeddings, by both their spanning trees.
+
+    The paper divides by no scale. Its released code divides the teacher's lengths by their maximum
+    and the student's by a learnt number, and has no ½: that is ``scale: learnt``, with twice the
+    weight. Here that number is the exponential of a weight, so that it stays positive.
+
+    Args:
+        scale: What lengths are divided by, see :mod:`topkd.topology.correspondence`; or "learnt".
+        detach_scale: Whether the scale counts as a constant.
+        symmetric: Whether the edges of the student's tree count, and not the teacher's alone.
+        edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
+        target: ``permuted`` for the teacher's answers to other images, see there.
+
+    Raises:
+        ValueError: If the target is no control of this loss.
+
+    References:
+        Topological Autoencoders (Moor et al., ICML 2020)
+        https://arxiv.org/abs/1906.00722
+    """
+
+    def __init__(
+        self,
+        *,
+        scale: Unit | Literal["learnt"] = "mean",
+        detach_scale: bool = False,
+        symmetric: bool = True,
+        edges: Edges = "persistent",
+        target: Target = "own",
+    ) -> None:
+        super().__init__(edges, target)
+        if scale != "learnt":
+            one_of("scale", scale, Unit)
+        self.scale, self.detach_scale, self.symmetric = scale, detach_scale, symmetric
+        self.log_scale = nn.Parameter(torch.zeros(())) if scale == "learnt" else None
+
+    def compared(self, student: Tensor, teacher: Tensor, tree: Tensor | None) -> Tensor:
+        if self.log_scale is not None:
+            student = student / self.log_scale.exp()
+        return edge_matching(
+            student,
+            teacher,
+            unit="none" if self.scale == "learnt" else self.scale,
+            teacher_unit="max" if self.scale == "learnt" else self.scale,
+            detach_unit=self.detach_scale,
+            symmetric=self.symmetric,
+            edges="tree" if tree is None else tree,
+        )
+
+
+class RTDLite(Labelled):
+    """:func:`~topkd.topology.rtd_lite` of the embeddings: when the same clusters form.
+
+    Args:
+        scale: What lengths are divided by, see :mod:`topkd.topology.correspondence`: the paper's
+            quantile of all distances, or ``matrix_quantile`` as in its released code.
+        detach_scale: Whether the scale counts as a constant.
+        edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
+        target: ``permuted`` for the teacher's answers to other images, see there.
+
+    Raises:
+        ValueError: If the target is no control of this loss.
+
+    References:
+        RTD-Lite: Scalable Topological Analysis for Comparing Weighted Graphs in Learning Tasks
+        (Tulchinskii et al., AISTATS 2025)
+        https://arxiv.org/abs/2503.11910
+    """
+
+    def __init__(
+        self,
+        *,
+        scale: Unit = "quantile",
+        detach_scale: bool = False,
+        edges: Edges = "persistent",
+        target: Target = "own",
+    ) -> None:
+        super().__init__(edges, target)
+        self.scale, self.detach_scale = one_of("scale", scale, Unit), detach_scale
+
+    def compared(self, student: Tensor, teacher: Tensor, tree: Tensor | None) -> Tensor:
+        return rtd_lite(
+            student, teacher, unit=self.scale, detach_unit=self.detach_scale, edges=tree
+        )
+
+
+class Ultrametric(Labelled):
+    """:func:`~topkd.topology.ultrametric` of the embeddings: when two images fall together.
+
+    Args:
+        order: The exponent of a difference, at least 1.
+        scale: What lengths are divided by, see :mod:`topkd.topology.correspondence`.
+        detach_scale: Whether the scale counts as a constant.
+        edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
+        target: ``permuted`` for the teacher's answers to other images, see there.
+
+    Raises:
+        ValueError: If the order is below 1, or the target is no control of this loss.
+
+    References:
+        Characterization, Stability and Convergence of Hierarchical Clustering Methods
+        (Carlsson & Mémoli, JMLR 2010), for the ultrametric; as a loss it is defined here
+        https://jmlr.org/papers/v11/carlsson10a.html
+    """
+
+    def __init__(
+        self,
+        *,
+        order: float = 1.0,
+        scale: Unit = "mean",
+        detach_scale: bool = False,
+        edges: Edges = "persistent",
+        target: Target = "own",
+    ) -> None:
+        super().__init__(edges, target)
+        one_of("scale", scale, Unit)
+        at_least_one("order", order)
+        self.order, self.scale, self.detach_scale = order, scale, detach_scale
+
+    def compared(self, student: Tensor, teacher: Tensor, tree: Tensor | None) -> Tensor:
+        return ultrametric(
+            student,
+            teacher,
+            order=self.order,
+            unit=self.scale,
+            detach_unit=self.detach_scale,
+            edges=tree,
+        )

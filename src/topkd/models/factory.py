@@ -1,0 +1,380 @@
+"""Networks of torchvision, of timm and of the user's own, by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from topkd._runtime.imports import imported
+from topkd.features import Tapped
+from topkd.models import MODELS, Model
+from topkd.models.feature_info import taps_of
+from topkd.models.found import taps_by_running
+
+_ORIGINS = ("torchvision", "timm")
+_WIDTHS = ("classes", "num_classes", "n_classes", "nb_classes", "num_class")  # that callables take
+_AUXILIARY = ("googlenet", "inception_v3")  # of torchvision: they answer with more than logits
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of weights that come with a network."""
+
+    classes: int  # it tells apart
+    size: int  # pixels on a side of its images
+    mean: tuple[float, float, float]  # with which they were normalised
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Foreign(Model):
+    """A network of others: it takes classes, size and pretrained, and is itself asked for taps."""
+
+    published: Callable[[], Published] | None = None
+
+    def build(self, classes: int) -> Tapped:
+        """Builds the network, new, with the taps of its family."""
+        return _tapped(self.about, self.network(classes, None, False), None, {})
+
+
+def find(name: str) -> Model:
+    """Finds a network by its name.
+
+    Args:
+        name: One of :data:`topkd.models.MODELS`; ``torchvision:`` or ``timm:`` and a name there,
+            with a dot and the name of certain weights if these are wanted; or ``module:callable``,
+            of an installed module or one in the current folder. It is called with ``classes=`` or
+            ``num_classes=``, and with ``size=``, as far as it takes them.
+
+    Raises:
+        ValueError: If there is none of this name, or the package it comes from is not installed.
+
+    Examples:
+        >>> find("resnet20").about
+        'CIFAR ResNet of 20 layers, 64 wide at the end'
+        >>> find("torchvision:resnet18").build(10).maps
+        ('relu', 'layer1', 'layer2', 'layer3', 'layer4')
+    """
+    if name in MODELS:
+        return MODELS[name]
+    origin, colon, rest = name.partition(":")
+    if not colon:
+        raise ValueError(
+            f"there is no {name!r}{_near(name, MODELS)} "
+            "Others are named torchvision:NAME, timm:NAME or MODULE:CALLABLE"
+        )
+    if origin == "torchvision":
+        return _of_torchvision(rest)
+    return _of_timm(rest) if origin == "timm" else _of_user(origin, rest)
+
+
+def is_own(name: str) -> bool:
+    """Tells whether a name is that of a callable of the user's own."""
+    return ":" in name and name.split(":")[0] not in _ORIGINS
+
+
+def refuse_code(model: str, origin: str) -> None:
+    """Refuses a file that asks for a network by MODULE:CALLABLE.
+
+    To find it means to import a module and to call what is in it, which a file of unknown origin
+    must not bring about.
+
+    Args:
+        model: The network that the file names.
+        origin: Name of the file, for the message.
+
+    Raises:
+        ValueError: If the network is neither ours, nor torchvision's, nor timm's.
+    """
+    if is_own(model):
+        raise ValueError(f"{origin} asks to run {model}; if that is code of yours, say --trust")
+
+
+def build(
+    name: str,
+    classes: int,
+    size: int | None = None,
+    *,
+    pretrained: bool = False,
+    maps: Sequence[str] | None = None,
+    head: str | None = None,
+    preactivations: Sequence[str] | None = None,
+) -> Tapped:
+    """Builds a network, new or as it was published, with its taps.
+
+    Args:
+        name: As :func:`find` takes it.
+        classes: Width of the logits. Published weights of another number get a new classifier. A
+            callable of the user that takes no number of classes decides by itself.
+        size: Pixels on a side of the images it will be shown, for networks that are built for one
+            size; position embeddings are interpolated. Their own if not given.
+        pretrained: Whether to download the weights that torchvision or timm publish.
+        maps: Taps in place of its family's, which then has no pre-activations either. A network of
+            no family is run once to find maps and head, if they are not given.
+        head: Name of its classifier.
+        preactivations: Taps in place of its family's.
+
+    Raises:
+        ValueError: If the network is unknown, has no published weights, has no module of one of
+            the names, or is of no known family, no head was given and none is found.
+        RuntimeError: If it has to be run, and cannot take images of this size.
+        OSError: If weights cannot be downloaded.
+    """
+    model = find(name)
+    given = {"maps": maps, "head": head, "preactivations": preactivations}
+    own: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if maps is not None:
+        own.setdefault("preactivations", ())
+    if pretrained:
+        published(name)
+    if isinstance(model, Foreign):
+        return _tapped(name, model.network(classes, size, pretrained), size, own)
+    return Tapped(model.network(classes=classes), **{**model.taps, **own})
+
+
+def published(name: str) -> Published:
+    """Tells of the weights that come with a network.
+
+    Raises:
+        ValueError: If the network is unknown, or none come with it.
+    """
+    model = find(name)
+    if not isinstance(model, Foreign) or model.published is None:
+        raise ValueError(f"no weights come with {name!r}; they do with torchvision's and timm's")
+    return model.published()
+
+
+def _tapped(name: str, network: nn.Module, size: int | None, own: dict[str, Any]) -> Tapped:
+    taps = {**taps_of(network), **own}
+    missing = [key for key in ("head", "maps") if key not in taps]
+    found = _found(name, network, size, missing) if missing else {}
+    if "maps" in taps:  # the pre-activations that were found belong to other maps
+        found.pop("preactivations", None)
+    taps = {"maps": (), **found, **taps}
+    if "head" not in taps:
+        some = ", ".join(child for child, _ in network.named_children())
+        raise ValueError(
+            f"{name} answers with what no layer of it gives: give its head, the module that makes "
+            f"logits of embeddings; it has {some}"
+        )
+    tapped = Tapped(network, **taps)
+    if missing:
+        maps = ", ".join(taps["maps"]) or "none"
+        tapped.found = (
+            f"{name} is read as it was found to compute: head {taps['head']}, maps {maps}"
+        )
+    return tapped
+
+
+def _found(
+    name: str, network: nn.Module, size: int | None, missing: Sequence[str]
+) -> dict[str, Any]:
+    try:
+        return taps_by_running(network, size)
+    except (RuntimeError, AssertionError) as error:
+        if size is not None:
+            raise
+        if "head" in missing:
+            raise ValueError(
+                f"{name} takes images of no usual size, so that it cannot be tried where it is to "
+                "be read: give its head, and the maps to read"
+            ) from error
+        return {}
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(near)}?" if near else "."
+
+
+# --- torchvision ---------------------------------------------------------------------------------
+
+
+def _of_torchvision(name: str) -> Foreign:
+    from torchvision import models
+
+    base, _, tag = name.partition(".")
+    names = models.list_models(module=models)
+    if base not in names:
+        raise ValueError(f"there is no 'torchvision:{name}'{_near(base, names)}")
+    tags = [weights.name for weights in models.get_model_weights(base)]
+    if tag and tag not in tags:
+        raise ValueError(f"torchvision:{base} has no weights {tag!r}; it has {', '.join(tags)}")
+    create = partial(_create_torchvision, base, tag or "DEFAULT")
+    about = f"torchvision:{name}"
+    return Foreign(create, {}, about, partial(_published_torchvision, base, tag or "DEFAULT"))
+
+
+def _published_torchvision(name: str, tag: str) -> Published:
+    from torchvision import models
+
+    weights = models.get_model_weights(name)[tag]
+    shown = weights.transforms()
+    classes, size = len(weights.meta["categories"]), shown.crop_size[0]
+    return Published(classes, size, tuple(shown.mean), tuple(shown.std))
+
+
+def _create_torchvision(
+    name: str, tag: str, classes: int, size: int | None, pretrained: bool
+) -> Any:
+    from torchvision import models
+
+    options: dict[str, Any] = {}
+    if name in _AUXILIARY:
+        options = {"aux_logits": False} | ({} if pretrained else {"init_weights": True})
+    if name.startswith("maxvit"):
+        options["input_size"] = (size or 224,) * 2
+    if not pretrained:
+        if name.startswith("vit_") and size is not None:
+            options["image_size"] = size
+        return models.get_model(name, num_classes=classes, **options)
+    weights = models.get_model_weights(name)[tag]
+    # Refuses a file with code; torchvision then reads that same file in its own way.
+    weights.get_state_dict(check_hash=True, weights_only=True)
+    network = models.get_model(name, weights=weights, **options)
+    if name.startswith("vit_") and size not in (None, network.image_size):
+        network = _resized(name, network, size)
+    if classes != len(weights.meta["categories"]):
+        _replace_head(network, classes)
+    return network
+
+
+def _resized(name: str, network: Any, size: int | None) -> Any:
+    from torchvision import models
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    state = interpolate_embeddings(size, network.patch_size, network.state_dict())
+    resized = models.get_model(name, num_classes=network.num_classes, image_size=size)
+    resized.load_state_dict(state)
+    return resized
+
+
+def _replace_head(network: nn.Module, classes: int) -> None:
+    head = taps_of(network).get("head")
+    if head is None:
+        raise ValueError(f"{type(network).__name__} has no classifier that could be replaced")
+    parent, _, name = head.rpartition(".")
+    old = network.get_submodule(head)
+    assert isinstance(old, nn.Linear)
+    setattr(network.get_submodule(parent), name, nn.Linear(old.in_features, classes))
+
+
+# --- timm ----------------------------------------------------------------------------------------
+
+
+def _of_timm(name: str) -> Foreign:
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"timm:{name} needs timm, which is not installed: pip install 'topkd[models]'"
+        ) from error
+
+    base, _, tag = name.partition(".")
+    names = timm.list_models()
+    if base not in names:
+        raise ValueError(f"there is no 'timm:{name}'{_near(base, names)}")
+    tags = [full.partition(".")[2] for full in timm.list_models(f"{base}.*", pretrained=True)]
+    if tag and tag not in tags:
+        raise ValueError(f"timm:{base} has no weights {tag!r}; it has {', '.join(tags)}")
+    told = partial(_published_timm, name) if tags or timm.is_model_pretrained(name) else None
+    return Foreign(partial(_create_timm, name), {}, f"timm:{name}", told)
+
+
+def _published_timm(name: str) -> Published:
+    import timm
+
+    told: Any = timm.get_pretrained_cfg(name)
+    return Published(told.num_classes, told.input_size[-1], tuple(told.mean), tuple(told.std))
+
+
+def _create_timm(name: str, classes: int, size: int | None, pretrained: bool) -> Any:
+    import timm
+
+    told: Any = timm.get_pretrained_cfg(name)
+    fixed = told is not None and told.fixed_input_size and size not in (None, told.input_size[-1])
+    options: dict[str, Any] = {"img_size": size} if fixed else {}
+    try:
+        network: Any = timm.create_model(
+            name, pretrained=pretrained, num_classes=classes, **options
+        )
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        own = told.input_size[-1]
+        raise ValueError(f"timm:{name} takes images of {own} px only, not of {size}") from error
+    if hasattr(network, "set_distilled_training"):  # in training, both heads answer
+        network.set_distilled_training(True)
+    return network
+
+
+# --- the user's own ------------------------------------------------------------------------------
+
+
+def _of_user(module: str, attribute: str) -> Foreign:
+    name = f"{module}:{attribute}"
+    try:
+        found = imported(module)
+    except (ImportError, SyntaxError) as error:
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        if absent is None or not f"{module}.".startswith(f"{absent}."):
+            raise ValueError(f"{name}: {module} cannot be imported: {error}") from error
+        raise ValueError(
+            f"{name}: there is no module {absent!r}; is it installed, in the current folder, or on "
+            "PYTHONPATH?"
+        ) from error
+    function = getattr(found, attribute, None)
+    if not callable(function):
+        names = [known for known in vars(found) if not known.startswith("_")]
+        raise ValueError(f"{name}: {module} has no callable {attribute!r}{_near(attribute, names)}")
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and parameter.name not in (*_WIDTHS, "size")
+    ]
+    if needed:
+        raise ValueError(
+            f"{name} needs {', '.join(needed)}, and is given no more than classes and size; name a "
+            "function that gives the rest"
+        )
+    return Foreign(partial(_create_own, name, function), {}, name)
+
+
+def _create_own(
+    name: str,
+    function: Callable[..., Any],
+    classes: int,
+    size: int | None,
+    pretrained: bool,
+) -> nn.Module:
+    takes = inspect.signature(function).parameters
+    options = {"size": size} if "size" in takes and size is not None else {}
+    width = next((width for width in _WIDTHS if width in takes), None)
+    if width is None and any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        network = _created_by_keywords(function, classes, options)
+    else:
+        network = function(**({} if width is None else {width: classes}), **options)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name} made a {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+def _created_by_keywords(
+    function: Callable[..., Any], classes: int, options: Mapping[str, Any]
+) -> Any:
+    """Calls what hands its keywords on, and does not say which of them are known there."""
+    for width in _WIDTHS:
+        try:
+            return function(**{width: classes}, **options)
+        except TypeError as error:
+            if f"unexpected keyword argument '{width}'" not in str(error):
+                raise
+    return function(**options)

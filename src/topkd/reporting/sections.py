@@ -1,0 +1,369 @@
+"""What the files of finished runs show: figures with the words that belong to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from topkd._io import files
+from topkd.config.recipe import STUDENT
+from topkd.evaluation import metrics
+from topkd.evaluation.results import Judged, Result, Run, Study
+from topkd.evaluation.statistics import Sample
+from topkd.models import checkpoint
+from topkd.reporting import plots
+from topkd.topology.approximation import Approximation, cut_clouds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FAINT = 0.001  # share of the gradient below which a term is as good as absent
+POOR = 0.5  # R² below which an approximator is no stand-in
+CLOUDS = 4  # shown of an approximator
+NO_METRICS = "No curves: there is no metrics.jsonl beside the results."
+NO_EXAMPLES = "there is no examples.safetensors of both sides beside the results."
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and what it shows, for those who cannot see it."""
+
+    figure: Figure
+    alt: str
+    raster: bool = False  # a PNG rather than an SVG, where there are many marks
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A part of the report on one recipe; the template knows its heading and explanation."""
+
+    name: str
+    sentences: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
+    missing: Sequence[str] = ()  # what is left out, and why
+    legend: Mapping[str, str] = field(default_factory=dict)  # what -> colour
+
+
+def training(study: Study) -> Chapter:
+    """Draws accuracy and every term of the loss over the epochs, for all arms."""
+    runs = {
+        arm: [run.history for run in seeds.values() if run.history]
+        for arm, seeds in study.arms.items()
+    }
+    runs = {arm: histories for arm, histories in runs.items() if histories}
+    if not runs:
+        return Chapter("training", missing=[NO_METRICS])
+    colours, judged_on = plots.palette(list(study.arms)), study.first.result.judged_on
+    accuracies = {
+        arm: [[entry[f"{judged_on}_top1"] for entry in history] for history in histories]
+        for arm, histories in runs.items()
+    }
+    figure = plots.curves(
+        accuracies, title="Accuracy", ylabel=f"{judged_on} accuracy, %", colours=colours
+    )
+    pictures = [Picture(figure, f"{judged_on} accuracy over the epochs of {', '.join(runs)}")]
+    losses = {arm: _over_epochs(histories, "losses") for arm, histories in runs.items()}
+    for term in dict.fromkeys(term for terms in losses.values() for term in terms):
+        values = {arm: terms[term] for arm, terms in losses.items() if term in terms}
+        figure = plots.curves(
+            values, title=term, ylabel="loss, unweighted", colours=colours, wide=True
+        )
+        pictures.append(Picture(figure, f"loss {term} over the epochs of {', '.join(values)}"))
+    return Chapter("training", pictures=pictures)
+
+
+def _over_epochs(
+    histories: Sequence[Sequence[Mapping[str, Any]]], kind: str
+) -> dict[str, list[list[float]]]:
+    """Values of each term for each seed, in each epoch; NaN where it had not begun or had ended."""
+    terms = dict.fromkeys(term for history in histories for e in history for term in e[kind])
+    return {
+        term: [[entry[kind].get(term, math.nan) for entry in history] for history in histories]
+        for term in terms
+    }
+
+
+def faint_terms(study: Study) -> list[str]:
+    """Warns of terms that have a weight but next to no part in the gradient at the last epoch."""
+    warnings = []
+    for arm, seeds in study.arms.items():
+        weighted = [t.name for t in next(iter(seeds.values())).result.losses if t.weight]
+        for term, share in _last_shares(seeds).items():
+            if term in weighted and share.mean < FAINT:
+                warnings.append(
+                    f"In {arm}, the term {term} carries {percent(share.mean)} of the gradient "
+                    f"at the last epoch (mean of {count(share.n, 'seed')}). Below 0.1 % a term "
+                    "hardly moves the student, whatever it measures: a difference between the "
+                    "runs does not speak for or against it."
+                )
+    return warnings
+
+
+def _last_shares(seeds: Mapping[int, Run]) -> dict[str, Sample]:
+    """The share of each term in the gradient at the last epoch, over the seeds of an arm."""
+    results = [run.result for run in seeds.values()]
+    return {
+        term: Sample(tuple(r.gradient_share[term] for r in results if term in r.gradient_share))
+        for term in results[0].gradient_share
+    }
+
+
+def gradients(study: Study) -> Chapter | None:
+    """Draws which share of the gradient each term has, for arms with several terms."""
+    shares = {arm: _last_shares(seeds) for arm, seeds in study.arms.items()}
+    shares = {arm: terms for arm, terms in shares.items() if len(terms) > 1}
+    if not shares:
+        return None
+    over_epochs = {}
+    for arm in shares:
+        histories = [run.history for run in study.arms[arm].values() if run.history]
+        over_epochs[arm] = _over_epochs(histories, "gradient_share")
+    colours = plots.palette(list({term: None for terms in over_epochs.values() for term in terms}))
+    pictures, sentences = [], []
+    for arm, last in shares.items():
+        listed = ", ".join(f"{term} {percent(share.mean)}" for term, share in last.items())
+        seeds = count(len(study.arms[arm]), "seed")
+        sentences.append(f"{arm}, last epoch, mean of {seeds}: {listed}.")
+        if terms := over_epochs[arm]:
+            figure = plots.gradient_shares(terms, title=arm, colours=colours)
+            alt = f"share of the gradient of {', '.join(terms)} in {arm}"
+            pictures.append(Picture(figure, alt))
+    missing = [] if pictures else [NO_METRICS]
+    return Chapter("gradients", sentences, faint_terms(study), pictures, missing)
+
+
+def _shown(study: Study) -> dict[str, Run]:
+    """Chooses a run of the first control and one of the recipe's own, of the same seed."""
+    main = STUDENT if STUDENT in study.arms else list(study.arms)[-1]
+    arms = [main] if study.control in (None, main) else [str(study.control), main]
+    kept = {arm: {s: r for s, r in study.arms[arm].items() if r.examples} for arm in arms}
+    if not all(kept.values()):
+        return {}
+    common = set.intersection(*(set(seeds) for seeds in kept.values()))
+    return {arm: seeds[min(common or seeds)] for arm, seeds in kept.items()}
+
+
+def _embeddings(study: Study) -> tuple[dict[str, Tensor], Tensor] | None:
+    """The embeddings of the teacher and of the runs that are shown, and the classes."""
+    runs = _shown(study)
+    if not runs or not all("teacher" in run.examples for run in runs.values()):
+        return None
+    first = next(iter(runs.values()))
+    embeddings = {f"teacher, {_teacher(first)}": first.examples["teacher"]}
+    embeddings |= {
+        f"{arm}, seed {run.result.seed}": run.examples["student"] for arm, run in runs.items()
+    }
+    target = first.examples["target"]
+    if any(len(embedding) != len(target) for embedding in embeddings.values()):
+        return None  # runs that were judged on different images do not compare
+    return embeddings, target
+
+
+def _teacher(run: Run) -> str:
+    return "" if run.result.teacher is None else run.result.teacher.model
+
+
+def shape(study: Study) -> Chapter | None:
+    """Draws the H0 diagrams of teacher, control and student for one cloud of test images."""
+    if study.first.result.teacher is None:
+        return None
+    sentences = _distances(study)
+    found = _embeddings(study)
+    size = study.cloud_size
+    if found is None or len(found[1]) < size:
+        reason = NO_EXAMPLES if found is None else f"fewer than {size} images were kept."
+        return Chapter("shape", sentences, missing=[f"No diagrams: {reason}"])
+    deaths = {}
+    for name, embedding in found[0].items():
+        cloud = _clouds(embedding, size)[0]
+        deaths[name] = metrics.relative_diagrams(cloud, size).deaths[0].numpy()
+    end = max(float(values.max()) for values in deaths.values())
+    colours = dict(zip(deaths, (plots.TEACHER, *plots.COLOURS), strict=False))
+    unit = "mean = 1"
+    pictures = [
+        Picture(
+            plots.barcode(values, title=name, end=end, unit=unit, colour=colours[name]),
+            f"bars of the H0 diagram of {name}, {size} test images",
+        )
+        for name, values in deaths.items()
+    ]
+    together = plots.sorted_deaths(deaths, title="Together", unit=unit, colours=colours)
+    pictures.append(Picture(together, f"sorted bar lengths of {', '.join(deaths)}"))
+    return Chapter("shape", sentences, pictures=pictures)
+
+
+def accuracy(result: Result) -> float:
+    """The accuracy of a run at the last epoch, in percent."""
+    return result.last.top1
+
+
+def distance(result: Result) -> float | None:
+    """The topological distance of a run to its teacher, if it was measured."""
+    return None if result.likeness is None else result.likeness.topological_distance
+
+
+def _distances(study: Study) -> list[str]:
+    measured = {arm: study.over_seeds(arm, distance) for arm in study.arms}
+    listed = ", ".join(
+        f"{arm} {Sample(tuple(values.values())):.3f}" for arm, values in measured.items() if values
+    )
+    if not listed:
+        return []
+    sentences = [f"Topological distance to the teacher, over all clouds of test images: {listed}."]
+    for arm, found in study.compare(distance).items():
+        if found is not None and found.interval is not None:
+            low, high = found.interval
+            ends = f"{fixed(low, '+.3f')} to {fixed(high, '+.3f')}"
+            sentences.append(
+                f"Seed by seed, {arm} is {abs(found.mean):.3f} "
+                f"{'closer' if found.mean < 0 else 'farther'} than {study.control} (95 % interval "
+                f"of the difference {ends}, {count(found.n, 'seed')})"
+                f"{', which may be chance.' if low <= 0 <= high else '.'}"
+            )
+    return sentences
+
+
+def _clouds(embedding: Tensor, size: int) -> Tensor:
+    """Cuts clouds of the same images whatever the network, however the images are sorted."""
+    return cut_clouds(embedding, size, torch.Generator().manual_seed(0))
+
+
+def fidelities(study: Study) -> dict[str, Judged]:
+    """Finds how well the approximators of a study stand for the exact: whose -> numbers."""
+    found: dict[str, Judged] = {}
+    for run in study.runs:
+        for term, facts in run.result.facts.items():
+            if facts.fidelity is not None and facts.fidelity not in found.values():
+                found[f"{term} in {run.result.arm}"] = facts.fidelity
+    return found
+
+
+def poor_approximators(study: Study) -> list[str]:
+    """Warns of approximators that explain less than half of what differs between clouds."""
+    return [
+        f"The approximator of {name} has R² {fixed(fidelity.r2, '.2f')}, below {POOR}: "
+        "it misses more than half of what differs between clouds, so that this run says little "
+        "about topology. The option via: exact computes the real thing, and faster."
+        for name, fidelity in fidelities(study).items()
+        if fidelity.r2 < POOR
+    ]
+
+
+def images(study: Study) -> Chapter | None:
+    """Draws exact persistence images of the teacher's test images above the approximated ones."""
+    known = fidelities(study)
+    if not known:
+        return None
+    sentences = [
+        f"Approximator of {name}: R² {fixed(f.r2, '.2f')} on {f.clouds} held-out clouds, where 1 "
+        "is exact and 0 is no better than always answering with the mean image; the cosine between "
+        f"its gradient and the exact one is {fixed(f.gradient_cosine, '.2f')} (median), where 1 "
+        "is the same direction."
+        for name, f in known.items()
+    ]
+    warnings = poor_approximators(study)
+    pictures, missing = [], []
+    for path in sorted(study.folder.glob("*net-*.safetensors")):
+        try:
+            approximation = Approximation.from_bytes(files.read_checked(path))
+        except ValueError as error:
+            missing.append(f"{path.name} is left out: {error}")
+            continue
+        pictures += _guesses(study, approximation)
+    if not pictures:
+        missing.append(
+            "No images: there is no approximator of this teacher, or no examples.safetensors."
+        )
+    return Chapter("images", sentences, warnings, pictures, missing)
+
+
+def _guesses(study: Study, approximation: Approximation) -> list[Picture]:
+    hashes = {run.result.teacher.hash: run for run in study.runs if run.result.teacher}
+    run = hashes.get(approximation.teacher)
+    if run is None or "teacher" not in run.examples:
+        return []
+    embedding = run.examples["teacher"]
+    size = min(approximation.cloud_size, len(embedding))
+    if size < 2 or embedding.shape[1] != approximation.width:
+        return []
+    clouds = _clouds(embedding, size)[:CLOUDS]
+    with torch.no_grad():
+        exact = approximation.exact(clouds)
+        guess = approximation.network(clouds)
+    resolution = approximation.exact.vectorisation.resolution
+    figure = plots.persistence_images(exact.numpy(), guess.numpy(), resolution=resolution)
+    alt = f"exact persistence images of {len(clouds)} clouds above those that are guessed"
+    return [Picture(figure, alt, raster=True)]
+
+
+def maps(study: Study) -> Chapter | None:
+    """Lays the embeddings of teacher, control and student out in the plane, coloured by class."""
+    if study.first.result.teacher is None:
+        return None
+    found = _embeddings(study)
+    if found is None:
+        return Chapter("maps", missing=[f"No maps: {NO_EXAMPLES}"])
+    embeddings, target = found
+    classes = target.tolist()
+    if len(classes) < 2:
+        return Chapter("maps", missing=["No maps: fewer than 2 images were kept."])
+    pictures = []
+    for name, embedding in embeddings.items():
+        places, method = plots.project(embedding.numpy())
+        figure = plots.scatter(places, classes, title=f"{name} ({method})")
+        alt = f"{method} of the embeddings of {len(classes)} test images by {name}"
+        pictures.append(Picture(figure, alt, raster=True))
+    run = next(iter(_shown(study).values()))
+    weights = run.folder / "student.safetensors"
+    names = checkpoint.read_about(weights).get("classes", []) if weights.exists() else []
+    colours = plots.class_colours(classes)
+    legend = {
+        str(names[number]) if number < len(names) else f"class {number}": colour
+        for number, colour in colours.items()
+    }
+    if len(set(classes)) > len(colours):
+        legend["other classes"] = plots.OTHERS
+    return Chapter("maps", pictures=pictures, legend=legend)
+
+
+def percent(share: float) -> str:
+    """Writes a share in percent, small ones as exactly as large ones.
+
+    Examples:
+        >>> percent(0.123), percent(0.000123), percent(1.0)
+        ('12.3 %', '0.0123 %', '100 %')
+    """
+    return f"{100 * share:.3g} %"
+
+
+def count(number: int, what: str) -> str:
+    """Writes a number of things.
+
+    Examples:
+        >>> count(1, "seed"), count(3, "seed")
+        ('1 seed', '3 seeds')
+    """
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def fixed(number: float, spec: str) -> str:
+    """Writes a number with a proper minus sign, and none before a zero.
+
+    Examples:
+        >>> fixed(-1.25, "+.1f"), fixed(-0.001, ".2f"), fixed(0.5, "+.1f")
+        ('\u22121.2', '0.00', '+0.5')
+    """
+    text = format(number, spec)
+    if not text.strip("-+0."):
+        return text.lstrip("-+")
+    return text.replace("-", "\u2212")
+
+
+CHAPTERS = (training, gradients, shape, images, maps)
+"""Everything that can be told of a study, in the order of the page; some have nothing to tell."""

@@ -1,0 +1,478 @@
+"""Recipes carried out: teacher, RipsNet, student, evaluation, each skipped when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_safetensors
+
+from topkd._io import files
+from topkd._io.progress import Progress
+from topkd._runtime import processes
+from topkd._runtime.environment import environment
+from topkd.config import recipe as recipes
+from topkd.config.recipe import STUDENT, DataSection, Recipe, Term, View
+from topkd.config.validation import RecipeError
+from topkd.data import DATA, Data, same_order, training_batches
+from topkd.data.trust import changed
+from topkd.evaluation import metrics
+from topkd.evaluation.results import finished
+from topkd.features import Batch, Features, Tapped, Teacher
+from topkd.losses import LOSSES, Loss, Source
+from topkd.models import checkpoint, factory
+from topkd.models.reused import Reused, rebuild, reuse
+from topkd.training.build import (
+    evaluate_once,
+    load_data,
+    network_of,
+    published_for,
+    refuse_large_batches,
+    side,
+    taking,
+)
+from topkd.training.check import check, named, options_of, teacher_recipe, told
+from topkd.training.objective import Weighted, blamed, seen, taps, where
+from topkd.training.precision import Device
+from topkd.training.teacher_cache import Answers
+from topkd.training.trainer import Trainer
+
+RUN_FILES = ("student.safetensors", "metrics.jsonl", "examples.safetensors")
+SHOWN = 1000  # test images whose embeddings are kept for pictures
+
+
+class Experiment:
+    """One recipe and the folder in which its runs are kept.
+
+    Args:
+        recipe: What to run.
+        out: Above the folder, which is called like the recipe.
+        progress: Tells the user.
+
+    Raises:
+        RecipeError: If the recipe names or asks for what there is not.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, progress: Progress) -> None:
+        check(recipe)
+        self.recipe, self.out, self.progress = recipe, out, progress
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        self.folder = out / recipe.name
+
+    @cached_property
+    def data(self) -> Data:
+        """The images, loaded once."""
+        return load_data(self.recipe.data)
+
+    @cached_property
+    def device(self) -> Device:
+        """Where and in which numbers networks are computed."""
+        return Device.of(self.recipe, len(self.data.train.target))
+
+    @cached_property
+    def teacher(self) -> Teacher | None:
+        """The teacher, trained first where its recipe has not been run; None if there is none."""
+        section = self.recipe.teacher
+        if section is None:
+            return None
+        own = shown = self.data.mean, self.data.std
+        if section.pretrained:
+            told = published_for(section, self.data)
+            own = told.mean, told.std
+        network = network_of(section, self.data, section.size)
+        if section.recipe is not None and section.checkpoint is None:
+            Experiment(teacher_recipe(self.recipe), self.out, self.progress).student(STUDENT, 0)
+        if not section.pretrained:
+            path = self.teacher_file
+            weights, noted = processes.by_first(
+                lambda: (checkpoint.load_weights(path), checkpoint.read_about(path))
+            )
+            said = checkpoint.fill(network.network, weights, str(path), section.weights)
+            if said:
+                self.progress.say(f"teacher: {said} (teacher.weights)")
+            about: dict[str, Any] = {
+                "mean": shown[0],
+                "std": shown[1],
+                "classes": self.data.classes,
+            }
+            about |= noted  # a file of ours knows how it was trained
+            same_order(self.data.classes, about["classes"], str(path))
+            own = about["mean"], about["std"]
+        own = section.mean or own[0], section.std or own[1]
+        self._say_where(network, "teacher")
+        teacher = Teacher(network, *own, *shown, size=section.size)
+        return teacher.to(self.device.device)
+
+    def _say_where(self, network: Tapped, role: str) -> None:
+        """Says where a network is read if that was found by a trial."""
+        if network.found:
+            self.progress.say(f"{network.found}; {role}.head and {role}.maps overrule it")
+
+    @property
+    def teacher_file(self) -> Path:
+        """Where the teacher's weights are, or will be once it is trained."""
+        section = self.recipe.teacher
+        assert section is not None
+        if section.pretrained:
+            raise RecipeError(f"teacher: {section.model} is pretrained, no file here is it")
+        if section.checkpoint is not None:
+            return Path(section.checkpoint).expanduser()
+        name = teacher_recipe(self.recipe).name
+        return self.out / name / STUDENT / "seed0" / "student.safetensors"
+
+    @cached_property
+    def _teacher_hash(self) -> str:
+        assert self.teacher is not None
+        return checkpoint.hash_of(self.teacher.network.network)
+
+    @cached_property
+    def _teacher_predictions(self) -> metrics.Predictions | None:
+        if self.teacher is None:
+            return None
+        return metrics.predict(self.teacher, self.data.test, self.device.device)
+
+    def losses(self, arm: str, student: Tapped, seed: int) -> list[Weighted]:
+        """Builds the losses of one run, learning from the teacher what they need.
+
+        Args:
+            arm: Which of the recipe's runs.
+            student: The network that will learn.
+            seed: Of the weights that losses bring; they do not touch the student's random numbers.
+        """
+        return self.build(self.recipe.arms[arm], self.source(student), seed)
+
+    def build(self, terms: Sequence[Term], source: Source, seed: int) -> list[Weighted]:
+        """Builds some losses; :meth:`losses` tells the rest."""
+        shown = torch.arange(self.recipe.batch_size).repeat(self.recipe.data.views)
+        images = self.data.train.read(shown, None)  # as many as a batch of training has
+        images = images.to(self.device.device)
+        student, teacher = source.student, source.teacher
+        for term in terms:
+            student.also(taps(term.taps.student))
+            if teacher is not None:
+                teacher.network.also(taps(term.taps.teacher))
+        with torch.no_grad():
+            made = student.to(self.device.device).eval()(images)
+            answer = made if teacher is None else teacher(images)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1)
+            return [Weighted(term, self._loss(term, made, answer, source)) for term in terms]
+
+    def _loss(self, term: Term, made: Features, answer: Features, source: Source) -> Loss:
+        loss, options = LOSSES[term.name].loss, options_of(term, where(term.title))
+        views = term.taps
+        source = replace(source, taps=views)
+        if views.teacher != View():  # what a loss learns, it learns of what it will see
+            told = source.teacher_hash + views.teacher.model_dump_json()
+            source = replace(
+                source,
+                answers=lambda epoch: (
+                    (batch, seen(answer, views.teacher)) for batch, answer in self.answers(epoch)
+                ),
+                teacher_hash=files.sha256(told.encode()),
+            )
+        with blamed(term):
+            return loss.between(
+                seen(made, views.student), seen(answer, views.teacher), source, **options
+            )
+
+    def source(self, student: Tapped) -> Source:
+        """Gathers what losses may ask for before a student is trained."""
+        return Source(
+            self.answers,
+            self.data.train.target,
+            student,
+            self.teacher,
+            "" if self.teacher is None else self._teacher_hash,
+            self.folder,
+            self.progress,
+        )
+
+    def answers(self, epoch: int) -> Iterator[tuple[Batch, Features]]:
+        """Computes what the teacher makes of the augmented training images, batch by batch."""
+        assert self.teacher is not None
+        for batch in training_batches(self.data.train, self.recipe.batch_size, 0, epoch):
+            with self.device.autocast():
+                answer = self.teacher(batch.images.to(self.device.device))
+            yield batch, answer.apply(lambda t: t.float().cpu())
+
+    def new_student(self) -> Tapped:
+        """Builds the student, untrained."""
+        student = network_of(self.recipe.student, self.data)
+        if self.recipe.student.classifier == "own":
+            return student
+        assert self.teacher is not None
+        images = self.data.test.read(torch.arange(2), None).to(self.device.device)
+        section, taught_by = self.recipe.teacher, self.teacher.network
+        named = section.maps if section else None
+        if not named and taught_by.found:  # nothing says that it has a module avgpool
+            named = taught_by.maps
+        tap = named[-1] if named else "avgpool:in"
+        return reuse(student.to(self.device.device), self.teacher, images, teacher_tap=tap)
+
+    def prepare(self) -> None:
+        """Carries out everything that comes before the first student is trained.
+
+        Raises:
+            ValueError: If the folder holds runs of another recipe, or a batch has more images than
+                the training set.
+        """
+        refuse_large_batches(self.recipe, self.data)
+        self._claim_folder()
+        for arm in self.recipe.arms:
+            self.losses(arm, self.new_student(), 0)
+
+    def student(self, arm: str, seed: int) -> dict[str, Any]:
+        """Trains and evaluates one student, or reads the result where that is done.
+
+        Args:
+            arm: Which of the recipe's runs: a control, or ``"student"`` for its own losses.
+            seed: Of the weights, the order of the images and their augmentation.
+
+        Returns:
+            What ``result.json`` holds.
+
+        Raises:
+            RecipeError: If the recipe has no such run.
+            ValueError: If the folder holds runs of another recipe.
+        """
+        named(self.recipe.arms, arm, "arm")
+        self._claim_folder()
+        folder = self.folder / arm / f"seed{seed}"
+        with self._working_alone(folder):
+            done = processes.by_first(lambda: finished(folder))
+            return self._train_student(arm, seed, folder) if done is None else done
+
+    @contextmanager
+    def _working_alone(self, folder: Path) -> Iterator[None]:
+        """Locks the folder of a run, and deletes what killed processes have left in it."""
+        if processes.rank() != 0:
+            yield
+            return
+        with self.progress.alone(folder):
+            files.sweep(folder)
+            yield
+
+    def _train_student(self, arm: str, seed: int, folder: Path) -> dict[str, Any]:
+        refuse_large_batches(self.recipe, self.data)
+        teacher = self.teacher  # trained before the student's random numbers begin
+        torch.manual_seed(seed)
+        student = self.new_student()
+        losses = self.losses(arm, student, seed)
+        self._say_where(student, "student")
+        trainer = Trainer(
+            student,
+            teacher,
+            losses,
+            self.data,
+            self.recipe,
+            seed,
+            self.device,
+            self.progress,
+            self._kept_answers(seed),
+            self._identity(),
+        )
+        processes.by_first(lambda: files.refuse_deleted(self.folder))
+        history = trainer.run(folder)
+        predictions = metrics.predict(student.eval(), self.data.test, self.device.device)
+        processes.merge(self.data.faults.unreadable)
+        result = self._result(arm, seed, predictions, losses, history)
+        result["environment"] |= _as_text({"memory_format": student.memory_format})
+        if processes.rank() == 0:
+            files.refuse_deleted(folder)
+            self._keep_examples(predictions, folder)
+            checkpoint.save_weights(
+                folder / "student.safetensors", student.network, self._about(student)
+            )
+            result["files"] = files.hashes(folder, RUN_FILES)
+            files.write_sealed(folder / "result.json", result)  # last: it says that all is done
+        trainer.accelerator.wait_for_everyone()
+        return result
+
+    def _identity(self) -> dict[str, str]:
+        """What a run depends on and must find again when it is resumed."""
+        taught = {} if self.teacher is None else {"teacher": self._teacher_hash[:12]}
+        return {"recipe": self.recipe.hash} | taught
+
+    def _kept_answers(self, seed: int) -> Answers | None:
+        """Where the teacher's answers are kept, if the recipe says so."""
+        section, data = self.recipe.teacher, self.recipe.data
+        if section is None or not section.cache:
+            return None
+        assert self.teacher is not None
+        assert self._teacher_predictions is not None
+        drawn = seed if data.augmentation_seed is None else data.augmentation_seed
+        about = {
+            "teacher": self._teacher_hash,
+            "normalisation": [self.teacher.mean, self.teacher.std],
+            "seen": section.model_dump(include={"size", "head"}),
+            "images": data.model_dump(mode="json", exclude={"workers"}),
+            "augmentation_seed": drawn,
+            "precision": str(self.device.dtype),
+        }
+        return Answers(
+            self.out / "answers",
+            about,
+            images=len(self.data.train.target),
+            classes=len(self.data.classes),
+            width=self._teacher_predictions.embedding.shape[1],
+        )
+
+    def _about(self, student: Tapped) -> dict[str, Any]:
+        """What is needed to use the weights of a student."""
+        reused = student.network.description if isinstance(student.network, Reused) else None
+        return {
+            "reused": reused,
+            "model": self.recipe.student.model,
+            "size": side(self.data),
+            "taps": self.recipe.student.taps,
+            "classes": list(self.data.classes),
+            "mean": list(self.data.mean),
+            "std": list(self.data.std),
+            "data": self.recipe.data.model_dump(mode="json"),
+        }
+
+    def _result(
+        self,
+        arm: str,
+        seed: int,
+        predictions: metrics.Predictions,
+        losses: list[Weighted],
+        history: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        recipe, judged_on = self.recipe, self.data.judged_on
+        accuracies = [entry[f"{judged_on}_top1"] for entry in history]
+        best = max(range(len(accuracies)), key=accuracies.__getitem__)
+        result: dict[str, Any] = {
+            "recipe": recipe.name,
+            "recipe_hash": recipe.hash,
+            "arm": arm,
+            "seed": seed,
+            "model": recipe.student.model,
+            "data": recipe.data.name,
+            "losses": [term.model_dump(mode="json") for term in recipe.arms[arm]],
+            "epochs": recipe.epochs,
+            "judged_on": judged_on,
+            "last": metrics.quality(predictions),
+            "mean_of_last_10": sum(accuracies[-10:]) / len(accuracies[-10:]),
+            "best": {"epoch": best + 1, "top1": accuracies[best]},
+            "gradient_share": history[-1]["gradient_share"],
+            "facts": {w.term.title: w.loss.facts() for w in losses if w.loss.facts()},
+            "faults": self.data.faults.facts(),
+            "train_seconds": round(sum(entry["seconds"] for entry in history), 1),
+            "processes": processes.count(),
+            "environment": environment() | _as_text(asdict(self.device)),
+        }
+        if recipe.teacher is not None and self._teacher_predictions is not None:
+            taught_by = self._teacher_predictions
+            result["teacher"] = {"model": recipe.teacher.model, "hash": self._teacher_hash}
+            result["teacher"] |= metrics.quality(taught_by)
+            result["likeness"] = metrics.likeness(
+                predictions, taught_by, cloud_size=recipe.batch_size
+            )
+        return result
+
+    def _keep_examples(self, predictions: metrics.Predictions, folder: Path) -> None:
+        """Keeps some embeddings, from which the report draws pictures."""
+        tensors = {"student": predictions.embedding, "target": predictions.target}
+        if self._teacher_predictions is not None:
+            tensors["teacher"] = self._teacher_predictions.embedding
+        kept = {name: tensor[:SHOWN].contiguous() for name, tensor in tensors.items()}
+        files.write(folder / "examples.safetensors", save_safetensors(kept))
+
+    def _claim_folder(self) -> None:
+        """Writes the recipe into an empty folder, and refuses one with runs of another recipe."""
+        processes.by_first(self._claim)
+
+    def _claim(self) -> None:
+        path = self.folder / "recipe.yaml"
+        if path.exists() and self._has_runs():
+            try:
+                there = recipes.load(str(path))
+            except RecipeError as error:
+                raise RecipeError(f"{path} was altered: {error}") from error
+            if there.hash != self.recipe.hash:
+                differs = recipes.difference(there, self.recipe)
+                raise ValueError(
+                    f"{self.folder} holds runs of another recipe: {differs}; "
+                    "give this one another name with name=NAME, or another place with --out"
+                )
+        else:
+            files.write(path, recipes.write(self.recipe))
+
+    def _has_runs(self) -> bool:
+        """Tests whether a run has a result or a state; a command that failed early leaves none."""
+        kept = ("*/seed*/result.json", "*/seed*/checkpoint/latest.json")
+        return any(True for pattern in kept for _ in self.folder.glob(pattern))
+
+
+def evaluate_file(
+    target: Path,
+    model: str | None,
+    data: Sequence[str],
+    progress: Progress,
+    *,
+    weights: checkpoint.Which = "plain",
+    head: str | None = None,
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Evaluates the network in a file on test images, in float32.
+
+    Args:
+        target: The folder of a run, a file of ours, or a checkpoint of others.
+        model: Which network it is; a file of ours tells by itself.
+        data: Name of a data set, or changes ``key=value`` to the section in the file.
+        progress: Tells the user.
+        weights: Which to take of a file with plain and averaged ones.
+        head: Name of the classifier, where it is neither known nor found.
+        trust: Whether the file may name code, paths and addresses.
+
+    Raises:
+        FileNotFoundError: If there is no such run or file.
+        RecipeError: If a name is missing or unknown.
+        ValueError: If the weights do not fit the network, or the file asks for code.
+    """
+    path = checkpoint.weights_file(target)
+    about = checkpoint.read_about(path)
+    if model is None and not trust:
+        factory.refuse_code(about.get("model", ""), str(path))
+    model = model or about.get("model")
+    tree = changed(about.get("data") or {}, data, str(path), trust=trust)
+    if model is None or "name" not in tree:
+        raise RecipeError(f"{path} does not tell which network it is: give --model and --data")
+    with told("--model"):
+        factory.find(model)
+    named(DATA, tree["name"], "--data")
+    section = DataSection.model_validate(tree)
+    loaded = checkpoint.load_weights(path)
+    images = load_data(section)
+    own = about if about.get("model") == model else {}
+    size, taps = own.get("size", side(images)), dict(own.get("taps", {}))
+    if head is not None:
+        taps["head"] = head
+    with taking(model, side(images)):
+        network = factory.build(model, len(images.classes), size, **taps)
+        evaluate_once(network, side(images), model, images)
+    if own.get("reused"):
+        network = rebuild(network, own["reused"])
+    said = checkpoint.fill(network.network, loaded, str(path), weights)
+    if said:
+        progress.say(f"{path}: {said} (--weights)")
+    if network.found:
+        progress.say(network.found)
+    device = processes.accelerator().device
+    network.to(device).eval()
+    with progress.bar("Evaluating", len(images.test.target), "images") as advance:
+        predictions = metrics.predict(network, images.test, device, advance)
+    described = {"model": model, "data": images.name, "images": len(images.test.target)}
+    return described | metrics.quality(predictions)
+
+
+def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value).removeprefix("torch.") for name, value in values.items()}

@@ -1,0 +1,387 @@
+"""The training loop; it knows no method and no network by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import topkd
+from topkd._io import files
+from topkd._io import state as states
+from topkd._io.progress import Progress
+from topkd._runtime import processes
+from topkd._runtime.memory_format import memory_format
+from topkd._runtime.sync_batchnorm import synchronize
+from topkd.config.recipe import Recipe
+from topkd.data import Data, training_batches
+from topkd.evaluation import metrics
+from topkd.features import Batch, Features, Tapped, Teacher
+from topkd.training import optim
+from topkd.training.objective import Balance, Weighted, cosines, gradients, warnings, where
+from topkd.training.precision import Device
+from topkd.training.teacher_cache import Answers
+from topkd.training.tracking import Sums, summary, tensorboard, write_scalars
+
+MEASURED = 8  # steps of an epoch at which the gradient of each term is measured
+BALANCED = 32  # the same where shares depend on it
+
+
+class Diverged(ValueError):
+    """Training that has left the numbers; the message names the term."""
+
+
+class Trainer:
+    """Trains one student.
+
+    Args:
+        student: The network that learns.
+        teacher: The network that it learns from; None if no loss needs one.
+        losses: The summands.
+        data: What to train on and to judge by.
+        recipe: Length, batch size and optimizer.
+        seed: Of the order of the images and of their augmentation.
+        device: Where and in which numbers.
+        progress: Tells the user.
+        answers: Of the teacher, where they are kept.
+        identity: Name -> what the outcome depends on beyond these, e.g. a hash of the teacher's
+            weights. A run is not resumed with another one.
+    """
+
+    def __init__(
+        self,
+        student: Tapped,
+        teacher: Teacher | None,
+        losses: Sequence[Weighted],
+        data: Data,
+        recipe: Recipe,
+        seed: int,
+        device: Device,
+        progress: Progress,
+        answers: Answers | None = None,
+        identity: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.answers = answers
+        self.identity = dict(identity)
+        self.accelerator = processes.accelerator()
+        self.student = student.to(device.device)
+        if recipe.sync_batchnorm:
+            synchronize(self.student)
+        self.teacher = None if teacher is None else teacher.to(device.device)
+        self.losses = [Weighted(w.term, w.loss.to(device.device)) for w in losses]
+        self.adapters = nn.ModuleList(w.loss for w in self.losses)
+        self.reads_maps = any(w.loss.reads_maps for w in self.losses)
+        self.data, self.recipe, self.seed = data, recipe, seed
+        self.device, self.progress = device, progress
+        self.weights = [
+            p for p in (*student.parameters(), *self.adapters.parameters()) if p.requires_grad
+        ]
+        self.optimizer = optim.build(recipe.optimizer, self.weights)
+        self.steps = len(data.train.target) // (recipe.batch_size * self.accelerator.num_processes)
+        self.history: list[dict[str, Any]] = []
+        self.balance = Balance()
+        learner = self.accelerator.prepare(student)  # data parallel where there are processes
+        self.learner: Callable[[Tensor], Features] = self._compiled(learner)
+        self.answerer = None if teacher is None else self._compiled(teacher)
+
+    def run(self, folder: Path) -> list[dict[str, Any]]:
+        """Trains to the last epoch, going on from what is in the folder.
+
+        Args:
+            folder: Where the state and ``metrics.jsonl`` are kept.
+
+        Returns:
+            What was measured, an entry for each epoch.
+
+        Raises:
+            Diverged: If a loss or a feature becomes NaN or infinite.
+            FileNotFoundError: If the folder is deleted meanwhile.
+            ValueError: If the state in the folder is damaged, or is of another number of processes.
+        """
+        state = processes.by_first(lambda: states.load(folder / "checkpoint"))
+        self._resume(state, folder / "checkpoint")
+        told = self._say_faults([])
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+        board = tensorboard(folder) if self.accelerator.is_main_process else None
+        left = range(len(self.history) + 1, self.recipe.epochs + 1)
+        title = f"{folder.parent.name} seed {self.seed}"
+        images = self.recipe.epochs * self.steps * self.recipe.batch_size
+        with self.progress.bar(title, images, "images") as advance:
+            advance(len(self.history) * self.steps * self.recipe.batch_size, "")
+            for epoch in left:
+                entry = self._epoch(epoch, advance)
+                self.history.append(entry)
+                # Each process has, say, its own memory of the images that it has seen.
+                buffers = processes.of_all(dict(self.adapters.named_buffers()))
+                if self.accelerator.is_main_process:
+                    self._save(folder, buffers[1:])
+                if board is not None:
+                    write_scalars(board, entry)
+                told = self._say_faults(told)
+                advance(0, f"epoch {epoch}/{self.recipe.epochs}, {summary(entry)}")
+        if board is not None:
+            board.close()
+        return self.history
+
+    def _say_faults(self, told: list[str]) -> list[str]:
+        """Says what of the data could not be used, when there is more of it than was told."""
+        lines = self.data.faults.lines()
+        for line in lines if lines != told else []:
+            self.progress.say(f"warning: {line}")
+        return lines
+
+    def _epoch(self, epoch: int, advance: Callable[[int, str], None]) -> dict[str, Any]:
+        start, sums = time.perf_counter(), Sums()
+        torch.manual_seed(self.seed * 1_000_003 + epoch)  # for networks that draw, as by dropout
+        self.student.train()
+        for weighted in self.losses:
+            weighted.begin(epoch)
+        often = BALANCED if any(w.term.share for w in self.losses) else MEASURED
+        measured = {round(i * self.steps / often) for i in range(often)}
+        batches = training_batches(
+            self.data.train,
+            self.recipe.batch_size,
+            self.seed,
+            epoch,
+            augmentation_seed=self.recipe.data.augmentation_seed,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
+        for step, batch in enumerate(batches):
+            done = epoch - 1 + step / self.steps
+            rate = optim.learning_rate(self.recipe.optimizer, done, self.recipe.epochs)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.step(batch, epoch, sums, measure=step in measured)
+            advance(self.recipe.batch_size, "")
+        for name, total in sums.totals.items():
+            sums.totals[name] = self.accelerator.reduce(total, "mean")  # over processes
+        seconds = time.perf_counter() - start
+        # Running means and variances are of each process's own images; those of the first are kept.
+        processes.copy_from_first(list(self.student.buffers()))
+        processes.merge(self.data.faults.unreadable)
+        self.student.eval()
+        with self.device.autocast():
+            judged = metrics.predict(self.student, self.data.test, self.device.device)
+        return {
+            "epoch": epoch,
+            "learning_rate": rate,
+            "train_top1": 100 * sums.means("right")[""],
+            f"{self.data.judged_on}_top1": metrics.top_k(judged, 1),
+            "losses": sums.means("loss/"),
+            "weights": sums.means("weight/"),
+            "gradient_share": sums.means("share/"),
+            "gradient_cosine": sums.means("cosine/"),
+            "warnings": self._warnings(epoch, sums),
+            "seconds": round(seconds, 3),
+        }
+
+    def step(self, batch: Batch, epoch: int, sums: Sums, *, measure: bool) -> None:
+        device = self.device.device
+        batch = batch.apply(lambda t: t.to(device, non_blocking=True))
+        with self.device.autocast():
+            made = self.learner(batch.images)
+            # Without a teacher a student stands in for it: its losses do not look.
+            answer = made if self.answerer is None else self._answer(batch, epoch)
+        if not self.reads_maps:  # they are large, and each would be copied
+            made = replace(made, maps=[], preactivations=[])
+            answer = replace(answer, maps=[], preactivations=[])
+        # The losses see copies, so that the gradient of each can be measured at the features.
+        features = made.apply(lambda t: t.detach().float().requires_grad_())
+        answer = answer.apply(lambda t: t.detach().float())
+        values = self._values(features, answer, batch, epoch)
+        if measure:
+            self._measure(values, features, epoch, sums)
+        weights = self._weights(epoch)
+        total = torch.stack([weights[title] * value for title, value in values.items()]).sum()
+        self.optimizer.zero_grad()
+        direct = self._pull_back(total, features)
+        if features.distilled is not None and features.distilled.grad is None:
+            raise ValueError(
+                "the student has a distillation head, which judges along, and no term trains it; "
+                "add the loss deit, or take a network without that head"
+            )
+        _carry_back(made, features)
+        self._share_among_processes(direct)
+        if self.recipe.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.weights, self.recipe.gradient_clip)
+        self.optimizer.step()
+        for title, value in values.items():
+            sums.add(f"loss/{title}", value)
+            sums.add(f"weight/{title}", torch.tensor(weights[title]))
+        sums.add("right", (features.logits.argmax(1) == batch.target).float().mean())
+
+    def _answer(self, batch: Batch, epoch: int) -> Features:
+        assert self.answerer is not None
+        if self.answers is None:
+            return self.answerer(batch.images)
+        return self.answers(batch, epoch, self.answerer)
+
+    def _values(
+        self, features: Features, answer: Features, batch: Batch, epoch: int
+    ) -> dict[str, Tensor]:
+        """Computes every term that counts in this epoch, at weight 1."""
+        values, own = {}, (features, answer, batch)
+        gathered = own
+        if processes.count() > 1 and any(w.term.batch == "gathered" for w in self.losses):
+            soft = None if batch.soft is None else processes.gather(batch.soft)
+            # The pixels stay where they are: no loss looks at them, and they are many.
+            labels = Batch(
+                batch.images, processes.gather(batch.target), processes.gather(batch.index), soft
+            )
+            gathered = features.apply(processes.gather), answer.apply(processes.gather), labels
+        for weighted in self.losses:
+            title = weighted.term.title
+            if not weighted.counts(epoch, self.recipe.epochs):
+                continue
+            try:
+                value = weighted.value(*(gathered if weighted.term.batch == "gathered" else own))
+            except ValueError as error:
+                raise Diverged(f"epoch {epoch}, {error}") from error
+            if not value.isfinite():
+                raise Diverged(
+                    f"epoch {epoch}, {where(title)}: the loss is {value.item()}; "
+                    "try a smaller optim.lr, or gradient_clip=1"
+                )
+            values[title] = value
+        return values
+
+    def _weights(self, epoch: int) -> dict[str, float]:
+        terms = [weighted.term for weighted in self.losses]
+        return self.balance.weights(terms, epoch, self.recipe.epochs)
+
+    def _measure(
+        self, values: Mapping[str, Tensor], features: Features, epoch: int, sums: Sums
+    ) -> None:
+        """Measures how much of the gradient at the embedding comes from each term."""
+        found = gradients(values, features, self.student)
+        if not found:
+            return
+        norms = self.accelerator.reduce(torch.stack([g.norm() for g in found.values()]), "mean")
+        self.balance.update(dict(zip(found, norms.tolist(), strict=True)))
+        weights = self._weights(epoch)
+        weighed = norms * norms.new_tensor([weights[title] for title in found])
+        for title, share in zip(found, weighed / weighed.sum().clamp(min=1e-30), strict=True):
+            sums.add(f"share/{title}", share)
+        for pair, cosine in cosines(found).items():
+            sums.add(f"cosine/{pair}", cosine)
+
+    def _warnings(self, epoch: int, sums: Sums) -> list[str]:
+        """Finds terms that do nothing, and says so when they are first found."""
+        told = {line.split()[0] for entry in self.history for line in entry["warnings"]}
+        lines = warnings(sums.means("share/"), sums.means("cosine/"))
+        for line in lines:
+            if line.split()[0] not in told:
+                self.progress.say(f"warning: epoch {epoch}: {line}")
+        return lines
+
+    def _pull_back(self, total: Tensor, features: Features) -> list[tuple[nn.Parameter, Tensor]]:
+        """Leaves gradients at the features and at the losses' own weights.
+
+        Returns:
+            Weights of the student that a loss used by itself, beside its features, with their
+            gradients: where processes share a student, its weights take one gradient a step.
+        """
+        leaves = [*features.tensors(), *self.adapters.parameters()]
+        leaves = [leaf for leaf in leaves if leaf.requires_grad]
+        weights = [weight for weight in self.student.parameters() if weight.requires_grad]
+        found = torch.autograd.grad(total, [*leaves, *weights], allow_unused=True)
+        for leaf, grad in zip(leaves, found, strict=False):
+            leaf.grad = grad
+        used = zip(weights, found[len(leaves) :], strict=True)
+        return [(weight, grad) for weight, grad in used if grad is not None]
+
+    def _share_among_processes(self, direct: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """Averages the gradients that have not passed through the student."""
+        reduce = self.accelerator.reduce  # does nothing where there is one process
+        for weight in self.adapters.parameters():
+            if weight.requires_grad and weight.grad is not None:  # frozen ones may keep an old one
+                weight.grad = reduce(weight.grad, "mean")
+        for weight, grad in direct:
+            averaged = reduce(grad, "mean")
+            weight.grad = averaged if weight.grad is None else weight.grad + averaged
+
+    def _compiled(self, network: nn.Module) -> Callable[[Tensor], Features]:
+        """Compiles a network, or says in a line why it is used as it is."""
+        if not self.device.compile:
+            return network
+        # Inductor lays convolutions out channels-last by itself, whatever their inputs are.
+        contiguous = memory_format(network) is torch.contiguous_format
+        compiled = torch.compile(
+            network, options={"layout_optimization": False} if contiguous else None
+        )
+
+        def first_try(images: Tensor) -> Features:
+            nonlocal compiled
+            try:
+                return compiled(images)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                reason = str(error).strip().splitlines()[0]
+                self.progress.say(f"not compiled, which costs some speed: {reason}")
+                compiled = network
+                return network(images)
+
+        return first_try
+
+    def _save(self, folder: Path, others: Sequence[Mapping[str, Tensor]]) -> None:
+        state = {
+            "student": self.student.network.state_dict(),
+            "losses": self.adapters.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+            "norms": self.balance.norms,
+            "processes": processes.count(),
+            "buffers_of_others": list(others),
+            "identity": self.identity,
+            "topkd": topkd.__version__,
+        }
+        files.refuse_deleted(folder)
+        states.save(folder / "checkpoint", state)
+        files.write(folder / "metrics.jsonl", files.json_lines(self.history))
+
+    def _resume(self, state: Mapping[str, Any] | None, folder: Path) -> None:
+        if state is None:
+            return
+        if state["processes"] != processes.count():
+            raise ValueError(
+                f"{folder} was trained by {state['processes']} processes, and now there are "
+                f"{processes.count()}; start as many again, or delete it to begin anew"
+            )
+        for name, now in self.identity.items():
+            there = state["identity"].get(name)
+            if there != now:
+                raise ValueError(
+                    f"{folder} was trained with another {name}: {there} there and {now} here; "
+                    "bring the first back, or delete the folder to begin anew"
+                )
+        if state["topkd"] != topkd.__version__:
+            self.progress.say(
+                f"warning: {folder} was trained by topkd {state['topkd']}, this is "
+                f"{topkd.__version__}; the result may differ from that of either"
+            )
+        self.student.network.load_state_dict(state["student"])
+        self.adapters.load_state_dict(state["losses"])
+        own = state["buffers_of_others"][processes.rank() - 1] if processes.rank() > 0 else {}
+        self.adapters.load_state_dict(own, strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = list(state["history"])
+        self.balance = Balance(dict(state["norms"]))
+
+
+def _carry_back(made: Features, features: Features) -> None:
+    """Sends the gradients that the losses left at the copies on through the network."""
+    if features.logits.grad is None:  # every weight gets a gradient, which processes wait for
+        features.logits.grad = torch.zeros_like(features.logits)
+    reached = [
+        (output, copy.grad.to(output.dtype))
+        for output, copy in zip(made.tensors(), features.tensors(), strict=True)
+        if copy.grad is not None
+    ]
+    torch.autograd.backward([output for output, _ in reached], [grad for _, grad in reached])
