@@ -64,7 +64,7 @@ for what, exact in targets.items():
             if not trial:
                 epochs = max(1, int(20 * float(seconds) / took))
             start = time.process_time()
-            learnt = train(
+            learned = train(
                 lambda number: clouds(number, held_out=False),
                 held_out,
                 exact,
@@ -72,5 +72,5 @@ for what, exact in targets.items():
                 network=network,
             )
             took = time.process_time() - start
-        judged = fidelity(learnt, exact, first, judged_on)
+        judged = fidelity(learned, exact, first, judged_on)
         print(f"{what:18} {network:12} {epochs:5} epochs, {took:4.0f} s: {judged}", flush=True)

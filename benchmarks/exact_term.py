@@ -10,11 +10,11 @@ from topkd._io.progress import Progress
 from topkd.config.recipe import parse
 from topkd.data import Data, InMemory
 from topkd.features import Batch, Teacher
-from topkd.losses import CrossEntropy, Distillation, TopKD
+from topkd.losses import CE, KD, TopKD
 from topkd.models import MODELS
 from topkd.topology import PersistenceVector, rips
-from topkd.training.objective import Weighted
-from topkd.training.precision import Device
+from topkd.training.objective import LossTerm
+from topkd.training.precision import Runtime
 from topkd.training.tracking import Sums
 from topkd.training.trainer import Trainer
 
@@ -35,12 +35,12 @@ def trainer(*names: str):
     teacher = Teacher(network, *STATISTICS)
     vector = PersistenceVector.fit(rips(teacher(images).embedding))
     made = {
-        "ce": CrossEntropy(),
-        "kd": Distillation(),
+        "ce": CE(),
+        "kd": KD(),
         "topkd": TopKD(lambda points: vector(rips(points))),
     }
-    losses = [Weighted(term, made[term.name]) for term in recipe.losses]
-    device = Device.of(recipe, SIZE)
+    losses = [LossTerm(term, made[term.name]) for term in recipe.losses]
+    device = Runtime.of(recipe, SIZE)
     built = Trainer(student, teacher, losses, data, recipe, 0, device, Progress())
     student.train()
     return lambda: [built.step(batch, 1, Sums(), measure=False) for _ in range(10)]

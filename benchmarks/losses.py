@@ -1,4 +1,4 @@
-"""What every method of the catalogue costs beside a training step with KD alone.
+"""What every method of the catalog costs beside a training step with KD alone.
 
 python benchmarks/losses.py [--batch 64] [--threads 1] [--csv FILE]
 
@@ -23,9 +23,9 @@ from topkd._io.progress import Progress
 from topkd.config.recipe import parse
 from topkd.data import InMemory, training_batches
 from topkd.features import Features, Teacher
-from topkd.losses import LOSSES, Distillation, Loss, Source
+from topkd.losses import KD, LOSSES, Loss, LossContext
 from topkd.models import MODELS
-from topkd.training.precision import Device
+from topkd.training.precision import Runtime
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--batch", type=int, default=64)
@@ -43,7 +43,7 @@ memory = InMemory(pixels, torch.arange(IMAGES) % CLASSES, (0.5,) * 3, (0.25,) * 
 network, taught_by = MODELS["resnet20"].build(CLASSES), MODELS["resnet20"].build(CLASSES)
 teacher = Teacher(taught_by, (0.5,) * 3, (0.25,) * 3)
 settings = {"data": {"name": "cifar100"}, "student": {"model": "resnet20"}}
-device = Device.of(parse(settings | {"losses": [{"name": "ce"}]}), IMAGES)
+device = Runtime.of(parse(settings | {"losses": [{"name": "ce"}]}), IMAGES)
 
 
 def answers(epoch: int):
@@ -87,7 +87,7 @@ def kept_for_backward(loss: Loss) -> int:
 
 
 def built(name: str, folder: Path) -> Loss | None:
-    source = Source(answers, memory.target, network, teacher, "", folder, Progress(quiet=True))
+    source = LossContext(answers, memory.target, network, teacher, "", folder, Progress(quiet=True))
     try:
         loss = LOSSES[name].loss.between(features, target, source, **OPTIONS.get(name, {}))
     except ValueError as error:
@@ -103,7 +103,7 @@ def milliseconds(work) -> float:
 
 
 network.train()
-kd = Distillation()
+kd = KD()
 batch, target = next(answers(0))
 with torch.no_grad(), device.autocast():
     features: Features = network(batch.images).apply(torch.Tensor.float)

@@ -51,10 +51,10 @@ def ours(model: str, size: int, *, compiled: bool):
     from topkd.config.recipe import parse
     from topkd.data import Data, InMemory
     from topkd.features import Batch
-    from topkd.losses import CrossEntropy
+    from topkd.losses import CE
     from topkd.models import MODELS
-    from topkd.training.objective import Weighted
-    from topkd.training.precision import Device
+    from topkd.training.objective import LossTerm
+    from topkd.training.precision import Runtime
     from topkd.training.tracking import Sums
     from topkd.training.trainer import Trainer
 
@@ -71,8 +71,8 @@ def ours(model: str, size: int, *, compiled: bool):
     pixels = torch.zeros(size, 32, 32, 3, dtype=torch.uint8)
     memory = InMemory(pixels, target, (0.5,) * 3, (0.25,) * 3, padding=4, flip=True)
     data = Data("random", memory, memory, [str(c) for c in range(100)], (0.5,) * 3, (0.25,) * 3)
-    device = Device.of(recipe, size)
-    losses = [Weighted(recipe.losses[0], CrossEntropy())]
+    device = Runtime.of(recipe, size)
+    losses = [LossTerm(recipe.losses[0], CE())]
     student = MODELS[model].build(100)
     trainer = Trainer(student, None, losses, data, recipe, 0, device, Progress())
     student.train()

@@ -1,4 +1,4 @@
-"""Makes the page of losses from the catalogue, the docstrings and the recipes.
+"""Makes the page of losses from the catalog, the docstrings and the recipes.
 
 python docs/losses.py > docs/losses.md
 """
@@ -77,7 +77,7 @@ def page() -> str:
     """Writes the whole page.
 
     Raises:
-        ValueError: If the groups and the catalogue differ.
+        ValueError: If the groups and the catalog differ.
     """
     grouped = [name for names in GROUPS.values() for name in names.split()]
     if sorted(grouped) != sorted(LOSSES):

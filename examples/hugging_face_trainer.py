@@ -12,8 +12,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from topkd.features import Batch, Tapped, Teacher
-from topkd.losses import DecoupledDistillation, Loss, SimilarityPreserving
+from topkd.features import Batch, FeatureExtractor, Teacher
+from topkd.losses import DKD, SP, Loss
 
 
 class Distiller(Trainer):
@@ -40,7 +40,7 @@ class Classifier(nn.Module):
         super().__init__()
         body = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
         network = nn.Sequential(body, nn.Flatten(), nn.Linear(16 * width, 10))
-        self.tapped = Tapped(network, maps=["0.1"], head="2")
+        self.tapped = FeatureExtractor(network, maps=["0.1"], head="2")
 
     def forward(self, images: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
         logits = self.tapped(images).logits
@@ -77,7 +77,7 @@ Distiller(
     settings(10),
     train_dataset=digits[:1280],
     teacher=Teacher(large.tapped, mean=[0.0], std=[1.0]),
-    losses={DecoupledDistillation(beta=2.0): 1.0, SimilarityPreserving(): 10.0},
+    losses={DKD(beta=2.0): 1.0, SP(): 10.0},
 ).train()
 for name, network in {"teacher": large, "student": small}.items():
     images = torch.stack([digit["images"] for digit in digits[1280:]]).to(

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from topkd.features import Tapped, Teacher
-from topkd.losses import decoupled_distillation, similarity_preserving
+from topkd.features import FeatureExtractor, Teacher
+from topkd.losses.functional import decoupled_distillation, similarity_preserving
 from topkd.topology import PersistenceVector, rips
 
 pixels, target = map(torch.from_numpy, load_digits(return_X_y=True))
@@ -45,7 +45,7 @@ large = network(16)
 top1 = fit(large, lambda x, y: F.cross_entropy(large(x), y), epochs=10)
 print(f"teacher{top1:31.1%}")
 
-teacher = Teacher(Tapped(large, maps=["4"], head="6"), mean=[0.0], std=[1.0])
+teacher = Teacher(FeatureExtractor(large, maps=["4"], head="6"), mean=[0.0], std=[1.0])
 describe = PersistenceVector.fit(rips(teacher(images[train]).embedding.view(20, 64, -1)))
 methods = {
     "alone": lambda s, t, y: F.cross_entropy(s.logits, y),
@@ -64,6 +64,6 @@ methods = {
 for name, method in methods.items():
     torch.manual_seed(1)  # the same student for every method
     small = network(1)
-    student = Tapped(small, maps=["4"], head="6")
+    student = FeatureExtractor(small, maps=["4"], head="6")
     top1 = fit(small, lambda x, y, m=method, s=student: m(s(x), teacher(x), y), epochs=10)
     print(f"student, {name:24}{top1:.1%}")

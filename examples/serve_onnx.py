@@ -41,7 +41,7 @@ class Student:
         self.session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
     def prepare(self, picture: Image.Image) -> np.ndarray:
-        """Cuts out what networks see, scales and normalises it: (3, size, size)."""
+        """Cuts out what networks see, scales and normalizes it: (3, size, size)."""
         size, box = self.config["size"], None
         picture = in_color(picture)
         if self.config["crop"] is not None:  # a share of the shorter side, in the middle
@@ -53,8 +53,8 @@ class Student:
             box = (left, top, left + side, top + side)
         square = picture.resize((size, size), Image.Resampling.BILINEAR, box)
         pixels = np.asarray(square) / 255
-        normalised = (pixels - self.config["mean"]) / self.config["std"]
-        return normalised.astype(np.float32).transpose(2, 0, 1)
+        normalized = (pixels - self.config["mean"]) / self.config["std"]
+        return normalized.astype(np.float32).transpose(2, 0, 1)
 
     def classify(self, pictures: Sequence[np.ndarray]) -> list[tuple[str, float]]:
         """Names the likeliest class of each picture, and its probability."""

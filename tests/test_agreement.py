@@ -22,8 +22,8 @@ def features(rng, n, d):
 
 
 def clusters(rng, n, d):
-    centres = 10 * rng.standard_normal((5, d))
-    return squareform(pdist(centres[rng.integers(5, size=n)] + rng.standard_normal((n, d))))
+    centers = 10 * rng.standard_normal((5, d))
+    return squareform(pdist(centers[rng.integers(5, size=n)] + rng.standard_normal((n, d))))
 
 
 def grid_with_ties_and_duplicates(rng, n, d):

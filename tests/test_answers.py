@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from topkd.features import Batch, Features
-from topkd.training.teacher_cache import Answers
+from topkd.training.teacher_cache import TeacherCache
 
 IMAGES, CLASSES, WIDTH = 12, 3, 5
 
@@ -23,7 +23,9 @@ def shown(*index):
 
 
 def kept(folder, about=None):
-    return Answers(folder, about or {"teacher": "a"}, images=IMAGES, classes=CLASSES, width=WIDTH)
+    return TeacherCache(
+        folder, about or {"teacher": "a"}, images=IMAGES, classes=CLASSES, width=WIDTH
+    )
 
 
 def never(images):

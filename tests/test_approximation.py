@@ -256,11 +256,11 @@ LOOPS = Exact(PersistenceVector((0.0, 2.0), sigma=0.3, resolution=7), dimension=
     [
         lambda outputs: RipsNet(3, outputs, pooling="mean"),
         lambda outputs: RipsNet(3, outputs, pooling="sum"),
-        lambda outputs: DistanceNet(outputs, neighbours=5, hidden=8, sees_scale=True),
+        lambda outputs: DistanceNet(outputs, neighbors=5, hidden=8, sees_scale=True),
     ],
 )
 def test_a_file_holds_all_that_is_needed(exact, build):
-    network = build(exact.vectorisation.size)
+    network = build(exact.vectorization.size)
     judged = Fidelity(0.5, 0.4, 0.1, 256, 1)
     before = Approximation(network, exact, 8, 3, "the hash of a teacher", judged)
     after = Approximation.from_bytes(before.to_bytes())
@@ -273,7 +273,7 @@ def test_a_file_holds_all_that_is_needed(exact, build):
 
 
 def good_file():
-    network = RipsNet(3, VECTOR.vectorisation.size)
+    network = RipsNet(3, VECTOR.vectorization.size)
     return Approximation(network, VECTOR, 8, 3, "", Fidelity(0.5, 0.4, 0.1, 256, 1)).to_bytes()
 
 
@@ -300,7 +300,7 @@ OTHERS = {
         {
             "network": "ripsnet",
             "settings": {"width": 3, "outputs": 6, "pooling": "mean"},
-            "vectorisation": to_json(VECTOR.vectorisation),
+            "vectorization": to_json(VECTOR.vectorization),
             "dimension": 0,
             "width": 3,
             "cloud_size": 8,

@@ -63,7 +63,7 @@ def test_stages_one_by_one(call, tmp_path):
     status, out, err = call("ripsnet", "tiny.yaml")
     assert status == 0, err
     assert "R² " in err
-    assert out.startswith("learnt from the teacher: runs/tiny/ripsnet-")
+    assert out.startswith("learned from the teacher: runs/tiny/ripsnet-")
     status, out, _ = call("student", "tiny.yaml", "--arm", "kd", "--seeds", "0", "1")
     assert status == 0
     assert (tmp_path / "runs/tiny/kd/seed1/result.json").exists()
@@ -112,7 +112,7 @@ def test_recipes_are_listed_by_their_folders(call):
     assert entries["cifar100/teachers/resnet56"] == {"about": about, "group": "cifar100/teachers"}
 
 
-def test_catalogues(call):
+def test_catalogs(call):
     for what, name in (("models", "resnet20"), ("losses", "topkd"), ("data", "cifar100")):
         status, out, _ = call("list", what, "--json")
         assert status == 0

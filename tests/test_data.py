@@ -17,8 +17,8 @@ from scipy import stats
 from torchvision.transforms import functional as torchvision
 
 from topkd.data import DATA, Data, InMemory, plain_batches, same_order, training_batches
-from topkd.data.augment import crop_and_flip, draws, normalise
-from topkd.data.pictures import MEAN, STD, Frame, Names, Pictures, open_bytes
+from topkd.data.augment import crop_and_flip, draws, normalize
+from topkd.data.pictures import MEAN, STD, CropConfig, Names, Pictures, open_bytes
 from topkd.data.sources.cifar import cifar10, cifar100
 from topkd.data.sources.digits import digits
 from topkd.data.sources.folder import Files, folder
@@ -118,7 +118,7 @@ def test_the_given_images_are_never_changed():
     images = torch.from_numpy(pixels(5, 4, 4))
     before = images.clone()
     crop_and_flip(images, torch.rand(5, 3).double(), padding=2, flip=True)
-    normalise(images, *HALF)
+    normalize(images, *HALF)
     assert torch.equal(images, before)
 
 
@@ -128,22 +128,22 @@ def test_images_of_any_layout_are_augmented_alike():
     assert not turned.is_contiguous()
     for function in (
         lambda x: crop_and_flip(x, uniform, padding=1, flip=True),
-        lambda x: normalise(x, *HALF),
+        lambda x: normalize(x, *HALF),
     ):
         assert torch.equal(function(turned), function(images))
 
 
-def test_normalise_is_that_of_torchvision():
+def test_normalize_is_that_of_torchvision():
     images, mean, std = torch.from_numpy(pixels(5, 6, 7)), (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
     expected = torchvision.normalize(images.permute(0, 3, 1, 2).float() / 255, mean, std)
-    found = normalise(images, mean, std)
+    found = normalize(images, mean, std)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert found.is_contiguous()  # so that any network may see them
 
 
-def test_plain_images_are_only_normalised():
+def test_plain_images_are_only_normalized():
     images = in_memory()
-    expected = normalise(images.pixels[3:6], *HALF)
+    expected = normalize(images.pixels[3:6], *HALF)
     assert torch.equal(images.read(torch.arange(3, 6), None), expected)
 
 
@@ -153,7 +153,7 @@ def test_augmented_images_are_cropped_and_flipped_by_their_draws():
     for place, i in enumerate(index.tolist()):
         numbers = [reference.draw(3, 2, i, number) for number in range(3)]
         cropped = reference.crop_and_flip(images.pixels[i].tolist(), numbers, 2, True)
-        expected = normalise(torch.tensor([cropped], dtype=torch.uint8), *HALF)[0]
+        expected = normalize(torch.tensor([cropped], dtype=torch.uint8), *HALF)[0]
         assert torch.equal(found[place], expected)
 
 
@@ -177,12 +177,12 @@ def test_about_half_of_the_images_are_mirrored_and_every_crop_occurs():
     gray = np.broadcast_to(np.arange(1, 10, dtype=np.uint8).reshape(1, 3, 3, 1), (4000, 3, 3, 3))
     images = InMemory(torch.tensor(gray), torch.zeros(4000).long(), *HALF, padding=1, flip=True)
     middle = images.read(torch.arange(4000), (0, 1))[:, 0, 1, 1]
-    # The middle pixel is the one the crop is centred at: nine places, all as likely.
+    # The middle pixel is the one the crop is centered at: nine places, all as likely.
     counts = torch.unique(middle, return_counts=True)[1]
     assert len(counts) == 9
     assert stats.chisquare(counts).pvalue > 1e-3
     unmoved = images.read(torch.arange(4000), (0, 1))[:, 0, 1]
-    row = normalise(torch.tensor(gray[:1]), *HALF)[0, 0, 1]
+    row = normalize(torch.tensor(gray[:1]), *HALF)[0, 0, 1]
     kept = (unmoved == row).all(1).sum().item()
     mirrored = (unmoved == row.flip(0)).all(1).sum().item()
     assert stats.binomtest(mirrored, kept + mirrored).pvalue > 1e-3
@@ -562,7 +562,9 @@ def test_damage_never_surprises(data):
     for place in data.draw(st.lists(st.integers(0, len(GOOD) - 1), min_size=1, max_size=8)):
         damaged[place] = data.draw(st.integers(0, 255))
     try:
-        outcome = str(read_all(Pictures(OneOf(bytes(damaged)), torch.zeros(1), Frame(32))).shape)
+        outcome = str(
+            read_all(Pictures(OneOf(bytes(damaged)), torch.zeros(1), CropConfig(32))).shape
+        )
     except ValueError as error:
         outcome = str(error)
     assert outcome == "torch.Size([1, 3, 32, 32])" or outcome.startswith("here: ")
@@ -703,7 +705,7 @@ def read_all(images):
 
 def as_seen(image):
     """What a network is to see of a picture of 16 x 16: the middle 14 x 14, which is not scaled."""
-    return normalise(torch.from_numpy(image[None, 1:15, 1:15].copy()), MEAN, STD)[0]
+    return normalize(torch.from_numpy(image[None, 1:15, 1:15].copy()), MEAN, STD)[0]
 
 
 def test_folders_are_classes(tree):
@@ -896,7 +898,7 @@ def test_pictures_of_every_shape_become_squares(tree, shape, augmented):
     flat = np.full((*shape, 3), (10, 200, 90), np.uint8)
     Image.fromarray(flat).save(tree / "train" / "cat" / "0.png")
     found = folder(root=str(tree), size=8).train.read(torch.tensor([0]), augmented)
-    expected = normalise(torch.tensor([10, 200, 90]).byte().expand(1, 8, 8, 3), MEAN, STD)
+    expected = normalize(torch.tensor([10, 200, 90]).byte().expand(1, 8, 8, 3), MEAN, STD)
     assert torch.equal(found, expected)
 
 
@@ -958,11 +960,11 @@ def test_random_parts_have_the_areas_and_ratios_of_the_paper(tmp_path):
     picture = np.stack([across, down, 0 * down], -1).astype(np.uint8)
     Image.fromarray(picture).save(tmp_path / "ramp.png")
     files = Files(Names([str(tmp_path / "ramp.png")] * count))
-    images = Pictures(files, torch.zeros(count).long(), Frame(size))
+    images = Pictures(files, torch.zeros(count).long(), CropConfig(size))
     seen = images.read(torch.arange(count), (0, 1)).double()
     red, green = (255 * (seen[:, c] * STD[c] + MEAN[c]) for c in (0, 1))
 
-    def extent(ramp):  # the outermost pixels are centred half a step inside
+    def extent(ramp):  # the outermost pixels are centered half a step inside
         return (ramp[..., -1] - ramp[..., 0]).abs().mean(1) * size / (size - 1)
 
     wide, high = extent(red), extent(green.transpose(1, 2))
@@ -985,7 +987,7 @@ def test_random_parts_have_the_areas_and_ratios_of_the_paper(tmp_path):
     assert (red < width).all()
 
 
-def test_catalogue_of_data_sets():
+def test_catalog_of_data_sets():
     pictures = {"folder", "parquet", "webdataset", "dataset"}
     assert set(DATA) == {"cifar10", "cifar100", "digits"} | pictures
     assert all(load.__doc__ for load in DATA.values())

@@ -15,7 +15,7 @@ from topkd.data import (
     Augmentation,
     Augmented,
     Data,
-    Faults,
+    DataIssues,
     InMemory,
     plain_batches,
     training_batches,
@@ -311,7 +311,7 @@ def test_an_error_of_a_process_is_told_in_one_line():
 
 @FORKS
 def test_what_processes_replace_is_known_to_all():
-    faults = Faults()
+    faults = DataIssues()
     images = Augmented(Broken(faults), Augmentation(), 8, *HALF, workers=2, faults=faults)
     assert len(list(training_batches(images, 4, 0, 1))) == 2
     assert faults.unreadable == {"5": "image 5 is broken"}

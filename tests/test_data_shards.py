@@ -18,7 +18,7 @@ from torch import nn
 from topkd.config.recipe import DataSection
 from topkd.config.validation import RecipeError
 from topkd.data import DATA, Data, InMemory, from_dataset, plain_batches, training_batches
-from topkd.data.base import Blocks
+from topkd.data.base import ReadGroups
 from topkd.data.batches import shuffled
 from topkd.data.pictures import MEAN, STD
 from topkd.data.shards import refuse_gaps
@@ -26,7 +26,7 @@ from topkd.data.sources.folder import folder
 from topkd.data.sources.parquet import parquet
 from topkd.data.sources.webdataset import webdataset
 from topkd.evaluation import metrics
-from topkd.features import Tapped
+from topkd.features import FeatureExtractor
 from topkd.training.build import load_data
 
 pa = pytest.importorskip("pyarrow")
@@ -96,7 +96,7 @@ def learn(data):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    tapped = Tapped(network, maps=["0"], head="4").eval()
+    tapped = FeatureExtractor(network, maps=["0"], head="4").eval()
     return metrics.predict(tapped, data.test, torch.device("cpu"))
 
 
@@ -148,7 +148,7 @@ class Stored:
     """Images that are nothing but their blocks."""
 
     def __init__(self, sizes, buffer):
-        self.blocks = Blocks(np.repeat(np.arange(len(sizes)), sizes), buffer)
+        self.blocks = ReadGroups(np.repeat(np.arange(len(sizes)), sizes), buffer)
         self.target = torch.zeros(sum(sizes))
 
 
@@ -170,8 +170,8 @@ def test_few_blocks_are_open_at_a_time():
             there = sum(a <= time < b for a, b in zip(first, last, strict=True))
             assert there <= 60 / 10 + 2
         orders[key] = tuple(np.argsort(first))
-        neighbours = np.mean(blocks[1:] == blocks[:-1])
-        assert neighbours < 0.3  # a block of 10 among about 6: 0.17 by chance
+        neighbors = np.mean(blocks[1:] == blocks[:-1])
+        assert neighbors < 0.3  # a block of 10 among about 6: 0.17 by chance
     assert len(set(orders.values())) == 3
 
 

@@ -25,7 +25,7 @@ def clouds(count, n=24, d=3, seed=0):
 
 def network(**options):
     torch.manual_seed(0)
-    return DistanceNet(5, neighbours=6, hidden=8, **options).double()
+    return DistanceNet(5, neighbors=6, hidden=8, **options).double()
 
 
 def test_order_place_and_direction_do_not_matter():
@@ -60,10 +60,10 @@ def test_coinciding_points_have_a_finite_gradient():
     assert points.grad.isfinite().all()
 
 
-def test_answers_are_standardised():
+def test_answers_are_standardized():
     points, vectors = clouds(50), 3 + 0.1 * torch.randn(50, 5)
-    seen = DistanceNet(5, neighbours=6, hidden=8)
-    seen.standardise(points, vectors)
+    seen = DistanceNet(5, neighbors=6, hidden=8)
+    seen.standardize(points, vectors)
     torch.testing.assert_close(seen.answer_mean, vectors.mean(0))
     torch.testing.assert_close(seen.answer_std, vectors.std(0))
     nearest = torch.cdist(points, points).sort(-1).values[..., 1:7]
@@ -71,8 +71,8 @@ def test_answers_are_standardised():
     torch.testing.assert_close(seen.each_mean, nearest.flatten(0, 1).mean(0))
 
 
-def test_needs_more_points_than_neighbours():
-    with pytest.raises(ValueError, match="6 neighbours of every point.* got 6"):
+def test_needs_more_points_than_neighbors():
+    with pytest.raises(ValueError, match="6 neighbors of every point.* got 6"):
         network()(torch.randn(2, 6, 3).double())
 
 
@@ -87,14 +87,14 @@ def test_needs_more_points_than_neighbours():
 def test_guesses_better_than_ripsnet(exact):
     training, judged = Training(epochs=15, clouds_per_step=16), {}
     for name in ("ripsnet", "distancenet"):
-        learnt = train(
+        learned = train(
             lambda epoch: clouds(200, seed=epoch),
             clouds(60, seed=99),
             exact,
             training,
             network=name,
         )
-        judged[name] = fidelity(learnt, exact, clouds(200), clouds(100, seed=98)).r2
+        judged[name] = fidelity(learned, exact, clouds(200), clouds(100, seed=98)).r2
     assert judged["distancenet"] > judged["ripsnet"] + 0.2
 
 

@@ -78,8 +78,8 @@ def test_every_loss_has_one_entry():
 @pytest.mark.parametrize("name", LOSSES)
 def test_entry_has_formula_paper_and_cost(name):
     text = entries()[name]
-    assert LOSSES[name].url in text
-    assert LOSSES[name].cost in text
+    assert LOSSES[name].info.url in text
+    assert LOSSES[name].info.cost in text
     assert "$$" in text or name in ("ce", "mse", "wttm")  # whose formula is another entry's
     assert not re.search(r":\w+:`|\.\. math|``", text.replace("```", ""))
 

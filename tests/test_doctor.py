@@ -30,11 +30,11 @@ TINY = {
     "batch_size": 32,
     "precision": "float32",
 }
-OWN = {"mean": [0.0] * 3, "std": [1.0] * 3}  # how the teacher's images were normalised
+OWN = {"mean": [0.0] * 3, "std": [1.0] * 3}  # how the teacher's images were normalized
 
 
 def otherwise():
-    """Digits that are not normalised as digits usually are."""
+    """Digits that are not normalized as digits usually are."""
     data, (mean, std) = digits(), OWN.values()
     train, test = (replace(images, mean=mean, std=std) for images in (data.train, data.test))
     return replace(data, train=train, test=test, mean=mean, std=std)
@@ -75,7 +75,7 @@ def test_a_healthy_recipe_has_nothing_wrong_and_nothing_is_written(taught, tmp_p
     findings = preflight.examine(tiny(tmp_path, taught, losses=losses, controls=controls))
     assert not told(findings, "look") + told(findings, "wrong")
     parts = [finding.part for finding in findings]
-    assert parts[:4] == ["data", "batches", "normalisation", "teacher"]
+    assert parts[:4] == ["data", "batches", "normalization", "teacher"]
     assert parts[-2:] == ["time", "memory"]
     assert "losses of ce" in parts
     assert "ce, kd, at, topkd: the taps give what they need" in [f.found for f in findings]
@@ -125,12 +125,12 @@ def test_a_file_of_ours_is_shown_images_as_it_was_trained_on_them(taught, tmp_pa
     assert not told(preflight.examine(experiment), "wrong")
 
 
-def test_another_normalisation_is_found_and_the_right_one_named(taught, tmp_path):
+def test_another_normalization_is_found_and_the_right_one_named(taught, tmp_path):
     path, name = without_its_record(taught, tmp_path / "bare.safetensors"), "to 0 ... 1"
     experiment = tiny(tmp_path, teacher={"model": "resnet8", "checkpoint": str(path)})
     wrong = told(preflight.examine(experiment), "wrong")
-    (finding,) = [finding for finding in wrong if finding.part == "teacher's normalisation"]
-    assert finding.found.startswith(f"of images normalised {name} it is right on ")
+    (finding,) = [finding for finding in wrong if finding.part == "teacher's normalization"]
+    assert finding.found.startswith(f"of images normalized {name} it is right on ")
     assert finding.advice == "set 'teacher.mean=[0,0,0]' 'teacher.std=[1,1,1]'"
     (tmp_path / "tiny.yaml").write_text(recipe.write(experiment.recipe), encoding="utf-8")
     advised = recipe.load(str(tmp_path / "tiny.yaml"), finding.advice.split("'")[1::2])
@@ -320,7 +320,7 @@ def test_odd_images_are_told_with_what_they_are(tmp_path, monkeypatch):
     finding = preflight.examine(tiny(tmp_path, tmp_path / "absent.pth"))[2]
     assert finding.verdict == "look"
     assert finding.found == (
-        "normalised images have mean -5.00 -5.00 -5.00 and deviation 2.00 2.00 2.00"
+        "normalized images have mean -5.00 -5.00 -5.00 and deviation 2.00 2.00 2.00"
     )
     assert finding.advice.endswith("'data.mean=[0.4,0.4,0.4]' 'data.std=[0.2,0.2,0.2]'")
 
@@ -355,7 +355,9 @@ def test_an_approximator_is_not_trained_but_its_fidelity_is_told(taught, tmp_pat
     experiment.prepare()
     before = everything_in(tmp_path)
     findings = preflight.examine(experiment)
-    r2 = experiment.losses("student", experiment.new_student(), 0)[1].loss.facts()["fidelity"]["r2"]
+    r2 = experiment.losses("student", experiment.new_student(), 0)[1].loss.metadata()["fidelity"][
+        "r2"
+    ]
     (finding,) = [finding for finding in findings if "explains" in finding.found]
     assert f"the approximator of topkd explains {max(r2, 0):.0%} of what" in finding.found
     assert finding.verdict == ("look" if r2 < 0.5 else "good")
@@ -382,7 +384,7 @@ def test_a_step_that_fails_is_told(taught, tmp_path, monkeypatch, error, found, 
     def fail(self, student, teacher, batch):
         raise error
 
-    monkeypatch.setattr("topkd.losses.Distillation.forward", fail)
+    monkeypatch.setattr("topkd.losses.KD.forward", fail)
     (finding,) = told(preflight.examine(tiny(tmp_path, taught)), "wrong")
     assert finding.found == found
     assert finding.advice.startswith(advice)

@@ -26,9 +26,9 @@ def percents(text):
 @pytest.mark.slow
 def test_a_topological_term_in_a_loop_of_ones_own():
     lines = printed("topological_loss.py").splitlines()
-    learnt = [float(re.search(r"cross-entropy ([\d.]+)", line)[1]) for line in lines]
+    learned = [float(re.search(r"cross-entropy ([\d.]+)", line)[1]) for line in lines]
     assert len(lines) == 10
-    assert learnt[-1] < 0.7 * learnt[0]
+    assert learned[-1] < 0.7 * learned[0]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from topkd.models import MODELS, checkpoint
 from topkd.topology.approximation import Approximation
 from topkd.training.check import check
 from topkd.training.experiment import Experiment, evaluate_file
-from topkd.training.teacher_cache import Answers
+from topkd.training.teacher_cache import TeacherCache
 
 QUIET = Progress(quiet=True)
 TINY = {
@@ -254,17 +254,17 @@ def taught(tiny):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_kept_answers_teach_the_same_to_rounding(taught, tmp_path, precision):
-    learnt = {}
+    learned = {}
     for cache in (False, True):
         tree = TINY | {"name": f"cache {cache}", "precision": precision, "epochs": 1}
         tree |= {"teacher": taught | {"cache": cache}, "losses": TINY["controls"]["kd"]}
         experiment = Experiment(recipe.parse(tree | {"controls": {}}), tmp_path, QUIET)
         experiment.student("student", 0)
-        learnt[cache] = weights(experiment, "student")
+        learned[cache] = weights(experiment, "student")
     # In bfloat16 the teacher's answers are rounded already.
     tolerance = {"rtol": 0, "atol": 0 if precision == "bfloat16" else 2e-3}
-    for name, tensor in learnt[False].items():
-        torch.testing.assert_close(learnt[True][name], tensor, **tolerance, msg=name)
+    for name, tensor in learned[False].items():
+        torch.testing.assert_close(learned[True][name], tensor, **tolerance, msg=name)
 
 
 def test_a_teacher_is_asked_once_for_all_arms_and_seeds(taught, tmp_path, monkeypatch):
@@ -272,7 +272,7 @@ def test_a_teacher_is_asked_once_for_all_arms_and_seeds(taught, tmp_path, monkey
     tree |= {"data": TINY["data"] | {"augmentation_seed": 0}, "controls": {"ce": [{"name": "ce"}]}}
     experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
     asked = []
-    call = Answers.__call__
+    call = TeacherCache.__call__
 
     def counting(self, batch, epoch, ask):
         before = self.computed
@@ -280,7 +280,7 @@ def test_a_teacher_is_asked_once_for_all_arms_and_seeds(taught, tmp_path, monkey
         asked.append(self.computed - before)
         return answer
 
-    monkeypatch.setattr(Answers, "__call__", counting)
+    monkeypatch.setattr(TeacherCache, "__call__", counting)
     experiment.student("student", 0)
     assert sum(asked) == len(asked) * 32  # every batch of the first student
     asked.clear()
@@ -317,10 +317,10 @@ def test_a_loss_learns_from_what_it_will_see(taught, tmp_path, monkeypatch):
     (usual, shown), (own, seen) = asked.values()
     assert (shown.embedding.shape, seen.embedding.shape) == ((32, 64), (32, 16))
     for source, width, maps in ((usual, 64, 4), (own, 16, 1)):
-        _, answer = next(iter(source.answers(0)))
+        _, answer = next(iter(source.teacher_batches(0)))
         assert answer.embedding.shape == (32, width)
         assert len(answer.maps) == maps
-    assert usual.teacher_hash != own.teacher_hash  # nothing that was learnt is taken for the other
+    assert usual.teacher_hash != own.teacher_hash  # nothing that was learned is taken for the other
     assert own.taps.teacher.maps == ("layer2",)
 
 

@@ -145,7 +145,7 @@ def test_eight_bits_are_eight_bits(made):
     entry = config["files"]["model.int8.onnx"]
     tried = entry["agreement_on_training"]
     assert tried.keys() == {"static", "dynamic"}
-    assert tried[entry["quantisation"]] == max(tried.values())
+    assert tried[entry["quantization"]] == max(tried.values())
     assert entry["agreement"] > 80
 
 
@@ -300,7 +300,7 @@ def test_every_family_can_be_written(model, tmp_path):
     about = {"model": model, "classes": ["a", "b", "c"], "size": 32}
     about |= {"mean": [0] * 3, "std": [1] * 3, "data": {"name": "cifar10"}}
     network = formats.build(about)
-    network.train()(torch.randn(32, 3, 32, 32))  # so that batch normalisation knows its place
+    network.train()(torch.randn(32, 3, 32, 32))  # so that batch normalization knows its place
     subject = Subject(network.eval(), about, None)
     images = torch.randn(5, 3, 32, 32)
     for name in ("safetensors", "onnx", "torch-export"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from topkd.features import Batch, Features, Tapped, Teacher
+from topkd.features import Batch, FeatureExtractor, Features, Teacher
 from topkd.models import MODELS, checkpoint
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -18,7 +18,9 @@ def resnet18():
     from torchvision.models import resnet18
 
     torch.manual_seed(0)
-    return Tapped(resnet18(weights=None, num_classes=10), ["layer1", "layer4"], "fc").eval()
+    return FeatureExtractor(
+        resnet18(weights=None, num_classes=10), ["layer1", "layer4"], "fc"
+    ).eval()
 
 
 def images(n=2, side=32, seed=0):
@@ -95,7 +97,7 @@ class Moody(nn.Module):
 
 
 def test_a_tap_that_was_not_used_is_told_whoever_used_it_before():
-    network = Tapped(Moody(), ["first"], "head")
+    network = FeatureExtractor(Moody(), ["first"], "head")
     network(images())
     network.network(images())
     network.network.is_used = False
@@ -104,7 +106,7 @@ def test_a_tap_that_was_not_used_is_told_whoever_used_it_before():
 
 
 def test_a_tap_that_was_overwritten_is_told():
-    network = Tapped(Moody(overwrites=True), ["first"], "head")
+    network = FeatureExtractor(Moody(overwrites=True), ["first"], "head")
     with pytest.raises(ValueError, match="the tap 'first' read was overwritten later by an in-pl"):
         network(images())
 
@@ -115,7 +117,7 @@ def test_what_enters_a_relu_in_place_is_read():
     )
     shown = images().to(memory_format=torch.channels_last)
     before, logits = network[0](shown), network(shown)
-    made = Tapped(network, ["1"], "3", ["1:in"])(shown)
+    made = FeatureExtractor(network, ["1"], "3", ["1:in"])(shown)
     assert torch.equal(made.preactivations[0], before)
     assert torch.equal(made.maps[0], before.relu())
     assert torch.equal(made.logits, logits)
@@ -151,20 +153,20 @@ def test_gradients_pass_through_what_is_tapped():
 
 def test_unknown_module_names_those_that_are_near(resnet18):
     with pytest.raises(ValueError, match=r"ResNet has no module 'layer5'; it has .*layer4"):
-        Tapped(resnet18.network, ["layer5"], "fc")
+        FeatureExtractor(resnet18.network, ["layer5"], "fc")
 
 
 def test_unknown_module_names_what_there_is(resnet18):
     message = "ResNet has no module 'zzz'; it has conv1, bn1, relu, maxpool, layer1, .* avgpool, fc"
     with pytest.raises(ValueError, match=message):
-        Tapped(resnet18.network, [], "zzz")
+        FeatureExtractor(resnet18.network, [], "zzz")
 
 
 def test_embeddings_are_flat():
     network = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 10, 1), nn.Flatten()
     )
-    made = Tapped(network, [], "2")(images())
+    made = FeatureExtractor(network, [], "2")(images())
     assert made.embedding.shape == (2, 4)
     assert made.maps == []
 
@@ -234,18 +236,18 @@ def test_teacher_answers_as_its_network_does():
 
 
 @pytest.mark.parametrize(("own", "seen"), [(IMAGENET, OTHER), (OTHER, IMAGENET)])
-def test_teacher_sees_images_normalised_its_own_way(own, seen):
+def test_teacher_sees_images_normalized_its_own_way(own, seen):
     network, pixels = small().double().eval(), torch.rand(2, 3, 32, 32).double()
 
-    def normalised(mean, std):
+    def normalized(mean, std):
         return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
     teacher = Teacher(network, *own, *seen).double()
     with torch.no_grad():
-        expected = network(normalised(*own))
-    found = teacher(normalised(*seen))
+        expected = network(normalized(*own))
+    found = teacher(normalized(*seen))
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(network(normalised(*seen)).logits, expected.logits, atol=1e-3)
+    assert not torch.allclose(network(normalized(*seen)).logits, expected.logits, atol=1e-3)
 
 
 def test_teacher_leaves_the_images_as_they_are():

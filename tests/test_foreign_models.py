@@ -12,7 +12,7 @@ from topkd._runtime.memory_format import formatted
 from topkd.config import recipe
 from topkd.config.validation import RecipeError
 from topkd.data import Data, InMemory
-from topkd.features import Features, Tapped, Teacher
+from topkd.features import FeatureExtractor, Features, Teacher
 from topkd.models import MODELS, checkpoint, factory
 from topkd.models.feature_info import fold_tokens, taps_of
 from topkd.training.experiment import Experiment, evaluate_file
@@ -273,7 +273,7 @@ def test_a_network_of_no_family_says_how_its_tokens_lie():
             return self.head(sequence[:, 0])
 
     network = Patches()
-    made = Tapped(network, ["block"], "head", **taps_of(network))(images())
+    made = FeatureExtractor(network, ["block"], "head", **taps_of(network))(images())
     expected = network.block(network.patches(images()).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     torch.testing.assert_close(made.maps[0], expected)
 
@@ -299,7 +299,7 @@ def test_a_pair_is_read_as_two_heads():
         def forward(self, shown):
             return super().forward(shown), shown
 
-    network = Tapped(nn.Sequential(nn.Flatten(), Pair(12, 5)), [], "1")
+    network = FeatureExtractor(nn.Sequential(nn.Flatten(), Pair(12, 5)), [], "1")
     made = network(images(2, 2))
     torch.testing.assert_close(made.distilled, images(2, 2).flatten(1))
     assert made.apply(lambda t: 2 * t).distilled.equal(2 * made.distilled)
@@ -311,13 +311,13 @@ def test_what_is_no_logits_is_refused():
         def forward(self, shown):
             return super().forward(shown), shown, None
 
-    network = Tapped(nn.Sequential(nn.Flatten(), Many(12, 5)), [], "0")
+    network = FeatureExtractor(nn.Sequential(nn.Flatten(), Many(12, 5)), [], "0")
     with pytest.raises(ValueError, match=r"Sequential answers with 3 values \(Tensor, Tensor, No"):
         network(images(2, 2))
 
 
 def test_a_tap_that_reads_no_tensor_is_refused():
-    network = Tapped(nn.Sequential(nn.LSTM(4, 5)), ["0"], "0")
+    network = FeatureExtractor(nn.Sequential(nn.LSTM(4, 5)), ["0"], "0")
     with pytest.raises(ValueError, match="the tap '0' reads 2 values .* where a tensor is needed"):
         network(torch.zeros(3, 2, 4))
 
@@ -539,10 +539,10 @@ def test_a_teacher_sees_images_of_its_own_size():
             seen.append(shown)
             return shown.mean((2, 3))
 
-    network = Tapped(nn.Sequential(Watching(), nn.Linear(3, 5)), [], "1")
+    network = FeatureExtractor(nn.Sequential(Watching(), nn.Linear(3, 5)), [], "1")
     half = (0.5,) * 3
     teacher = Teacher(network, half, half, (0.0,) * 3, (1.0,) * 3, size=4)
-    # A picture of two colours, each of which fills whole pixels of the smaller one.
+    # A picture of two colors, each of which fills whole pixels of the smaller one.
     shown = torch.zeros(1, 3, 8, 8)
     shown[..., 4:] = 1.0
     teacher(shown)

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from topkd._io.progress import Progress
 from topkd.cli import app
 from topkd.config import recipe
-from topkd.features import Tapped
+from topkd.features import FeatureExtractor
 from topkd.models import checkpoint, factory
 from topkd.models.found import taps_by_running
 from topkd.training.experiment import Experiment
@@ -166,7 +166,7 @@ def test_what_is_found_is_what_the_family_has(name):
     found = taps_by_running(wrapped(plain), side)
     known = factory.build(f"torchvision:{name}", 7, side)
     assert f"net.{known._embedding}" == f"{found['head']}:in"
-    network = Tapped(wrapped(plain), **found).eval()
+    network = FeatureExtractor(wrapped(plain), **found).eval()
     with torch.no_grad():
         made = network(images(side))
         torch.testing.assert_close(made.logits, plain(images(side)), rtol=1e-4, atol=1e-4)
@@ -187,7 +187,7 @@ def test_what_is_found_of_timm_is_its_head_and_its_last_map(name):
     found = taps_by_running(wrapped(plain), 64)
     known = factory.build(f"timm:{name}", 7, 64).eval()
     assert f"net.{known._embedding}" == f"{found['head']}:in"
-    made = Tapped(wrapped(plain), **found).eval()(images(64))
+    made = FeatureExtractor(wrapped(plain), **found).eval()(images(64))
     sides = [m.shape[-1] for m in made.maps]
     assert sides == sorted(set(sides), reverse=True)
     assert sides[-1] == known(images(64)).maps[-1].shape[-1]

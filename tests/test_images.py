@@ -19,8 +19,8 @@ from topkd.topology.images import WEIGHTS
 from topkd.topology.scaling import length_unit
 from topkd.topology.serialization import (
     FORMS,
-    VECTORISATIONS,
-    VectorisationLayer,
+    VECTORIZATIONS,
+    VectorizationLayer,
     from_json,
     lost_mass,
     to_json,
@@ -159,7 +159,7 @@ def test_pixels_of_integrals_sum_to_the_weights():
 def test_density_times_area_is_nearly_the_integral_for_wide_gaussians():
     diagrams, cell = with_births(), 0.1
     integral = PersistenceImage((0.0, 2.0), (0.0, 2.0), 0.2, 1.0, 20, "integral")
-    nodes = (0.05, 1.95)  # the centres of the cells
+    nodes = (0.05, 1.95)  # the centers of the cells
     density = replace(integral, births=nodes, persistences=nodes, sampling="density")
     difference = density(diagrams) * cell**2 - integral(diagrams)
     assert difference.abs().sum() < 0.01 * integral(diagrams).sum()
@@ -407,10 +407,10 @@ def test_refuses_impossible_images(change, message):
 def fit(name, diagrams, **options):
     if name == "cells":
         return PersistenceImage.fit_cells(diagrams, **options)
-    return VECTORISATIONS[name].fit(diagrams, **options)
+    return VECTORIZATIONS[name].fit(diagrams, **options)
 
 
-@pytest.fixture(params=[*VECTORISATIONS, "cells"])
+@pytest.fixture(params=[*VECTORIZATIONS, "cells"])
 def name(request):
     return request.param
 
@@ -559,11 +559,11 @@ def through_torch(state):
 
 @pytest.mark.parametrize("through", [through_torch, lambda state: load(save(state))])
 def test_a_layer_keeps_its_parameters_in_its_state(fitted, through):
-    network = torch.nn.Sequential(VectorisationLayer(fitted), torch.nn.Linear(fitted.size, 2))
+    network = torch.nn.Sequential(VectorizationLayer(fitted), torch.nn.Linear(fitted.size, 2))
     other = PersistenceVector((0.0, 1.0), sigma=0.5)
-    again = torch.nn.Sequential(VectorisationLayer(other), torch.nn.Linear(fitted.size, 2))
+    again = torch.nn.Sequential(VectorizationLayer(other), torch.nn.Linear(fitted.size, 2))
     again.load_state_dict(through(network.state_dict()))
-    assert again[0].vectorisation == fitted
+    assert again[0].vectorization == fitted
     diagrams = Diagrams.from_bars(with_births().bars.float())
     assert torch.equal(again(diagrams), network(diagrams))
 
@@ -592,7 +592,7 @@ def test_lost_mass_is_the_weight_of_the_bars_outside(unit, weight):
 def test_lost_mass_of_curves_is_the_length_outside():
     bars = torch.tensor([[[0.0, 4.0], [5.0, 9.0], [1.0, 3.0]], [[9.0, 11.0], [0.0, 0.0], [0, 0]]])
     for name in ("betti", "landscape", "silhouette", "entropy"):
-        curve = VECTORISATIONS[name]((2.0, 6.0))
+        curve = VECTORIZATIONS[name]((2.0, 6.0))
         assert lost_mass(curve, Diagrams.from_bars(bars)).item() == pytest.approx(8 / 12)
 
 
@@ -605,7 +605,7 @@ def test_nothing_is_lost_of_what_was_fitted(name, dtype):
 
 
 def test_a_layer_warns_once(fitted):
-    layer, far = VectorisationLayer(replace(fitted, unit="none")), with_births().scaled(1000.0)
+    layer, far = VectorizationLayer(replace(fitted, unit="none")), with_births().scaled(1000.0)
     with pytest.warns(UserWarning, match="100% of the mass .* lies outside the range"):
         layer(far)
     for _ in range(9):  # a warning is an error here
@@ -616,9 +616,9 @@ def test_a_layer_looks_at_calls_whose_number_is_a_power_of_two(monkeypatch, fitt
     seen = []
     monkeypatch.setattr(
         "topkd.topology.serialization.lost_mass",
-        lambda vectorisation, diagrams: seen.append(diagrams) or torch.zeros(()),
+        lambda vectorization, diagrams: seen.append(diagrams) or torch.zeros(()),
     )
-    layer = VectorisationLayer(fitted)
+    layer = VectorizationLayer(fitted)
     calls = [with_births() for _ in range(20)]
     for diagrams in calls:
         layer(diagrams)
@@ -626,6 +626,6 @@ def test_a_layer_looks_at_calls_whose_number_is_a_power_of_two(monkeypatch, fitt
 
 
 def test_a_compiled_layer_does_not_look(fitted):
-    layer, far = VectorisationLayer(fitted), with_births().scaled(1000.0)
+    layer, far = VectorizationLayer(fitted), with_births().scaled(1000.0)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(far), fitted(far))

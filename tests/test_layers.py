@@ -26,7 +26,7 @@ LEVELS = {  # an import points to a lower number
     "_io": 1,
 }
 FREE = {"topkd", "topkd.__main__"}  # the version, and the way in
-# Licences that ours does not go with, and libraries that are only here to be compared with.
+# Licenses that ours does not go with, and libraries that are only here to be compared with.
 FORBIDDEN = {
     "gudhi",
     "ripser",
@@ -133,7 +133,7 @@ def test_topology_could_be_a_package_of_its_own():
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_nothing_of_another_licence_is_imported(name):
+def test_nothing_of_another_license_is_imported(name):
     assert not {i.split(".")[0] for i in IMPORTS[name]} & FORBIDDEN
 
 

@@ -1,10 +1,10 @@
-"""One contract for every loss of the catalogue."""
+"""One contract for every loss of the catalog."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from reference.features import CLOUD, WIDTH, batch, features, source_in, tapped
+from reference.features import CLOUD, WIDTH, batch, bound, features, source_in, tapped
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -16,8 +16,8 @@ SHORT = Training(passes=2, epochs=2)
 CASES = {name: (name, {}) for name in LOSSES} | {
     "ce, smoothed": ("ce", {"label_smoothing": 0.2}),
     "kd, hot": ("kd", {"temperature": 20.0}),
-    "kd, standardised": ("kd", {"standardise": True}),
-    "dkd, standardised": ("dkd", {"standardise": True}),
+    "kd, standardized": ("kd", {"standardize": True}),
+    "dkd, standardized": ("dkd", {"standardize": True}),
     "ctkd of dkd": ("ctkd", {"of": "dkd"}),
     "mlkd, clean masks": ("mlkd", {"faithful": False}),
     "deit, soft": ("deit", {"kind": "soft"}),
@@ -44,7 +44,7 @@ def make(request, shared_source):
     def build(width):
         student, teacher = features(width, seed=1), features(WIDTH, seed=2)
         own = replace(shared_source, student=tapped(width, seed=1))
-        loss = LOSSES[name].loss.between(student, teacher, own, **options)
+        loss = bound(LOSSES[name], student, teacher, own, **options)
         for module in loss.modules():
             if isinstance(module, nn.BatchNorm2d):  # new ones put a ReLU at its kink
                 nn.init.constant_(module.bias, 0.1)
@@ -56,7 +56,7 @@ def make(request, shared_source):
 
 @pytest.fixture(params=WIDTHS.values(), ids=WIDTHS)
 def case(request, make):
-    if request.param != WIDTH and not LOSSES[CASES[make.name][0]].any_width:
+    if request.param != WIDTH and not LOSSES[CASES[make.name][0]].info.any_width:
         with pytest.raises(ValueError, match="channels"):
             make(request.param)
         pytest.skip("refuses a student of another width, and says so")
@@ -118,7 +118,7 @@ def test_arguments_are_never_changed(case):
 def test_a_student_that_equals_its_teacher_loses_nothing(make):
     loss, _, teacher = make(WIDTH)
     value = loss(teacher, teacher, batch())
-    assert not LOSSES[CASES[make.name][0]].zero or value.abs() < 1e-10
+    assert not LOSSES[CASES[make.name][0]].info.zero or value.abs() < 1e-10
 
 
 def test_half_precision_is_finite(case):
@@ -148,7 +148,7 @@ def trained_for(epochs, loss, student, teacher):
     own = [weight for weight in loss.parameters() if weight.requires_grad]
     values = []
     for epoch in epochs:
-        loss.train().begin(epoch)
+        loss.train().on_epoch_start(epoch)
         value = loss(student, teacher, batch())
         values.append(value.detach())
         gradients = torch.autograd.grad(value, own, allow_unused=True) if own else ()
@@ -181,13 +181,14 @@ def test_a_compiled_loss_is_the_same_loss(make):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_catalogue_tells_what_a_loss_compares_and_whose_it_is(name):
-    entry = LOSSES[name]
-    assert entry.compares
-    assert entry.paper
-    assert entry.url in entry.loss.__doc__
-    assert entry.cost
+def test_catalog_tells_what_a_loss_compares_and_whose_it_is(name):
+    info = LOSSES[name].info
+    assert info.name == name
+    assert info.compares
+    assert info.paper
+    assert info.url in LOSSES[name].__doc__
+    assert info.cost
 
 
 def test_only_cross_entropy_needs_no_teacher():
-    assert [name for name, entry in LOSSES.items() if not entry.loss.needs_teacher] == ["ce"]
+    assert [name for name, entry in LOSSES.items() if not entry.needs_teacher] == ["ce"]

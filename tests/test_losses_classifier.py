@@ -7,19 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from reference import map_loops as loops
-from reference.features import CLASSES, WIDTH, batch, features, source_in, tapped
+from reference.features import CLASSES, WIDTH, batch, bound, features, source_in, tapped
 from reference.losses import mean_square
 from torch import nn
 
-from topkd.features import Tapped, Teacher
-from topkd.losses import (
-    ClassAttention,
-    ReusedClassifier,
-    SoftmaxRegression,
-    class_attention,
-    class_maps,
-    last_map,
-)
+from topkd.features import FeatureExtractor, Teacher
+from topkd.losses import CATKD, SRRL, SimKD
+from topkd.losses.functional import class_attention, class_maps, last_map
 from topkd.models import MODELS
 from topkd.models.reused import projector, rebuild, reuse
 
@@ -27,7 +21,7 @@ HALF = (0.5,) * 3
 
 
 def seasoned(network):
-    """Gives normalisations something that they have seen, so that nothing is 0 or 1."""
+    """Gives normalizations something that they have seen, so that nothing is 0 or 1."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -57,7 +51,7 @@ def test_projector_is_three_layers_in_plain_loops():
 
 
 def test_projector_has_the_published_number_of_weights():
-    # c_s c_t / f + 9 (c_t / f)^2 + c_t^2 / f and the normalisations; resnet8x4 from resnet32x4.
+    # c_s c_t / f + 9 (c_t / f)^2 + c_t^2 / f and the normalizations; resnet8x4 from resnet32x4.
     weights = sum(w.numel() for w in projector(256, 256).parameters())
     assert weights == 256 * 128 + 9 * 128**2 + 128 * 256 + 2 * (128 + 128 + 256)
 
@@ -77,12 +71,12 @@ def test_a_student_with_its_own_classifier_gets_a_projector_where_it_needs_one(s
     teacher = features(WIDTH, seed=2)
     for width, brings in ((WIDTH, False), (3, True)):
         student = features(width, seed=1)
-        loss = ReusedClassifier.between(student, teacher, source).double().eval()
+        loss = bound(SimKD, student, teacher, source).double().eval()
         assert (loss.project is not None) == brings
         own = student.maps[-1] if loss.project is None else loss.project(student.maps[-1])
         found = loss(student, teacher, batch())
         torch.testing.assert_close(found, last_map(own, teacher.maps[-1]))
-        assert "does not train" in loss.facts()["classifier"]
+        assert "does not train" in loss.metadata()["classifier"]
 
 
 def test_refuses_last_maps_that_differ():
@@ -188,12 +182,12 @@ def test_simkd_of_a_reused_network_is_its_projected_map(source):
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     reused = reuse(student, teacher, images, teacher_tap="stages.3")
     made, answer = reused.double()(images), teacher(images)
-    loss = ReusedClassifier.between(made, answer, replace(source, student=reused))
+    loss = bound(SimKD, made, answer, replace(source, student=reused))
     assert not list(loss.parameters())
     torch.testing.assert_close(
         loss(made, answer, batch(4)), (made.maps[-1] - answer.maps[-1]).square().mean()
     )
-    assert loss.facts() == {
+    assert loss.metadata() == {
         "classifier": "the teacher's",
         "weights_brought": 3 * 2 + 9 * 2 * 2 + 2 * 5 + 2 * (2 + 2 + 5) + 5 * CLASSES + CLASSES,
     }
@@ -216,7 +210,7 @@ def test_refuses_a_teacher_whose_classifier_is_more_than_one_layer():
     student, _ = pair("resnet8x0.25", "resnet8")
     head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 10))
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-    teacher = Teacher(Tapped(network, ["0"], "3"), HALF, HALF)
+    teacher = Teacher(FeatureExtractor(network, ["0"], "3"), HALF, HALF)
     with pytest.raises(ValueError, match="classifier must be one linear layer, got Sequential"):
         reuse(student, teacher, torch.randn(2, 3, 32, 32), teacher_tap="0")
 
@@ -226,7 +220,7 @@ def test_a_convolution_of_one_place_is_a_classifier_too():
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 10, 1), nn.Flatten()
     )
-    teacher = Teacher(Tapped(network, ["0"], "2"), HALF, HALF)
+    teacher = Teacher(FeatureExtractor(network, ["0"], "2"), HALF, HALF)
     made = reuse(student, teacher, torch.randn(2, 3, 32, 32), teacher_tap="0").eval()(
         torch.randn(2, 3, 32, 32)
     )
@@ -239,7 +233,7 @@ def test_a_convolution_of_one_place_is_a_classifier_too():
 @pytest.mark.parametrize("weight", [0.0, 1.0, 5.0])
 def test_softmax_regression_is_the_paper_in_plain_loops(weight, source):
     student, teacher = features(3, seed=1), features(WIDTH, seed=2)
-    loss = seasoned(SoftmaxRegression.between(student, teacher, source, logits=weight).double())
+    loss = seasoned(bound(SRRL, student, teacher, source, logits=weight).double())
     head = source.teacher.network.classifier
     embeddings, logits = [], []
     for seen in student.maps[-1].tolist():
@@ -255,7 +249,7 @@ def test_softmax_regression_is_the_paper_in_plain_loops(weight, source):
 
 def test_softmax_regression_trains_its_projection_and_never_the_teacher(source):
     student, teacher = features(3, seed=1), features(WIDTH, seed=2)
-    loss = seasoned(SoftmaxRegression.between(student, teacher, source).double())
+    loss = seasoned(bound(SRRL, student, teacher, source).double())
     assert sum(w.numel() for w in loss.parameters()) == 3 * WIDTH + 2 * WIDTH
     assert not any("teacher" in name for name in loss.state_dict())
     last = student.maps[-1].requires_grad_()
@@ -273,7 +267,7 @@ def test_a_student_with_the_teachers_embedding_and_logits_loses_nothing(source):
     seen = teacher.maps[-1]
     made = replace(teacher, embedding=seen.mean((2, 3)))
     made = replace(made, logits=source.teacher.network.head(made.embedding))
-    loss = SoftmaxRegression.between(made, made, source).double().eval()
+    loss = bound(SRRL, made, made, source).double().eval()
     with torch.no_grad():  # the projection that changes nothing
         nn.init.dirac_(loss.project[0].weight).mul_((1 + loss.project[1].eps) ** 0.5)
     assert loss(made, made, batch()).item() == pytest.approx(0, abs=1e-20)
@@ -297,13 +291,13 @@ def test_class_maps_are_a_convolution_with_the_classifiers_weight():
 
 
 @pytest.mark.parametrize("resolution", [1, 2, 4])
-@pytest.mark.parametrize("normalise", [False, True])
-def test_class_attention_is_the_paper_in_plain_loops(resolution, normalise):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_class_attention_is_the_paper_in_plain_loops(resolution, normalize):
     student, teacher = (torch.randn(2, 3, side, side, dtype=torch.float64) for side in (8, 4))
     expected = []
     for seen in (student, teacher):
         maps = [loops.averaged(image, resolution) for image in seen.tolist()]
-        if normalise:
+        if normalize:
             maps = [
                 [
                     [[v / sum(x * x for r in m for x in r) ** 0.5 for v in row] for row in m]
@@ -312,26 +306,26 @@ def test_class_attention_is_the_paper_in_plain_loops(resolution, normalise):
                 for image in maps
             ]
         expected.append(maps)
-    found = class_attention(student, teacher, resolution=resolution, normalise=normalise)
+    found = class_attention(student, teacher, resolution=resolution, normalize=normalize)
     assert found.item() == pytest.approx(loops.mean_square(*expected), rel=1e-12, abs=1e-12)
     assert torch.autograd.gradcheck(
-        lambda s: class_attention(s, teacher, resolution=resolution, normalise=normalise),
+        lambda s: class_attention(s, teacher, resolution=resolution, normalize=normalize),
         student.requires_grad_(),
         fast_mode=True,
         atol=1e-4,
     )
 
 
-def test_normalised_class_maps_that_are_nothing_have_a_gradient():
+def test_normalized_class_maps_that_are_nothing_have_a_gradient():
     student = torch.zeros(1, 2, 2, 2, requires_grad=True)
-    class_attention(student, torch.ones(1, 2, 2, 2), normalise=True).backward()
+    class_attention(student, torch.ones(1, 2, 2, 2), normalize=True).backward()
     assert student.grad.abs().max() < 10
 
 
 def test_the_students_classifier_learns_and_is_read_anew(source):
     student, teacher = features(3, seed=1), features(WIDTH, seed=2)
     source = replace(source, student=tapped(3, seed=1))
-    loss = ClassAttention.between(student, teacher, source)
+    loss = bound(CATKD, student, teacher, source)
     assert not list(loss.parameters())
     assert not loss.state_dict()
     weight = source.student.classifier.weight
@@ -352,21 +346,19 @@ def test_the_students_classifier_learns_and_is_read_anew(source):
 def test_networks_with_one_classifier_and_one_map_lose_nothing(source):
     teacher = features(WIDTH, seed=2)
     source = replace(source, student=source.teacher.network)
-    loss = ClassAttention.between(teacher, teacher, source)
+    loss = bound(CATKD, teacher, teacher, source)
     assert loss(teacher, teacher, batch()) == 0
 
 
 def test_refuses_what_has_no_class_maps(source):
     student, teacher = features(3, seed=1), features(WIDTH, seed=2)
     with pytest.raises(ValueError, match="student: the classifier reads 3 numbers, .* 5 channels"):
-        ClassAttention.between(teacher, teacher, replace(source, student=tapped(3, seed=1)))
+        bound(CATKD, teacher, teacher, replace(source, student=tapped(3, seed=1)))
     with pytest.raises(ValueError, match="the student has no maps"):
-        ClassAttention.between(replace(student, maps=[]), teacher, source)
+        bound(CATKD, replace(student, maps=[]), teacher, source)
     with pytest.raises(ValueError, match="one linear layer, got ReLU"):
         class_maps(student.maps[-1], nn.ReLU())
     with pytest.raises(ValueError, match="resolution must be at least 1, got 0"):
-        ClassAttention.between(
-            student, teacher, replace(source, student=tapped(3, seed=1)), resolution=0
-        )
+        bound(CATKD, student, teacher, replace(source, student=tapped(3, seed=1)), resolution=0)
     with pytest.raises(ValueError, match=r"class maps differ: student \(1, 2, 2, 2\), teacher"):
         class_attention(torch.zeros(1, 2, 2, 2), torch.zeros(1, 3, 2, 2))

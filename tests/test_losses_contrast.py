@@ -5,18 +5,18 @@ import math
 import pytest
 import torch
 from reference import relation_losses as reference
-from reference.features import CLASSES, CLOUD, IMAGES, WIDTH, batch, features, source_in
+from reference.features import CLASSES, CLOUD, IMAGES, WIDTH, batch, bound, features, source_in
 
 from topkd.features import Batch
-from topkd.losses import contrast
-from topkd.losses.crd import Choice, Contrastive, mix_in
+from topkd.losses.crd import CRD, Choice, mix_in
+from topkd.losses.functional import contrast
 
 TARGET = torch.arange(IMAGES) % CLASSES
 
 
 def contrastive(seed=0, **options):
     torch.manual_seed(seed)
-    return Contrastive(3, WIDTH, TARGET, **{"size": 4, "temperature": 0.5, **options}).double()
+    return CRD(3, WIDTH, TARGET, **{"size": 4, "temperature": 0.5, **options}).double()
 
 
 def shown(index):
@@ -104,7 +104,7 @@ def test_first_batch_fixes_z_and_no_other_does():
 
 
 def test_z_begins_as_what_the_memory_gives_on_average():
-    loss = Contrastive(3, WIDTH, torch.arange(20_000) % 2, size=128)
+    loss = CRD(3, WIDTH, torch.arange(20_000) % 2, size=128)
     anchor = torch.nn.functional.normalize(torch.randn(8, 128))
     measured = 20_000 * (anchor @ loss.of_teacher.T / 0.07).exp().mean()
     assert loss.log_z.exp()[0].item() == pytest.approx(measured.item(), rel=0.05)
@@ -265,17 +265,17 @@ def test_new_epochs_bring_new_negatives():
     loss = contrastive(negatives=3).eval()
     values = []
     for epoch in (1, 2, 1):
-        loss.begin(epoch)
+        loss.on_epoch_start(epoch)
         values.append(loss(*made(range(CLOUD)), batch()).item())
     assert values[0] == values[2] != values[1]
 
 
 def test_facts_tell_the_memory(tmp_path):
     student, teacher = features(3, seed=1), features(WIDTH, seed=2)
-    loss = Contrastive.between(student, teacher, source_in(tmp_path))
-    assert loss.facts() == {"negatives": 36, "positives": "exact", "memory_megabytes": 0.0}
-    large = Contrastive(3, 5, torch.arange(50_000) % 100, size=128)
-    assert large.facts() == {"negatives": 16384, "positives": "exact", "memory_megabytes": 51.2}
+    loss = bound(CRD, student, teacher, source_in(tmp_path))
+    assert loss.metadata() == {"negatives": 36, "positives": "exact", "memory_megabytes": 0.0}
+    large = CRD(3, 5, torch.arange(50_000) % 100, size=128)
+    assert large.metadata() == {"negatives": 16384, "positives": "exact", "memory_megabytes": 51.2}
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_refuses_wrong_options(options, message):
 
 def test_refuses_what_cannot_be_contrasted():
     with pytest.raises(ValueError, match="there is only one class"):
-        Contrastive(3, 5, torch.zeros(10).long())
+        CRD(3, 5, torch.zeros(10).long())
     with pytest.raises(ValueError, match="there is no image 50 among the 48 of the memory"):
         contrastive()(*made([3, 4]), Batch(torch.zeros(2), TARGET[:2], torch.tensor([3, 50])))
     with pytest.raises(ValueError, match=r"\(n, 1 \+ negatives\), got \(4, 1\)"):

@@ -7,7 +7,7 @@ from itertools import islice, product
 import pytest
 import torch
 from reference import topological_losses as reference
-from reference.features import CLOUD, answers, batch, features, source_in
+from reference.features import CLOUD, answers, batch, bound, features, source_in
 from scipy.stats import chisquare
 from torch.autograd import gradcheck
 
@@ -24,13 +24,13 @@ LABEL_FREE = {
     "pce": ("pce", {}),
     "em-pce": ("pce", {"form": "em-pce", "bandwidth": 0.1, "tolerance": 2.0}),
 }
-LABELLED = {
+LABELED = {
     "edge_matching": ("edge_matching", {}),
-    "edge_matching, learnt": ("edge_matching", {"scale": "learnt", "symmetric": False}),
+    "edge_matching, learned": ("edge_matching", {"scale": "learned", "symmetric": False}),
     "rtd_lite": ("rtd_lite", {}),
     "ultrametric": ("ultrametric", {"order": 2.0}),
 }
-ALL = LABEL_FREE | LABELLED
+ALL = LABEL_FREE | LABELED
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def make(source):
     def build(case, **controls):
         name, options = ALL[case]
         student, teacher = features(3, seed=1), features(5, seed=2)
-        return LOSSES[name].loss.between(student, teacher, source, **options, **controls).double()
+        return bound(LOSSES[name], student, teacher, source, **options, **controls).double()
 
     return build
 
@@ -120,7 +120,7 @@ def test_the_diagram_of_a_tree_has_the_lengths_of_its_edges(dtype):
 def test_random_edges_leave_a_student_that_equals_its_teacher_alone(make, case):
     teacher = features(5, seed=2)
     loss = make(case, edges="random").requires_grad_(False)
-    if case != "edge_matching, learnt":  # its teacher is in units of the maximum, its student not
+    if case != "edge_matching, learned":  # its teacher is in units of the maximum, its student not
         assert loss(teacher, teacher, batch()).abs() < 1e-10
     assert loss(features(5, seed=1), teacher, batch()) > 1e-6
 
@@ -132,8 +132,8 @@ def test_random_edges_are_others_in_every_epoch_and_the_same_again(make, case):
     student, teacher = features(3, seed=1), features(5, seed=2)
     values = []
     for epoch in (1, 2):
-        loss.begin(epoch)
-        again.begin(epoch)
+        loss.on_epoch_start(epoch)
+        again.on_epoch_start(epoch)
         values.append(loss(student, teacher, batch()).item())
         assert again(student, teacher, batch()).item() == values[-1]
     assert values[0] != values[1]
@@ -141,8 +141,8 @@ def test_random_edges_are_others_in_every_epoch_and_the_same_again(make, case):
 
 CONTROLS = [
     *((case, {"edges": "random"}) for case in ALL),
-    *((case, {"target": "permuted"}) for case in LABELLED),
-    *((case, {"edges": "random", "target": "permuted"}) for case in LABELLED),
+    *((case, {"target": "permuted"}) for case in LABELED),
+    *((case, {"edges": "random", "target": "permuted"}) for case in LABELED),
     *((case, {"target": target}) for case in LABEL_FREE for target in ("other", "mean")),
     *((case, {"edges": "random", "target": "mean"}) for case in LABEL_FREE),
     *((case, {"edges": "random", "target": "other"}) for case in LABEL_FREE),
@@ -184,15 +184,15 @@ def test_losses_without_labels_do_not_see_which_image_is_which(make, case):
     torch.testing.assert_close(loss(moved, teacher, batch()), value)
 
 
-@pytest.mark.parametrize("case", LABELLED)
-def test_labelled_losses_see_which_image_is_which(make, case):
+@pytest.mark.parametrize("case", LABELED)
+def test_labeled_losses_see_which_image_is_which(make, case):
     loss, student, teacher = make(case), features(3, seed=1), features(5, seed=2)
     moved = student.apply(lambda t: t.roll(1, 0))
     apart = loss(moved, teacher, batch()) - loss(student, teacher, batch())
     assert apart.abs() > 1e-3
 
 
-@pytest.mark.parametrize("case", LABELLED)
+@pytest.mark.parametrize("case", LABELED)
 def test_permuted_answers_belong_to_other_images_of_the_batch(make, case):
     permuted, own = make(case, target="permuted"), make(case)
     student, teacher = features(3, seed=1), features(5, seed=2)
@@ -204,7 +204,7 @@ def test_permuted_answers_belong_to_other_images_of_the_batch(make, case):
 
     permuted.compared = watched
     for epoch in (1, 2, 1):
-        permuted.begin(epoch)
+        permuted.on_epoch_start(epoch)
         value = permuted(student, teacher, batch())
         again = own(student, replace(teacher, embedding=seen[-1]), batch())
         torch.testing.assert_close(value, again)
@@ -299,7 +299,7 @@ def flat(values):
 
 @pytest.mark.parametrize("target", ["other", "mean"])
 def test_a_target_that_nobody_found_is_asked_for(target):
-    loss = LOSSES["wasserstein"].loss(target=target)
+    loss = LOSSES["wasserstein"](target=target)
     with pytest.raises(ValueError, match=rf"target: {target} is found by between\(\)"):
         loss(features(3, seed=1), features(5, seed=2), batch())
 
@@ -313,9 +313,9 @@ def test_permuting_is_no_control_where_labels_are_not_seen(make, case):
         make(case, target="permuted")
 
 
-@pytest.mark.parametrize("case", LABELLED)
+@pytest.mark.parametrize("case", LABELED)
 @pytest.mark.parametrize("target", ["other", "mean"])
-def test_labelled_losses_are_controlled_by_permuting(make, case, target):
+def test_labeled_losses_are_controlled_by_permuting(make, case, target):
     with pytest.raises(ValueError, match=f"target: {target} .* use permuted"):
         make(case, target=target)
 
@@ -341,6 +341,6 @@ def test_what_makes_no_sense_is_refused(make, case, options, message):
     "name", ["topkd", "wasserstein", "pce", "edge_matching", "rtd_lite", "ultrametric"]
 )
 def test_recipes_can_ask_for_controls(name):
-    loss, asked = LOSSES[name].loss, {"edges": "random", "target": "other"}
-    takes = loss.between if name in ("topkd", "pce") else loss.__init__
+    loss, asked = LOSSES[name], {"edges": "random", "target": "other"}
+    takes = loss.__init__
     assert parse_options(takes, asked, "losses[0]") == asked

@@ -6,8 +6,9 @@ import pytest
 import torch
 from reference.features import batch, features
 
-from topkd.losses import CurriculumTemperature, decoupled_distillation, distillation
+from topkd.losses import CTKD
 from topkd.losses.ctkd import adversity, scaled_gradient
+from topkd.losses.functional import decoupled_distillation, distillation
 
 
 def slope(loss):
@@ -30,8 +31,8 @@ def by_differences(loss, step=1e-5):
 
 def test_the_temperature_starts_high():
     expected = 1 + 20 / (1 + math.exp(-1))
-    assert CurriculumTemperature().temperature.item() == pytest.approx(expected)
-    other = CurriculumTemperature(lowest=2.0, spread=6.0)
+    assert CTKD().temperature.item() == pytest.approx(expected)
+    other = CTKD(lowest=2.0, spread=6.0)
     assert other.temperature.item() == pytest.approx(2 + 6 / (1 + math.exp(-1)))
 
 
@@ -40,10 +41,10 @@ def test_the_temperature_starts_high():
 def test_its_value_is_that_of_the_loss_at_this_temperature(mode, epoch):
     student, teacher, shown = features(3, seed=1), features(5, seed=2), batch()
     hot = 1 + 20 / (1 + math.exp(-1))
-    kd = CurriculumTemperature().double().train(mode)
-    dkd = CurriculumTemperature(of="dkd", alpha=0.5, beta=3.0).double().train(mode)
-    kd.begin(epoch)
-    dkd.begin(epoch)
+    kd = CTKD().double().train(mode)
+    dkd = CTKD(of="dkd", alpha=0.5, beta=3.0).double().train(mode)
+    kd.on_epoch_start(epoch)
+    dkd.on_epoch_start(epoch)
     torch.testing.assert_close(
         kd(student, teacher, shown),
         distillation(student.logits, teacher.logits, temperature=hot),
@@ -57,7 +58,7 @@ def test_its_value_is_that_of_the_loss_at_this_temperature(mode, epoch):
 
 
 def test_weights_of_the_decoupled_parts_are_those_of_the_authors():
-    loss = CurriculumTemperature(of="dkd")
+    loss = CTKD(of="dkd")
     assert (loss.alpha, loss.beta) == (1, 2)
 
 
@@ -75,26 +76,26 @@ def test_adversity_rises_slowly_then_fast_then_slowly():
 @pytest.mark.parametrize("of", ["kd", "dkd"])
 @pytest.mark.parametrize(("epoch", "factor"), [(0, 0), (5, -0.5), (10, -1), (100, -1)])
 def test_the_temperature_climbs_what_the_student_descends(of, epoch, factor):
-    loss = CurriculumTemperature(of=of).double()
-    loss.begin(epoch)
+    loss = CTKD(of=of).double()
+    loss.on_epoch_start(epoch)
     true = by_differences(loss)
     assert abs(true) > 1e-6
     assert slope(loss) == pytest.approx(factor * true, rel=1e-6, abs=1e-15)
 
 
 def test_in_eval_mode_the_gradient_is_the_slope():
-    loss = CurriculumTemperature().double().eval()
-    loss.begin(10)
+    loss = CTKD().double().eval()
+    loss.on_epoch_start(10)
     assert slope(loss) == pytest.approx(by_differences(loss), rel=1e-6)
 
 
 def test_the_gradient_of_the_student_is_not_reversed():
-    teacher, loss = features(5, seed=2), CurriculumTemperature().double()
+    teacher, loss = features(5, seed=2), CTKD().double()
     gradients = []
     for epoch in (0, 5, 10):
         student = features(3, seed=1)
         student.logits.requires_grad_()
-        loss.begin(epoch)
+        loss.on_epoch_start(epoch)
         loss(student, teacher, batch()).backward()
         gradients.append(student.logits.grad)
     assert torch.equal(gradients[0], gradients[1])
@@ -105,18 +106,18 @@ def test_a_run_that_is_resumed_goes_on_as_if_it_had_not_stopped():
     def run(loss, epochs):
         optimizer = torch.optim.SGD(loss.parameters(), lr=10.0)
         for epoch in epochs:
-            loss.begin(epoch)
+            loss.on_epoch_start(epoch)
             slope(loss)
             optimizer.step()
         return loss
 
-    whole = run(CurriculumTemperature().double(), range(1, 9))
-    first = run(CurriculumTemperature().double(), range(1, 5))
-    second = CurriculumTemperature().double()
+    whole = run(CTKD().double(), range(1, 9))
+    first = run(CTKD().double(), range(1, 5))
+    second = CTKD().double()
     second.load_state_dict(first.state_dict())
     assert second.temperature == first.temperature
     run(second, range(5, 9))
-    assert second.theta == whole.theta != CurriculumTemperature().theta
+    assert second.theta == whole.theta != CTKD().theta
 
 
 def test_a_scaled_gradient_leaves_the_value():
@@ -138,4 +139,4 @@ def test_a_scaled_gradient_leaves_the_value():
 )
 def test_refuses_what_makes_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
-        CurriculumTemperature(**options)
+        CTKD(**options)

@@ -8,14 +8,15 @@ import torch
 from reference import homology
 from reference import topological_losses as reference
 from reference.clouds import polygon
-from reference.features import CLOUD, answers, batch, features, never, source_in
+from reference.features import CLOUD, answers, batch, bound, features, never, source_in
 from reference.topology import unit_of
 from torch.autograd import gradcheck
 
 from topkd.features import Features
-from topkd.losses import PersistentCrossEntropy, Wasserstein, persistent_cross_entropy
+from topkd.losses import PCE, Wasserstein
 from topkd.losses.controls import batch_tree
 from topkd.losses.diagrams import calibrated
+from topkd.losses.functional import persistent_cross_entropy
 
 EDGES = ["persistent", "random"]
 
@@ -123,12 +124,12 @@ def test_pce_is_the_formula_in_plain_loops(form, bandwidth, tolerance, edges):
     ours, theirs = (reference.lifetimes(cloud.embedding.tolist(), tree) for cloud in clouds)
     expected = reference.persistent_cross_entropy(ours, theirs, bandwidth, tolerance, form)
     assert expected > 0
-    loss = PersistentCrossEntropy(bandwidth, tolerance, form=form, edges=edges).double()
+    loss = PCE(bandwidth, tolerance, form=form, edges=edges).double()
     assert loss(*clouds, batch()).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_pce_is_a_divergence():
-    # Of the weights from what they are multiplied by e^(-surprise); made to sum to 1 in EM-PCE.
+    # Of the weights from what they are multiplied by e^(-gaussian_nll); made to sum to 1 in EM-PCE.
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.rand(2, 20, dtype=torch.float64, generator=generator)
     options = {"bandwidth": 0.1, "tolerance": 2.0}
@@ -148,7 +149,7 @@ def test_pce_is_a_divergence():
 
 def test_pce_does_not_see_the_size_of_embeddings():
     student, teacher = features(3, seed=1), features(5, seed=2)
-    loss = PersistentCrossEntropy(0.1, 2.0)
+    loss = PCE(0.1, 2.0)
     far = student.apply(lambda t: t * torch.arange(1, CLOUD + 1).view(-1, *[1] * (t.ndim - 1)))
     torch.testing.assert_close(loss(far, teacher, batch()), loss(student, teacher, batch()))
 
@@ -158,7 +159,7 @@ def test_pce_is_finite_where_points_coincide_or_have_no_direction(form):
     teacher = features(5, seed=2)
     for scale in (0.0, 1.0):
         flat = torch.full((CLOUD, 3), scale, dtype=torch.float64, requires_grad=True)
-        loss = PersistentCrossEntropy(0.1, 0.01, form=form)
+        loss = PCE(0.1, 0.01, form=form)
         for pair in [(flat, teacher.embedding), (flat, flat.detach()), (teacher.embedding, flat)]:
             ours, theirs = (Features(teacher.logits, points) for points in pair)
             value = loss(ours, theirs, batch())
@@ -173,7 +174,7 @@ def test_pce_is_finite_where_points_coincide_or_have_no_direction(form):
 def test_far_students_still_have_a_finite_loss(form):
     ours, theirs = torch.full((20,), 0.5), torch.linspace(0.4, 0.6, 20)
     value = persistent_cross_entropy(ours, theirs, bandwidth=0.1, tolerance=1e-3, form=form)
-    assert value.isfinite()  # e^(-surprise) itself is 0 for every lifetime
+    assert value.isfinite()  # e^(-gaussian_nll) itself is 0 for every lifetime
     assert value > 0
 
 
@@ -186,10 +187,8 @@ def test_pce_is_calibrated_on_the_answers_of_both_networks(source, edges):
 
     student, pairs = source.student.train(), []
     before = {key: value.clone() for key, value in student.state_dict().items()}
-    asked = replace(source, answers=lit)
-    loss = PersistentCrossEntropy.between(
-        features(3, seed=1), features(5, seed=2), asked, edges=edges
-    )
+    asked = replace(source, teacher_batches=lit)
+    loss = bound(PCE, features(3, seed=1), features(5, seed=2), asked, edges=edges)
     assert student.training
     after = student.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
@@ -201,7 +200,7 @@ def test_pce_is_calibrated_on_the_answers_of_both_networks(source, edges):
         clouds = seen.embedding, made.embedding
         pairs.append([reference.lifetimes(points.tolist(), tree) for points in clouds])
     bandwidth, tolerance = reference.calibrated(pairs)
-    assert loss.facts() == {
+    assert loss.metadata() == {
         "bandwidth": pytest.approx(bandwidth, rel=1e-4),
         "tolerance": pytest.approx(tolerance, rel=1e-4),
     }
@@ -228,18 +227,18 @@ def test_lifetimes_that_do_not_differ_are_no_ground_for_a_bandwidth():
 
 
 def test_bandwidth_and_tolerance_can_be_told(source):
-    networks = features(3, seed=1), features(5, seed=2), replace(source, answers=never)
-    loss = PersistentCrossEntropy.between(*networks, bandwidth=0.0741, tolerance=16.06)
-    assert loss.facts() == pytest.approx({"bandwidth": 0.0741, "tolerance": 16.06})
+    networks = features(3, seed=1), features(5, seed=2), replace(source, teacher_batches=never)
+    loss = bound(PCE, *networks, bandwidth=0.0741, tolerance=16.06)
+    assert loss.metadata() == pytest.approx({"bandwidth": 0.0741, "tolerance": 16.06})
     with pytest.raises(ValueError, match="give bandwidth and tolerance, or neither"):
-        PersistentCrossEntropy.between(*networks, tolerance=16.06)
+        bound(PCE, *networks, tolerance=16.06)
     with pytest.raises(ValueError, match=r"bandwidth must be positive, got -1\.0"):
-        PersistentCrossEntropy.between(*networks, bandwidth=-1.0, tolerance=16.06)
+        bound(PCE, *networks, bandwidth=-1.0, tolerance=16.06)
 
 
 def test_a_run_that_goes_on_keeps_what_was_calibrated(source):
     networks = features(3, seed=1), features(5, seed=2), source
-    first = PersistentCrossEntropy.between(*networks)
-    other = PersistentCrossEntropy.between(*networks, bandwidth=1.0, tolerance=1.0)
+    first = bound(PCE, *networks)
+    other = bound(PCE, *networks, bandwidth=1.0, tolerance=1.0)
     other.load_state_dict(first.state_dict())
     assert other(*networks[:2], batch()) == first(*networks[:2], batch())

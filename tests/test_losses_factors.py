@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from reference import map_losses as reference
-from reference.features import IMAGES, Recorder, answers, batch, features, never, source_in
+from reference.features import IMAGES, Recorder, answers, batch, bound, features, never, source_in
 from torch import nn
 from torch.autograd import gradcheck
 
 from topkd.features import Features
-from topkd.losses import FactorTransfer, factor_transfer
+from topkd.losses import FT
 from topkd.losses.factor_transfer import Paraphraser, learn
+from topkd.losses.functional import factor_transfer
 
 SHORT = {"epochs": 3, "lr": 0.05}
 
@@ -77,7 +78,7 @@ def test_factors_of_other_channels_are_refused():
 
 
 def plain_encoder(layers, x):
-    """Convolutions and leaky ReLUs, with normalisations as they are at the start."""
+    """Convolutions and leaky ReLUs, with normalizations as they are at the start."""
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
             x = reference.convolved(x, layer.weight.tolist(), layer.bias.tolist(), padding=1)
@@ -92,7 +93,7 @@ def plain_encoder(layers, x):
 @pytest.mark.parametrize("width", [5, 3])
 def test_the_loss_is_the_definition_in_plain_loops(source, form, width):
     student, teacher = features(width, seed=1, n=1), features(5, seed=2, n=1)
-    loss = FactorTransfer.between(student, teacher, source, form=form, **SHORT).double().eval()
+    loss = bound(FT, student, teacher, source, form=form, **SHORT).double().eval()
     own = plain_encoder(loss.translate, student.maps[-1].tolist())
     aim = plain_encoder(loss.paraphrase, teacher.maps[-1].tolist())
     assert len(own[0]) == len(aim[0]) == 2  # half of 5 channels
@@ -115,7 +116,7 @@ def test_paraphrasers_learn_what_needs_fewer_channels(source):
             brightness = maps(len(shown.index), 1, 1, 1, seed=100 * epoch + number).abs().float()
             yield shown, replace(answer, maps=[brightness * pattern])
 
-    network, lost = learn(replace(source, answers=alike), 6, 3, epochs=12, lr=0.02)
+    network, lost = learn(replace(source, teacher_batches=alike), 6, 3, epochs=12, lr=0.02)
     fresh = next(alike(999))[1].maps[-1]
     lost_on_fresh = (network(fresh) - fresh).square().sum() / fresh.square().sum()
     assert max(lost, lost_on_fresh.item()) < 0.1  # always answering with the mean loses 0.36
@@ -130,7 +131,7 @@ def test_the_error_is_that_of_its_last_epoch(source):
 
 
 def test_only_the_translator_is_trained(source):
-    loss = FactorTransfer.between(features(3, seed=1), features(5, seed=2), source, **SHORT)
+    loss = bound(FT, features(3, seed=1), features(5, seed=2), source, **SHORT)
     trained = [name for name, weight in loss.named_parameters() if weight.requires_grad]
     assert trained
     assert all(name.startswith("translate.") for name in trained)
@@ -140,17 +141,17 @@ def test_only_the_translator_is_trained(source):
         nn.BatchNorm2d,
         nn.LeakyReLU,
     ]
-    assert loss.facts().keys() == {"factors", "reconstruction_error"}
-    assert loss.facts()["factors"] == 2
+    assert loss.metadata().keys() == {"factors", "reconstruction_error"}
+    assert loss.metadata()["factors"] == 2
 
 
 def test_the_paraphraser_is_trained_once(source):
     def build(source):
         torch.manual_seed(5)
-        return FactorTransfer.between(features(3, seed=1), features(5, seed=2), source, **SHORT)
+        return bound(FT, features(3, seed=1), features(5, seed=2), source, **SHORT)
 
-    first, again = build(source), build(replace(source, answers=never))
-    assert first.facts() == again.facts()
+    first, again = build(source), build(replace(source, teacher_batches=never))
+    assert first.metadata() == again.metadata()
     ours, theirs = first.state_dict(), again.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)  # the translator as well
 
@@ -161,7 +162,7 @@ def test_the_paraphraser_is_trained_once(source):
 def test_other_options_make_another_paraphraser(source, change):
     def build(teacher_hash="a teacher", **options):
         own = replace(source, teacher_hash=teacher_hash)
-        FactorTransfer.between(features(3, seed=1), features(5, seed=2), own, **SHORT | options)
+        bound(FT, features(3, seed=1), features(5, seed=2), own, **SHORT | options)
 
     build()
     build(**change)
@@ -193,7 +194,9 @@ def test_the_paraphraser_is_the_same_after_an_interruption(source, tmp_path, sto
         asked.append(epoch)
         return answers(epoch)
 
-    again, lost_again = learn(replace(stopped, progress=Recorder(), answers=counted), 5, 2, **SHORT)
+    again, lost_again = learn(
+        replace(stopped, progress=Recorder(), teacher_batches=counted), 5, 2, **SHORT
+    )
     done = (stop_at - 2) // (IMAGES // 6 + 1)  # epochs; the bar moves once before them
     assert asked == list(range(max(0, done), SHORT["epochs"]))
     assert lost_again == lost
@@ -217,11 +220,11 @@ def test_a_paraphraser_that_diverges_is_refused(source):
 def test_options_out_of_range_are_refused(source, option):
     made = features(5, seed=1)
     with pytest.raises(ValueError, match="rate, epochs and lr must be positive, got"):
-        FactorTransfer.between(made, made, source, **option)
+        bound(FT, made, made, source, **option)
 
 
 def test_networks_without_maps_are_refused(source):
     made = features(5, seed=1)
     bare = Features(made.logits, made.embedding)
     with pytest.raises(ValueError, match="the student has 0 maps and the teacher 1"):
-        FactorTransfer.between(bare, made, source)
+        bound(FT, bare, made, source)

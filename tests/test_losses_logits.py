@@ -13,85 +13,77 @@ from reference.features import CLASSES, CLOUD, batch, features
 from torch.autograd import gradcheck
 
 from topkd.features import Features
-from topkd.losses import (
-    CorrelationDistillation,
-    CrossEntropy,
-    CurriculumTemperature,
-    DecoupledDistillation,
-    Distillation,
-    MultiLevelDistillation,
-    NormalizedDistillation,
-    TransformedTeacherMatching,
-    WeightedTransformedTeacherMatching,
+from topkd.losses import CE, CTKD, DIST, DKD, KD, MLKD, NKD, TTM, WTTM
+from topkd.losses.functional import (
     correlation_distillation,
     decoupled_distillation,
     distillation,
     normalized_distillation,
-    standardised,
+    standardized,
     transformed_teacher_matching,
 )
 
 TARGET = batch().target.tolist()
 
 
-def of_standardised(oracle, *options):
-    def standardise_first(s, t):
-        return oracle(written_out.standardised(s), written_out.standardised(t), *options)
+def of_standardized(oracle, *options):
+    def standardize_first(s, t):
+        return oracle(written_out.standardized(s), written_out.standardized(t), *options)
 
-    return standardise_first
+    return standardize_first
 
 
 # What is tested -> the loss, and the same of the rows of two networks in plain loops.
 ORACLES = {
-    "kd": (Distillation(), lambda s, t: written_out.distillation(s, t, 4.0)),
-    "kd, standardised": (
-        Distillation(temperature=2.0, standardise=True),
-        of_standardised(written_out.distillation, 2.0),
+    "kd": (KD(), lambda s, t: written_out.distillation(s, t, 4.0)),
+    "kd, standardized": (
+        KD(temperature=2.0, standardize=True),
+        of_standardized(written_out.distillation, 2.0),
     ),
     "dkd": (
-        DecoupledDistillation(),
+        DKD(),
         lambda s, t: written_out.decoupled(s, t, TARGET, 1.0, 8.0, 4.0),
     ),
     "dkd, cold": (
-        DecoupledDistillation(alpha=0.3, beta=0.7, temperature=0.5),
+        DKD(alpha=0.3, beta=0.7, temperature=0.5),
         lambda s, t: written_out.decoupled(s, t, TARGET, 0.3, 0.7, 0.5),
     ),
-    "dkd, standardised": (
-        DecoupledDistillation(beta=2.0, temperature=2.0, standardise=True),
-        of_standardised(written_out.decoupled, TARGET, 1.0, 2.0, 2.0),
+    "dkd, standardized": (
+        DKD(beta=2.0, temperature=2.0, standardize=True),
+        of_standardized(written_out.decoupled, TARGET, 1.0, 2.0, 2.0),
     ),
-    "nkd": (NormalizedDistillation(), lambda s, t: written_out.normalized(s, t, TARGET, 1.5, 1.0)),
+    "nkd": (NKD(), lambda s, t: written_out.normalized(s, t, TARGET, 1.5, 1.0)),
     "nkd, hot": (
-        NormalizedDistillation(gamma=3.5, temperature=3.0),
+        NKD(gamma=3.5, temperature=3.0),
         lambda s, t: written_out.normalized(s, t, TARGET, 3.5, 3.0),
     ),
     "dist": (
-        CorrelationDistillation(),
+        DIST(),
         lambda s, t: written_out.dist(s, t, 1.0, 1.0, 1.0, 1e-8),
     ),
     "dist, hot": (
-        CorrelationDistillation(beta=2.0, gamma=0.5, temperature=4.0, damping=0.0),
+        DIST(beta=2.0, gamma=0.5, temperature=4.0, damping=0.0),
         lambda s, t: written_out.dist(s, t, 2.0, 0.5, 4.0, 0.0),
     ),
     "dist, damped": (
-        CorrelationDistillation(damping=0.1),
+        DIST(damping=0.1),
         lambda s, t: written_out.dist(s, t, 1.0, 1.0, 1.0, 0.1),
     ),
     "ttm": (
-        TransformedTeacherMatching(),
+        TTM(),
         lambda s, t: written_out.transformed(s, t, 0.1, weighted=False),
     ),
     "wttm": (
-        WeightedTransformedTeacherMatching(),
+        WTTM(),
         lambda s, t: written_out.transformed(s, t, 0.2, weighted=True),
     ),
 }
 EVERY = {name: loss for name, (loss, _) in ORACLES.items()} | {
-    "ce": CrossEntropy(),
-    "ctkd": CurriculumTemperature(),
-    "ctkd of dkd": CurriculumTemperature(of="dkd"),
-    "mlkd": MultiLevelDistillation(),
-    "mlkd as meant": MultiLevelDistillation(faithful=False, standardise=True),
+    "ce": CE(),
+    "ctkd": CTKD(),
+    "ctkd of dkd": CTKD(of="dkd"),
+    "mlkd": MLKD(),
+    "mlkd as meant": MLKD(faithful=False, standardize=True),
 }
 
 
@@ -146,12 +138,12 @@ def test_refuses_logits_of_other_classes(name):
 @pytest.mark.parametrize(
     ("loss", "option", "value"),
     [
-        (Distillation, "temperature", math.inf),
-        (DecoupledDistillation, "temperature", 0.0),
-        (NormalizedDistillation, "temperature", -1.0),
-        (CorrelationDistillation, "temperature", math.nan),
-        (TransformedTeacherMatching, "exponent", 0.0),
-        (WeightedTransformedTeacherMatching, "exponent", -0.2),
+        (KD, "temperature", math.inf),
+        (DKD, "temperature", 0.0),
+        (NKD, "temperature", -1.0),
+        (DIST, "temperature", math.nan),
+        (TTM, "exponent", 0.0),
+        (WTTM, "exponent", -0.2),
     ],
 )
 def test_refuses_an_option_that_is_not_positive(loss, option, value):
@@ -162,12 +154,12 @@ def test_refuses_an_option_that_is_not_positive(loss, option, value):
 @pytest.mark.parametrize(
     ("loss", "option"),
     [
-        (DecoupledDistillation, "alpha"),
-        (DecoupledDistillation, "beta"),
-        (NormalizedDistillation, "gamma"),
-        (CorrelationDistillation, "beta"),
-        (CorrelationDistillation, "gamma"),
-        (CorrelationDistillation, "damping"),
+        (DKD, "alpha"),
+        (DKD, "beta"),
+        (NKD, "gamma"),
+        (DIST, "beta"),
+        (DIST, "gamma"),
+        (DIST, "damping"),
     ],
 )
 def test_refuses_a_negative_weight(loss, option):
@@ -181,7 +173,7 @@ def test_refuses_a_negative_weight(loss, option):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 def test_cross_entropy_is_the_paper_in_plain_loops(smoothing):
     student, shown = features(3, seed=1), batch()
-    found = CrossEntropy(label_smoothing=smoothing)(student, student, shown)
+    found = CE(label_smoothing=smoothing)(student, student, shown)
     expected = reference.cross_entropy(student.logits.tolist(), shown.target.tolist(), smoothing)
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
@@ -189,7 +181,7 @@ def test_cross_entropy_is_the_paper_in_plain_loops(smoothing):
 def test_cross_entropy_of_a_guess_is_the_logarithm_of_the_classes():
     nothing = Features(torch.zeros(CLOUD, CLASSES), torch.zeros(CLOUD, 1))
     for smoothing in (0.0, 0.5):
-        value = CrossEntropy(label_smoothing=smoothing)(nothing, nothing, batch())
+        value = CE(label_smoothing=smoothing)(nothing, nothing, batch())
         assert value.item() == pytest.approx(math.log(CLASSES))
 
 
@@ -199,7 +191,7 @@ def test_cross_entropy_takes_the_labels_of_mixed_images(smoothing):
     shares = torch.full((CLOUD, 1), 0.7), torch.full((CLOUD, 1), 0.3)
     one, other = shown.target[:, None], (shown.target[:, None] + 1) % CLASSES
     soft = torch.zeros(CLOUD, CLASSES).scatter(1, one, shares[0]).scatter(1, other, shares[1])
-    found = CrossEntropy(label_smoothing=smoothing)(student, student, replace(shown, soft=soft))
+    found = CE(label_smoothing=smoothing)(student, student, replace(shown, soft=soft))
     assert found.dtype == torch.float64
     expected = written_out.soft_cross_entropy(student.logits.tolist(), soft.tolist(), smoothing)
     assert found.item() == pytest.approx(expected, rel=1e-12)
@@ -209,14 +201,14 @@ def test_cross_entropy_takes_the_labels_of_mixed_images(smoothing):
 def test_labels_that_are_not_mixed_are_labels(smoothing):
     student, shown = features(3, seed=1), batch()
     whole = replace(shown, soft=torch.eye(CLASSES)[shown.target])
-    loss = CrossEntropy(label_smoothing=smoothing)
+    loss = CE(label_smoothing=smoothing)
     torch.testing.assert_close(loss(student, student, whole), loss(student, student, shown))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, 2.0, math.nan])
 def test_refuses_a_smoothing_that_is_no_share(value):
     with pytest.raises(ValueError, match=rf"label_smoothing must be in \[0, 1\), got {value}"):
-        CrossEntropy(label_smoothing=value)
+        CE(label_smoothing=value)
 
 
 # --- Distillation --------------------------------------------------------------------------------
@@ -225,7 +217,7 @@ def test_refuses_a_smoothing_that_is_no_share(value):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_distillation_is_the_paper_in_plain_loops(temperature):
     student, teacher = features(3, seed=1), features(5, seed=2)
-    found = Distillation(temperature=temperature)(student, teacher, batch())
+    found = KD(temperature=temperature)(student, teacher, batch())
     expected = reference.distillation(student.logits.tolist(), teacher.logits.tolist(), temperature)
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
@@ -237,7 +229,7 @@ def test_distillation_of_two_classes_is_known():
     assert distillation(student, teacher, temperature=1.0).item() == pytest.approx(expected)
 
 
-def test_hot_distillation_compares_centred_logits():
+def test_hot_distillation_compares_centered_logits():
     # Hinton et al., section 2.1: for great T the gradient is that of the squared difference.
     student, teacher = features(3, seed=1).logits, features(5, seed=2).logits
     gap = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
@@ -258,7 +250,7 @@ def test_distillation_sees_only_differences_of_logits(a, b):
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
 def test_refuses_a_temperature_that_is_not_positive(value):
     with pytest.raises(ValueError, match=f"temperature must be positive, got {value}"):
-        Distillation(temperature=value)
+        KD(temperature=value)
 
 
 def test_refuses_logits_of_other_shapes():
@@ -267,17 +259,17 @@ def test_refuses_logits_of_other_shapes():
 
 
 @given(st.floats(0.5, 10), st.floats(-50, 50))
-def test_standardised_distillation_sees_neither_shift_nor_scale(scale, shift):
+def test_standardized_distillation_sees_neither_shift_nor_scale(scale, shift):
     student, teacher = features(3, seed=1), features(5, seed=2)
     moved = replace(student, logits=scale * student.logits + shift)
-    for loss in (Distillation(standardise=True), DecoupledDistillation(standardise=True)):
+    for loss in (KD(standardize=True), DKD(standardize=True)):
         torch.testing.assert_close(
             loss(moved, teacher, batch()), loss(student, teacher, batch()), rtol=1e-5, atol=0
         )
 
 
-def test_standardised_logits_have_mean_0_and_deviation_1():
-    logits = standardised(7 * features(3, seed=1).logits + 3)
+def test_standardized_logits_have_mean_0_and_deviation_1():
+    logits = standardized(7 * features(3, seed=1).logits + 3)
     torch.testing.assert_close(logits.mean(1), torch.zeros(CLOUD).double())
     torch.testing.assert_close(logits.var(1), torch.ones(CLOUD).double())
 

@@ -7,23 +7,18 @@ import pytest
 import scipy.stats
 import torch
 from reference import map_losses as reference
-from reference.features import batch, features, source_in
+from reference.features import batch, bound, features, source_in
 from reference.losses import mean_square as reference_mean_square
 from torch.autograd import gradcheck
 
 from topkd.features import Features
-from topkd.losses import (
-    AttentionTransfer,
-    FeatureMimicking,
-    FitNet,
-    NeuronSelectivity,
-    SolutionFlow,
-    VariationalInformation,
+from topkd.losses import AT, FSP, MSE, NST, VID, FitNet
+from topkd.losses.functional import (
     attention_transfer,
-    flow_matrix,
+    fsp_matrix,
+    gaussian_nll,
     mean_square,
     neuron_selectivity,
-    surprise,
 )
 from topkd.losses.regression import regressor
 
@@ -110,7 +105,7 @@ def test_both_ways_to_nst_are_the_paper(channels):
 def test_fsp_is_the_paper_in_plain_loops(pooling):
     shapes = (2, 4), (3, 4), (4, 2)
     student, teacher = stages(*shapes, seed=1), stages(*shapes, seed=11)
-    loss = SolutionFlow(pooling=pooling)
+    loss = FSP(pooling=pooling)
     aim = [m.tolist() for m in teacher.maps]
 
     def plain(first):
@@ -130,7 +125,7 @@ def test_fsp_is_the_paper_in_plain_loops(pooling):
 def test_stages_are_added_but_for_those_that_are_skipped(name, skip):
     shapes = (2, 4), (3, 4), (4, 2)
     student, teacher = stages(*shapes, seed=1), stages(*shapes, seed=11)
-    made = {"at": AttentionTransfer, "nst": NeuronSelectivity, "fsp": SolutionFlow}[name](skip=skip)
+    made = {"at": AT, "nst": NST, "fsp": FSP}[name](skip=skip)
     own, aim = ([m.tolist() for m in made.maps[skip:]] for made in (student, teacher))
     if name == "fsp":
         expected = reference.fsp(own, aim)
@@ -141,9 +136,9 @@ def test_stages_are_added_but_for_those_that_are_skipped(name, skip):
 
 
 def test_the_stem_is_skipped_by_all_but_fsp():
-    assert AttentionTransfer().skip == NeuronSelectivity().skip == 1
-    assert VariationalInformation([]).skip == 1
-    assert SolutionFlow().skip == 0
+    assert AT().skip == NST().skip == 1
+    assert VID([]).skip == 1
+    assert FSP().skip == 0
 
 
 def test_mean_square_is_the_definition(pair):
@@ -156,22 +151,22 @@ def test_mean_square_is_the_definition(pair):
 @pytest.mark.parametrize("relu", [True, False])
 def test_fitnet_is_the_definition_in_plain_loops(source, relu):
     student, teacher = features(3, seed=1), features(5, seed=2)
-    loss = FitNet.between(student, teacher, source, relu=relu).double()
-    convolution, normalisation = loss.regress[:2]
-    normalisation.running_mean.uniform_(-1, 1)
-    normalisation.running_var.uniform_(0.5, 2)
-    torch.nn.init.uniform_(normalisation.weight)
-    torch.nn.init.uniform_(normalisation.bias)
+    loss = bound(FitNet, student, teacher, source, relu=relu).double()
+    convolution, normalization = loss.regress[:2]
+    normalization.running_mean.uniform_(-1, 1)
+    normalization.running_var.uniform_(0.5, 2)
+    torch.nn.init.uniform_(normalization.weight)
+    torch.nn.init.uniform_(normalization.bias)
     assert convolution.kernel_size == (1, 1)  # maps of the same size
     guess = reference.convolved(
         student.maps[2].tolist(), convolution.weight.tolist(), convolution.bias.tolist()
     )
-    guess = reference.normalised(
+    guess = reference.normalized(
         guess,
-        normalisation.running_mean.tolist(),
-        normalisation.running_var.tolist(),
-        normalisation.weight.tolist(),
-        normalisation.bias.tolist(),
+        normalization.running_mean.tolist(),
+        normalization.running_var.tolist(),
+        normalization.weight.tolist(),
+        normalization.bias.tolist(),
     )
     if relu:
         guess = reference.each(guess, lambda v, c: max(v, 0.0))
@@ -182,7 +177,7 @@ def test_fitnet_is_the_definition_in_plain_loops(source, relu):
 @pytest.mark.parametrize("width", [5, 3])
 def test_feature_mimicking_is_the_definition_in_numpy(source, width):
     student, teacher = features(width, seed=1), features(5, seed=2)
-    loss = FeatureMimicking.between(student, teacher, source).double()
+    loss = bound(MSE, student, teacher, source).double()
     guess = student.embedding.numpy()
     if width == 5:
         assert not list(loss.parameters())
@@ -199,15 +194,15 @@ def test_surprise_is_a_gaussian_of_scipy():
     spread = np.sqrt(variance.numpy())[:, None, None]
     density = scipy.stats.norm.logpdf(aim.numpy(), mean.numpy(), spread)
     expected = -density.mean() - 0.5 * np.log(2 * np.pi)
-    assert surprise(mean, variance, aim).item() == pytest.approx(expected, rel=1e-12)
+    assert gaussian_nll(mean, variance, aim).item() == pytest.approx(expected, rel=1e-12)
     inputs = [t.clone().requires_grad_() for t in (mean, variance, aim)]
-    assert gradcheck(surprise, inputs)
+    assert gradcheck(gaussian_nll, inputs)
 
 
 @pytest.mark.parametrize("side", [4, 2])
 def test_vid_is_the_definition_in_plain_loops(source, side):
     student, teacher = stages((2, side), (2, side), seed=1), stages((2, 2), (3, 2), seed=11)
-    loss = VariationalInformation.between(student, teacher, source, variance=2.0).double()
+    loss = bound(VID, student, teacher, source, variance=2.0).double()
     guess = reference.pooled(student.maps[1].tolist(), 2, 2)
     for number in (0, 2, 4):
         if number:
@@ -221,7 +216,7 @@ def test_vid_is_the_definition_in_plain_loops(source, side):
 def test_variances_of_vid_come_to_rest_at_the_mean_squared_error(source):
     # The likeliest variance of Gaussians whose means are given.
     student, teacher = stages((2, 2), (2, 4), seed=1), stages((2, 2), (3, 4), seed=11)
-    loss = VariationalInformation.between(student, teacher, source).double()
+    loss = bound(VID, student, teacher, source).double()
     start = torch.nn.functional.softplus(loss.rho[0]) + 1e-5
     assert start.tolist() == pytest.approx([5.0] * 3, rel=1e-6)
 
@@ -285,20 +280,20 @@ def test_selectivity_of_patterns_by_hand():
 
 def test_flow_of_an_identity_is_an_identity():
     one_hot = torch.eye(4).view(1, 4, 2, 2)
-    torch.testing.assert_close(4 * flow_matrix(one_hot, one_hot), torch.eye(4)[None])
+    torch.testing.assert_close(4 * fsp_matrix(one_hot, one_hot), torch.eye(4)[None])
 
 
 def test_flow_by_hand():
     shallow = torch.tensor([1.0, 2.0, 3.0, 6.0]).view(1, 1, 2, 2)
     deep = torch.tensor([5.0]).view(1, 1, 1, 1)
-    assert flow_matrix(shallow, deep).item() == 15.0  # the average, 3, times 5
-    assert flow_matrix(shallow, deep, pooling="maximum").item() == 30.0
-    assert flow_matrix(deep, shallow).item() == 15.0
+    assert fsp_matrix(shallow, deep).item() == 15.0  # the average, 3, times 5
+    assert fsp_matrix(shallow, deep, pooling="maximum").item() == 30.0
+    assert fsp_matrix(deep, shallow).item() == 15.0
 
 
 def test_flow_backwards_is_the_transpose():
     shallow, deep = maps(3, 4, seed=1), maps(2, 2, seed=2)
-    torch.testing.assert_close(flow_matrix(shallow, deep), flow_matrix(deep, shallow).mT)
+    torch.testing.assert_close(fsp_matrix(shallow, deep), fsp_matrix(deep, shallow).mT)
 
 
 # --- shapes -------------------------------------------------------------------------------------
@@ -328,10 +323,10 @@ def test_regressors_of_other_shapes_are_refused():
 
 MADE = {
     "fitnet": FitNet,
-    "at": AttentionTransfer,
-    "nst": NeuronSelectivity,
-    "vid": VariationalInformation,
-    "fsp": SolutionFlow,
+    "at": AT,
+    "nst": NST,
+    "vid": VID,
+    "fsp": FSP,
 }
 
 
@@ -344,7 +339,7 @@ def test_networks_with_other_numbers_of_maps_are_refused(source, loss):
         loss.between(student, teacher, source)
 
 
-@pytest.mark.parametrize("loss", [AttentionTransfer, NeuronSelectivity, VariationalInformation])
+@pytest.mark.parametrize("loss", [AT, NST, VID])
 @pytest.mark.parametrize("skip", [4, -1])
 def test_something_must_be_left_to_compare(source, loss, skip):
     made = features(5, seed=1)
@@ -358,9 +353,9 @@ def test_what_is_no_map_is_refused(source):
     made = features(5, seed=1)
     tokens = replace(made, maps=[m.flatten(2) for m in made.maps])
     with pytest.raises(ValueError, match=r"maps must be \(n, c, h, w\) .* got \(6, 3, 16\) of the"):
-        AttentionTransfer.between(tokens, made, source)
+        bound(AT, tokens, made, source)
     with pytest.raises(ValueError, match="of the same images"):
-        AttentionTransfer.between(features(5, seed=1, n=4), made, source)
+        bound(AT, features(5, seed=1, n=4), made, source)
 
 
 def test_fsp_names_the_maps_whose_channels_differ(source):
@@ -369,10 +364,10 @@ def test_fsp_names_the_maps_whose_channels_differ(source):
         "has 2 and 4, map 3 has 3 and 5; let the term's taps choose maps that agree, or use at, nst"
     )
     with pytest.raises(ValueError, match=said):
-        SolutionFlow.between(features(3, seed=1), features(5, seed=2), source)
+        bound(FSP, features(3, seed=1), features(5, seed=2), source)
     made = features(5, seed=1)
     with pytest.raises(ValueError, match="fsp goes from map to map and needs two at least, got 1"):
-        SolutionFlow.between(made, made, source, skip=3)
+        bound(FSP, made, made, source, skip=3)
 
 
 @pytest.mark.parametrize("stage", [4, -5])
@@ -381,18 +376,18 @@ def test_a_stage_that_is_not_there_is_refused(source, stage):
     with pytest.raises(
         ValueError, match=f"there is no map {stage}: of 4 maps the last is 3, or -1"
     ):
-        FitNet.between(made, made, source, stage=stage)
+        bound(FitNet, made, made, source, stage=stage)
 
 
 def test_stages_of_fitnet_count_from_both_ends(source):
     student, teacher = features(3, seed=1), features(5, seed=2)
-    last = FitNet.between(student, teacher, source, stage=-1)
+    last = bound(FitNet, student, teacher, source, stage=-1)
     assert last.regress[0].weight.shape == (5, 3, 1, 1)
-    first = FitNet.between(student, teacher, source, stage=0)
+    first = bound(FitNet, student, teacher, source, stage=0)
     assert first.regress[0].weight.shape == (2, 2, 1, 1)
 
 
-@pytest.mark.parametrize("compare", [mean_square, lambda s, t: surprise(s, torch.ones(2), t)])
+@pytest.mark.parametrize("compare", [mean_square, lambda s, t: gaussian_nll(s, torch.ones(2), t)])
 def test_features_of_other_shapes_are_refused(compare):
     with pytest.raises(ValueError, match=r"differ: .*\(1, 2, 2, 2\), teacher \(1, 1, 2, 2\)"):
         compare(torch.ones(1, 2, 2, 2), torch.ones(1, 1, 2, 2))
@@ -400,4 +395,4 @@ def test_features_of_other_shapes_are_refused(compare):
 
 def test_variances_must_be_above_their_floor():
     with pytest.raises(ValueError, match="variance must be above 1e-05, got 0.0"):
-        VariationalInformation([(2, 3)], variance=0.0)
+        VID([(2, 3)], variance=0.0)

@@ -8,14 +8,15 @@ import torch
 from reference import logits as written_out
 from reference.features import CLOUD, batch, features
 
-from topkd.losses import MultiLevelDistillation, multi_level_distillation
+from topkd.losses import MLKD
+from topkd.losses.functional import multi_level_distillation
 from topkd.losses.mlkd import batch_level, class_level, instance_level, unsure
 
 EVERY_WAY = [
-    (views, faithful, standardise)
+    (views, faithful, standardize)
     for views in (1, 2)
     for faithful in (True, False)
-    for standardise in (True, False)
+    for standardize in (True, False)
 ]
 
 
@@ -24,17 +25,17 @@ def of_two_views(shown):
     return replace(shown, index=torch.cat([half, half]))
 
 
-@pytest.mark.parametrize(("views", "faithful", "standardise"), EVERY_WAY)
-def test_value_and_gradient_are_the_definition_in_plain_loops(views, faithful, standardise):
+@pytest.mark.parametrize(("views", "faithful", "standardize"), EVERY_WAY)
+def test_value_and_gradient_are_the_definition_in_plain_loops(views, faithful, standardize):
     student, teacher = features(3, seed=1), features(5, seed=2)
     shown = of_two_views(batch()) if views == 2 else batch()
-    loss = MultiLevelDistillation(views=views, faithful=faithful, standardise=standardise)
+    loss = MLKD(views=views, faithful=faithful, standardize=standardize)
     student.logits.requires_grad_()
     value = loss(student, teacher, shown)
     value.backward()
 
     def oracle(rows):
-        return written_out.multi_level(rows, teacher.logits.tolist(), views, faithful, standardise)
+        return written_out.multi_level(rows, teacher.logits.tolist(), views, faithful, standardize)
 
     rows = student.logits.tolist()
     assert value.item() == pytest.approx(oracle(rows), rel=1e-11)
@@ -43,14 +44,14 @@ def test_value_and_gradient_are_the_definition_in_plain_loops(views, faithful, s
 
 
 @pytest.mark.parametrize("n", [5, 6])  # the median is one of the values, or between two
-@pytest.mark.parametrize(("views", "faithful", "standardise"), EVERY_WAY[:4])
-def test_batches_of_any_size_are_halved_at_the_median(n, views, faithful, standardise):
+@pytest.mark.parametrize(("views", "faithful", "standardize"), EVERY_WAY[:4])
+def test_batches_of_any_size_are_halved_at_the_median(n, views, faithful, standardize):
     student, teacher = features(3, seed=1, n=n).logits, features(5, seed=2, n=n).logits
     value = multi_level_distillation(
-        student, teacher, views=views, faithful=faithful, standardise=standardise
+        student, teacher, views=views, faithful=faithful, standardize=standardize
     )
     expected = written_out.multi_level(
-        student.tolist(), teacher.tolist(), views, faithful, standardise
+        student.tolist(), teacher.tolist(), views, faithful, standardize
     )
     assert value.item() == pytest.approx(expected, rel=1e-11)
 
@@ -108,7 +109,7 @@ def test_refuses_a_batch_that_does_not_hold_two_views(index):
     shown = replace(batch(n), index=torch.tensor(index))
     student, teacher = features(3, seed=1, n=n), features(5, seed=2, n=n)
     with pytest.raises(ValueError, match="two views need batches whose second half are the images"):
-        MultiLevelDistillation(views=2)(student, teacher, shown)
+        MLKD(views=2)(student, teacher, shown)
 
 
 def test_refuses_two_views_of_an_odd_number_of_rows():
@@ -119,4 +120,4 @@ def test_refuses_two_views_of_an_odd_number_of_rows():
 @pytest.mark.parametrize("views", [0, 3])
 def test_refuses_other_numbers_of_views(views):
     with pytest.raises(ValueError, match=f"views must be 1 or 2, got {views}"):
-        MultiLevelDistillation(views=views)
+        MLKD(views=views)

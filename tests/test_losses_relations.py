@@ -7,12 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import relation_losses as reference
-from reference.features import WIDTH, batch, features, source_in
+from reference.features import WIDTH, batch, bound, features, source_in
 
-from topkd.losses import (
-    LOSSES,
-    CorrelationCongruence,
-    Relational,
+from topkd.losses import CC, LOSSES, RKD
+from topkd.losses.functional import (
     correlation_kernel,
     correlation_products,
     probabilistic_transfer,
@@ -134,7 +132,7 @@ def test_relational_weighs_distances_and_angles():
         ({}, 25 * distances + 50 * angles),
         ({"distance": 2.0, "angle": 0.0}, 2 * distances),
     ):
-        found = Relational(**options)(student, teacher, batch())
+        found = RKD(**options)(student, teacher, batch())
         assert found.item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -165,7 +163,7 @@ def test_an_equilateral_triangle_against_a_line_is_known():
 def test_correlation_congruence_has_two_forms(form, tmp_path):
     student, teacher = features(3, seed=1), features(WIDTH, seed=2)
     source = source_in(tmp_path)
-    loss = CorrelationCongruence.between(student, teacher, source, form=form).double()
+    loss = bound(CC, student, teacher, source, form=form).double()
     rows = student.embedding, teacher.embedding
     if form == "products":
         expected = correlation_products(loss.student(rows[0]), loss.teacher(rows[1]))
@@ -191,16 +189,16 @@ def test_refuses_products_of_embeddings_that_differ(shape):
 @pytest.mark.parametrize(
     ("loss", "options", "message"),
     [
-        (Relational, {"angle": -1.0}, "angle must not be negative, got -1.0"),
-        (Relational, {"distance": math.nan}, "distance must not be negative, got nan"),
-        (CorrelationCongruence, {"form": "sums"}, "form must be products or kernel, got sums"),
-        (CorrelationCongruence, {"gamma": 0.0}, "gamma must be positive, got 0.0"),
-        (CorrelationCongruence, {"order": 0}, "order must be positive, got 0"),
-        (CorrelationCongruence, {"size": -1}, "size must be positive, got -1"),
+        (RKD, {"angle": -1.0}, "angle must not be negative, got -1.0"),
+        (RKD, {"distance": math.nan}, "distance must not be negative, got nan"),
+        (CC, {"form": "sums"}, "form must be products or kernel, got sums"),
+        (CC, {"gamma": 0.0}, "gamma must be positive, got 0.0"),
+        (CC, {"order": 0}, "order must be positive, got 0"),
+        (CC, {"size": -1}, "size must be positive, got -1"),
     ],
 )
 def test_refuses_wrong_options(loss, options, message):
-    sizes = (3, 5) if loss is CorrelationCongruence else ()
+    sizes = (3, 5) if loss is CC else ()
     with pytest.raises(ValueError, match=message):
         loss(*sizes, **options)
 

@@ -7,13 +7,14 @@ import scipy.integrate
 import scipy.stats
 import torch
 from reference import map_losses as reference
-from reference.features import IMAGES, answers, batch, features, source_in
+from reference.features import IMAGES, answers, batch, bound, features, source_in
 from torch import nn
 from torch.autograd import gradcheck
 
-from topkd.features import Tapped, Teacher
-from topkd.losses import ActivationBoundaries, Overhaul, activation_boundaries, partial_distance
-from topkd.losses.ofd import negative_mean, normalisations
+from topkd.features import FeatureExtractor, Teacher
+from topkd.losses import AB, OFD
+from topkd.losses.functional import activation_boundaries, partial_distance
+from topkd.losses.ofd import negative_mean, normalizations
 from topkd.models import MODELS
 
 
@@ -106,10 +107,10 @@ def test_a_deeper_stage_counts_twice_as_much():
 
 def test_connectors_stand_where_shapes_differ(source):
     student, teacher = features(3, seed=1), features(5, seed=2)
-    loss = ActivationBoundaries.between(student, teacher, source)
+    loss = bound(AB, student, teacher, source)
     assert [type(c) for c in loss.connectors] == [nn.Sequential] * 3
     assert not any(isinstance(m, nn.ReLU) for m in loss.modules())  # negative is an answer too
-    same = ActivationBoundaries.between(teacher, teacher, source)
+    same = bound(AB, teacher, teacher, source)
     assert not list(same.parameters())
     own, aim = features(5, seed=1), teacher
     expected = reference.activation_boundaries(
@@ -121,7 +122,7 @@ def test_connectors_stand_where_shapes_differ(source):
 def test_margins_that_are_none_are_refused(source):
     made = features(5, seed=1)
     with pytest.raises(ValueError, match=r"margin must be positive, got 0\.0"):
-        ActivationBoundaries.between(made, made, source, margin=0.0)
+        bound(AB, made, made, source, margin=0.0)
 
 
 # --- the overhaul --------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def test_only_what_matters_behind_the_relu_is_asked():
     )
 
 
-def with_random_normalisations(network):
+def with_random_normalizations(network):
     generator = torch.Generator().manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -176,16 +177,16 @@ def with_random_normalisations(network):
     return network
 
 
-def test_margins_are_read_off_the_normalisations(source):
-    with_random_normalisations(source.teacher.network)
-    loss = Overhaul.between(features(3, seed=1), features(5, seed=2), source)
-    assert loss.facts() == {"margins": ["stages.1.1", "stages.2.1", "stages.3.1"]}
+def test_margins_are_read_off_the_normalizations(source):
+    with_random_normalizations(source.teacher.network)
+    loss = bound(OFD, features(3, seed=1), features(5, seed=2), source)
+    assert loss.metadata() == {"margins": ["stages.1.1", "stages.2.1", "stages.3.1"]}
     for number in range(3):
-        normalisation = source.teacher.network.network.stages[number + 1][1]
+        normalization = source.teacher.network.network.stages[number + 1][1]
         for margin, mean, std in zip(
             loss.get_buffer(f"margin{number}").tolist(),
-            normalisation.bias.tolist(),
-            normalisation.weight.abs().tolist(),
+            normalization.bias.tolist(),
+            normalization.weight.abs().tolist(),
             strict=True,
         ):
             below = scipy.stats.norm(mean, std)
@@ -196,23 +197,24 @@ def test_margins_are_read_off_the_normalisations(source):
                 assert margin == pytest.approx(expected, rel=1e-4)
 
 
-def without_normalisations(width=5):
+def without_normalizations(width=5):
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3, 2, padding=1), nn.ReLU(), nn.Conv2d(4, width, 3, 2, padding=1), nn.ReLU()
     )
     whole = nn.Sequential(*network, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
-    return Tapped(whole, ["1", "3"], "6", ["0", "3:in"])
+    return FeatureExtractor(whole, ["1", "3"], "6", ["0", "3:in"])
 
 
-def test_margins_are_measured_where_there_is_no_normalisation(source):
-    teacher = Teacher(without_normalisations(), (0.5,) * 3, (0.25,) * 3)
-    loss = Overhaul.between(
+def test_margins_are_measured_where_there_is_no_normalization(source):
+    teacher = Teacher(without_normalizations(), (0.5,) * 3, (0.25,) * 3)
+    loss = bound(
+        OFD,
         replace(features(3, seed=1), preactivations=features(3, seed=1).preactivations[2:]),
         replace(features(5, seed=2), preactivations=features(5, seed=2).preactivations[2:]),
-        replace(source, teacher=teacher, answers=two_stages),
+        replace(source, teacher=teacher, teacher_batches=two_stages),
         skip=0,
     )
-    assert loss.facts() == {"margins": ["measured on 16 batches"] * 2}
+    assert loss.metadata() == {"margins": ["measured on 16 batches"] * 2}
     for place, found in ((0, loss.margin0), (1, loss.margin1)):
         for channel, margin in enumerate(found.tolist()):
             negative = [
@@ -236,11 +238,11 @@ def test_a_channel_that_is_never_negative_has_margin_0(source):
         for shown, answer in two_stages(epoch):
             yield shown, replace(answer, preactivations=[m.abs() for m in answer.preactivations])
 
-    teacher = Teacher(without_normalisations(), (0.5,) * 3, (0.25,) * 3)
+    teacher = Teacher(without_normalizations(), (0.5,) * 3, (0.25,) * 3)
     few = [
         replace(f, preactivations=f.preactivations[2:]) for f in (features(5, 1), features(5, 2))
     ]
-    loss = Overhaul.between(*few, replace(source, teacher=teacher, answers=positive), skip=1)
+    loss = bound(OFD, *few, replace(source, teacher=teacher, teacher_batches=positive), skip=1)
     assert loss.margin0.tolist() == [0.0] * 5
 
 
@@ -253,10 +255,10 @@ def test_a_channel_that_is_never_negative_has_margin_0(source):
         ("vgg8", ["block0.1", "block1.1", "block2.1", "block3.1", "block4.1"]),
     ],
 )
-def test_the_normalisation_before_each_relu_is_found(name, expected):
+def test_the_normalization_before_each_relu_is_found(name, expected):
     teacher = Teacher(MODELS[name].build(3), (0.5,) * 3, (0.25,) * 3)
     taps = teacher.network.preactivations
-    found = normalisations(teacher, torch.zeros(1, 3, 32, 32), taps)
+    found = normalizations(teacher, torch.zeros(1, 3, 32, 32), taps)
     modules = dict(teacher.network.network.named_modules())
     assert [place for place, _ in found] == expected
     assert all(modules[place] is module for place, module in found)
@@ -272,19 +274,19 @@ def test_asking_a_teacher_leaves_it_as_it_was(source):
     network = source.teacher.network.network
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in network.modules()]
-    Overhaul.between(features(3, seed=1), features(5, seed=2), source)
+    bound(OFD, features(3, seed=1), features(5, seed=2), source)
     assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
     after = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in network.modules()]
     assert after == hooks
 
 
 def test_the_overhaul_is_the_definition_in_plain_loops(source):
-    with_random_normalisations(source.teacher.network)
+    with_random_normalizations(source.teacher.network)
     student, teacher = features(3, seed=1), features(5, seed=2)
     small = [student.preactivations[0], *(m[..., ::2, ::2] for m in student.preactivations[1:])]
     for own in (student.preactivations, small):
         made = replace(student, preactivations=own)
-        loss = Overhaul.between(made, teacher, source).double().eval()
+        loss = bound(OFD, made, teacher, source).double().eval()
         moved, aims = [], []
         for connect, s, t in zip(loss.connectors, own[1:], teacher.preactivations[1:], strict=True):
             guess = reference.convolved(s.tolist(), connect[0].weight.tolist())
@@ -298,8 +300,8 @@ def test_the_overhaul_is_the_definition_in_plain_loops(source):
 
 
 def test_margins_go_with_a_checkpoint_and_are_not_trained(source):
-    with_random_normalisations(source.teacher.network)
-    loss = Overhaul.between(features(3, seed=1), features(5, seed=2), source)
+    with_random_normalizations(source.teacher.network)
+    loss = bound(OFD, features(3, seed=1), features(5, seed=2), source)
     assert {"margin0", "margin1", "margin2"} <= loss.state_dict().keys()
     assert not any(name.startswith("margin") for name, _ in loss.named_parameters())
 
@@ -307,7 +309,7 @@ def test_margins_go_with_a_checkpoint_and_are_not_trained(source):
 # --- both ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", [ActivationBoundaries, Overhaul])
+@pytest.mark.parametrize("loss", [AB, OFD])
 def test_networks_with_other_numbers_of_preactivations_are_refused(source, loss):
     student, teacher = features(5, seed=1), features(5, seed=2)
     fewer = replace(teacher, preactivations=teacher.preactivations[1:])

@@ -5,16 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 from reference import map_loops as loops
-from reference.features import WIDTH, batch, features, source_in
+from reference.features import WIDTH, batch, bound, features, source_in
 from torch import nn
 
-from topkd.losses import Review, hierarchical
+from topkd.losses import ReviewKD
+from topkd.losses.functional import hierarchical
 
 
 def review(tmp_path, **options):
-    """The loss between networks of the contract, with normalisations that have seen something."""
+    """The loss between networks of the contract, with normalizations that have seen something."""
     student, teacher = features(3, seed=1), features(WIDTH, seed=2)
-    loss = Review.between(student, teacher, source_in(tmp_path), **options).double().eval()
+    loss = bound(ReviewKD, student, teacher, source_in(tmp_path), **options).double().eval()
     for module in loss.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -85,9 +86,9 @@ def test_the_embedding_is_the_deepest_and_the_stem_is_left_out(tmp_path):
 
 
 def test_it_is_as_wide_inside_as_the_students_embedding():
-    assert Review([8, 16], [8, 32]).fusions[0].enter[0].out_channels == 16
-    assert Review([8, 1024], [8, 32]).fusions[0].enter[0].out_channels == 512
-    assert Review([8, 1024], [8, 32], width=64).fusions[0].enter[0].out_channels == 64
+    assert ReviewKD([8, 16], [8, 32]).fusions[0].enter[0].out_channels == 16
+    assert ReviewKD([8, 1024], [8, 32]).fusions[0].enter[0].out_channels == 512
+    assert ReviewKD([8, 1024], [8, 32], width=64).fusions[0].enter[0].out_channels == 64
 
 
 def test_refuses_networks_whose_stages_do_not_match(tmp_path):
@@ -95,12 +96,12 @@ def test_refuses_networks_whose_stages_do_not_match(tmp_path):
     source = source_in(tmp_path)
     fewer = replace(teacher, preactivations=teacher.preactivations[1:])
     with pytest.raises(ValueError, match="got 3 stages of the student and 2 of the teacher"):
-        Review.between(student, fewer, source)
+        bound(ReviewKD, student, fewer, source)
     with pytest.raises(ValueError, match="the teacher needs pre-activations .* it has 0"):
-        Review.between(student, replace(teacher, preactivations=[]), source)
+        bound(ReviewKD, student, replace(teacher, preactivations=[]), source)
     with pytest.raises(ValueError, match="the student needs maps of a stem and a stage, it has 1"):
-        Review.between(replace(student, maps=student.maps[:1]), teacher, source)
+        bound(ReviewKD, replace(student, maps=student.maps[:1]), teacher, source)
     with pytest.raises(ValueError, match="width must be positive, got 0"):
-        Review.between(student, teacher, source, width=0)
+        bound(ReviewKD, student, teacher, source, width=0)
     with pytest.raises(ValueError, match=r"maps differ: student \(1, 2, 4, 4\), teacher \(1, 2, 2"):
         hierarchical(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2, 2))

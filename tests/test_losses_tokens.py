@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import logits as written_out
-from reference.features import CLASSES, CLOUD, batch, features, source_in
+from reference.features import CLASSES, CLOUD, batch, bound, features, source_in
 from torch.autograd import gradcheck
 
-from topkd.losses import TokenDistillation, distillation, hard_distillation
+from topkd.losses import DeiT
+from topkd.losses.functional import distillation, hard_distillation
 
 
 def with_token(width=3, seed=1):
@@ -36,7 +37,7 @@ def test_value_and_gradient_are_the_paper_in_plain_loops(name):
     options, oracle = ORACLES[name]
     student, teacher = with_token(), features(5, seed=2)
     student.distilled.requires_grad_()
-    value = TokenDistillation(**options)(student, teacher, batch())
+    value = DeiT(**options)(student, teacher, batch())
     value.backward()
     rows, answers = student.distilled.tolist(), teacher.logits.tolist()
     assert value.item() == pytest.approx(oracle(rows, answers), rel=1e-12)
@@ -48,7 +49,7 @@ def test_value_and_gradient_are_the_paper_in_plain_loops(name):
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_gradient_matches_finite_differences(name):
-    loss, teacher, student = TokenDistillation(**ORACLES[name][0]), features(5, 2), with_token()
+    loss, teacher, student = DeiT(**ORACLES[name][0]), features(5, 2), with_token()
     inputs = [t.requires_grad_() for t in student.tensors()]
 
     def value(*tensors):
@@ -62,7 +63,7 @@ def test_it_teaches_the_token_and_no_other_head():
     for options, _ in ORACLES.values():
         student = with_token()
         inputs = [student.logits.requires_grad_(), student.distilled.requires_grad_()]
-        value = TokenDistillation(**options)(student, features(5, seed=2), batch())
+        value = DeiT(**options)(student, features(5, seed=2), batch())
         at_logits, at_token = torch.autograd.grad(value, inputs, allow_unused=True)
         assert at_logits is None
         assert at_token.norm() > 0
@@ -72,7 +73,7 @@ def test_a_teacher_speaks_by_its_logits():
     student, teacher = with_token(), with_token(5, seed=2)
     plain = replace(teacher, distilled=None)
     for options, _ in ORACLES.values():
-        loss = TokenDistillation(**options)
+        loss = DeiT(**options)
         assert loss(student, teacher, batch()) == loss(student, plain, batch())
 
 
@@ -80,14 +81,12 @@ def test_soft_is_distillation_and_legacy_is_the_mean_of_torch():
     student, teacher = with_token(), features(5, seed=2)
     options = {"kind": "soft", "temperature": 2.0}
     torch.testing.assert_close(
-        TokenDistillation(**options)(student, teacher, batch()),
+        DeiT(**options)(student, teacher, batch()),
         distillation(student.distilled, teacher.logits, temperature=2.0),
     )
     log_s, log_t = ((z / 2).log_softmax(1) for z in (student.distilled, teacher.logits))
     expected = 4 * F.kl_div(log_s, log_t, reduction="sum", log_target=True) / log_s.numel()
-    torch.testing.assert_close(
-        TokenDistillation(**options, legacy=True)(student, teacher, batch()), expected
-    )
+    torch.testing.assert_close(DeiT(**options, legacy=True)(student, teacher, batch()), expected)
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -97,9 +96,7 @@ def test_extreme_logits_are_finite_in_single_precision(name):
     extreme[:, 0] = 1e4
     teacher = replace(teacher, logits=extreme.flip(1))
     extreme.requires_grad_()
-    value = TokenDistillation(**ORACLES[name][0])(
-        replace(student, distilled=extreme), teacher, batch()
-    )
+    value = DeiT(**ORACLES[name][0])(replace(student, distilled=extreme), teacher, batch())
     value.backward()
     assert value.isfinite()
     assert extreme.grad.isfinite().all()
@@ -109,19 +106,23 @@ def test_refuses_a_student_without_the_token(tmp_path):
     student, teacher = replace(features(3, seed=1), distilled=None), features(5, seed=2)
     message = "needs a student with a distillation token, this one has none"
     with pytest.raises(ValueError, match=message):
-        TokenDistillation.between(student, teacher, source_in(tmp_path))
+        bound(DeiT, student, teacher, source_in(tmp_path))
     with pytest.raises(ValueError, match=message):
-        TokenDistillation()(student, teacher, batch())
+        DeiT()(student, teacher, batch())
 
 
 def test_is_built_with_its_options(tmp_path):
-    loss = TokenDistillation.between(
-        with_token(), features(5, 2), source_in(tmp_path), kind="soft", temperature=2.0, legacy=True
+    loss = bound(
+        DeiT,
+        with_token(),
+        features(5, 2),
+        source_in(tmp_path),
+        kind="soft",
+        temperature=2.0,
+        legacy=True,
     )
     assert (loss.kind, loss.temperature, loss.legacy) == ("soft", 2, True)
-    assert (
-        TokenDistillation.between(with_token(), features(5, 2), source_in(tmp_path)).kind == "hard"
-    )
+    assert bound(DeiT, with_token(), features(5, 2), source_in(tmp_path)).kind == "hard"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_is_built_with_its_options(tmp_path):
 )
 def test_refuses_what_makes_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
-        TokenDistillation(**options)
+        DeiT(**options)
 
 
 def test_refuses_logits_of_other_classes():

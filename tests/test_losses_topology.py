@@ -1,4 +1,4 @@
-"""TopKD: the definition in plain loops, and the approximators that are learnt for it."""
+"""TopKD: the definition in plain loops, and the approximators that are learned for it."""
 
 import math
 from dataclasses import replace
@@ -10,7 +10,17 @@ from reference import homology, topological_losses
 from reference import losses as reference
 from reference import topology as reference_topology
 from reference.clouds import polygon
-from reference.features import CLOUD, IMAGES, Recorder, answers, batch, features, never, source_in
+from reference.features import (
+    CLOUD,
+    IMAGES,
+    Recorder,
+    answers,
+    batch,
+    bound,
+    features,
+    never,
+    source_in,
+)
 from torch.autograd import gradcheck
 
 from topkd.features import Batch, Features
@@ -37,8 +47,8 @@ def source(tmp_path):
 @pytest.mark.parametrize("width", [5, 9])
 def test_exact_topkd_is_the_definition_in_plain_loops(source, form, width):
     student, teacher = features(width, seed=1), features(5, seed=2)
-    loss = TopKD.between(student, teacher, source, form=form)
-    fitted = loss.facts()["vectorisation"]
+    loss = bound(TopKD, student, teacher, source, form=form)
+    fitted = loss.metadata()["vectorization"]
     assert fitted.pop("form") == form
 
     def describe(cloud):
@@ -54,8 +64,8 @@ def test_exact_topkd_is_the_definition_in_plain_loops(source, form, width):
 
 @pytest.mark.parametrize(("form", "kind"), [("vector", "vector"), ("image", "image")])
 def test_exact_topkd_is_fitted_on_clouds_of_the_teacher(source, form, kind):
-    loss = TopKD.between(features(3, seed=1), features(5, seed=2), source, form=form)
-    fitted = loss.facts()["vectorisation"]
+    loss = bound(TopKD, features(3, seed=1), features(5, seed=2), source, form=form)
+    fitted = loss.metadata()["vectorization"]
     clouds = [made.embedding.tolist() for _, made in answers(0)]
     if kind == "vector":
         diagrams = [reference_topology.deaths(cloud) for cloud in clouds]
@@ -68,9 +78,9 @@ def test_exact_topkd_is_fitted_on_clouds_of_the_teacher(source, form, kind):
 
 
 def test_exact_topkd_is_the_default_and_has_no_weights(source):
-    loss = TopKD.between(features(3, seed=1), features(5, seed=2), source)
-    assert loss.facts()["via"] == "exact"
-    assert loss.facts()["vectorisation"]["form"] == "vector"
+    loss = bound(TopKD, features(3, seed=1), features(5, seed=2), source)
+    assert loss.metadata()["via"] == "exact"
+    assert loss.metadata()["vectorization"]["form"] == "vector"
     assert not list(loss.parameters())
     assert not list(source.folder.iterdir())
 
@@ -81,7 +91,7 @@ def test_exact_topkd_is_the_default_and_has_no_weights(source):
 )
 def test_topkd_does_not_see_which_image_is_which(source, options):
     student, teacher = features(5, seed=1), features(5, seed=2)
-    loss = TopKD.between(student, teacher, source, **options).double()
+    loss = bound(TopKD, student, teacher, source, **options).double()
     permuted = student.apply(lambda t: t.flip(0))
     torch.testing.assert_close(loss(permuted, teacher, batch()), loss(student, teacher, batch()))
 
@@ -111,12 +121,12 @@ def bars_of(cloud, dimension, scale):
 
 @pytest.mark.parametrize("scale", [None, "none", "mean", "median", "max"])
 def test_the_vector_of_loops_is_the_definition_in_plain_loops(source, scale):
-    source = replace(source, answers=rings)
+    source = replace(source, teacher_batches=rings)
     student, teacher = circle(seed=1), circle(seed=2, size=1.2)
-    loss = TopKD.between(student, teacher, source, dimension=1, scale=scale)
-    facts = loss.facts()
+    loss = bound(TopKD, student, teacher, source, dimension=1, scale=scale)
+    facts = loss.metadata()
     assert (facts["dimension"], facts["scale"]) == (1, scale or "mean")
-    fitted = facts["vectorisation"]
+    fitted = facts["vectorization"]
     assert fitted.pop("form") == "vector"
     each = [bars_of(made, 1, facts["scale"]) for _, made in rings(0)]
     greatest = max(death - birth for bars in each for birth, death in bars)
@@ -133,12 +143,12 @@ def test_the_vector_of_loops_is_the_definition_in_plain_loops(source, scale):
 
 @pytest.mark.parametrize("scale", [None, "median"])
 def test_the_image_of_loops_is_the_definition_in_plain_loops(source, scale):
-    source = replace(source, answers=rings)
+    source = replace(source, teacher_batches=rings)
     student, teacher = circle(seed=1), circle(seed=2, size=1.2)
-    loss = TopKD.between(student, teacher, source, dimension=1, form="image", scale=scale)
-    facts = loss.facts()
+    loss = bound(TopKD, student, teacher, source, dimension=1, form="image", scale=scale)
+    facts = loss.metadata()
     assert facts["scale"] == (scale or "none")
-    fitted = facts["vectorisation"]
+    fitted = facts["vectorization"]
     assert (fitted.pop("form"), fitted["sampling"]) == ("image", "integral")
     assert fitted["weight"] == "persistence"  # short loops fade out
     images = [
@@ -153,8 +163,14 @@ def test_the_image_of_loops_is_the_definition_in_plain_loops(source, scale):
 @pytest.mark.parametrize("form", ["vector", "image"])
 def test_the_gradient_of_loops_matches_finite_differences(source, form):
     student, teacher = circle(seed=1), circle(seed=2)
-    loss = TopKD.between(
-        student, teacher, replace(source, answers=rings), dimension=1, form=form, scale="mean"
+    loss = bound(
+        TopKD,
+        student,
+        teacher,
+        replace(source, teacher_batches=rings),
+        dimension=1,
+        form=form,
+        scale="mean",
     )
 
     def of(points):
@@ -170,8 +186,8 @@ def test_the_gradient_of_loops_matches_finite_differences(source, form):
 def test_a_scale_takes_the_size_of_a_cloud_away(source, form, dimension, scale):
     student, teacher = circle(seed=1), circle(seed=2)
     options = {"form": form, "dimension": dimension, "scale": scale}
-    loss = TopKD.between(student, teacher, replace(source, answers=rings), **options)
-    assert loss.facts()["scale"] == scale
+    loss = bound(TopKD, student, teacher, replace(source, teacher_batches=rings), **options)
+    assert loss.metadata()["scale"] == scale
     values = [loss(circle(seed=1, size=s), teacher, batch(RING)).item() for s in (1.0, 1.1)]
     assert (values[0] == pytest.approx(values[1], rel=1e-6)) == (scale != "none")
 
@@ -179,8 +195,8 @@ def test_a_scale_takes_the_size_of_a_cloud_away(source, form, dimension, scale):
 @pytest.mark.parametrize("scale", ["none", "mean", "max"])
 def test_an_image_in_a_unit_is_the_definition_in_plain_loops(source, scale):
     student, teacher = features(3, seed=1), features(5, seed=2)
-    loss = TopKD.between(student, teacher, source, form="image", scale=scale)
-    fitted = loss.facts()["vectorisation"]
+    loss = bound(TopKD, student, teacher, source, form="image", scale=scale)
+    fitted = loss.metadata()["vectorization"]
     assert fitted.pop("form") == "image"
     diagrams = []
     for _, made in answers(0):
@@ -200,8 +216,8 @@ def test_an_image_in_a_unit_is_the_definition_in_plain_loops(source, scale):
 @pytest.mark.parametrize("form", ["vector", "image"])
 def test_random_edges_are_described_as_a_tree_would_be(source, form):
     student, teacher = features(3, seed=1), features(5, seed=2)
-    loss = TopKD.between(student, teacher, source, form=form, edges="random")
-    fitted = loss.facts()["vectorisation"]
+    loss = bound(TopKD, student, teacher, source, form=form, edges="random")
+    fitted = loss.metadata()["vectorization"]
     assert fitted.pop("form") == form
 
     def lengths(cloud, shown, epoch):
@@ -222,29 +238,29 @@ def test_random_edges_are_described_as_a_tree_would_be(source, form):
     for name, value in expected.items():
         assert fitted[name] == pytest.approx(value, rel=1e-4)
     for epoch in (1, 2):
-        loss.begin(epoch)
+        loss.on_epoch_start(epoch)
         described = [describe(lengths(c, batch(), epoch), **fitted) for c in (student, teacher)]
         value = loss(student, teacher, batch()).item()
         assert value == pytest.approx(reference.mean_square(*described), rel=1e-5)
 
 
 def test_approximators_learn_loops_too(source):
-    source = replace(source, answers=many_rings, target=torch.zeros(8 * RING))
+    source = replace(source, teacher_batches=many_rings, target=torch.zeros(8 * RING))
     student, teacher = circle(seed=1), circle(seed=2)
     for via in ("ripsnet", "distancenet"):
         options = {"via": via, "training": SHORT, "dimension": 1, "scale": "mean"}
-        loss = TopKD.between(student, teacher, source, **options).double()
+        loss = bound(TopKD, student, teacher, source, **options).double()
         assert loss(student, teacher, batch(RING)).isfinite()
         (path,) = source.folder.glob(f"{via}-*.safetensors")
         exact = Approximation.from_bytes(path.read_bytes()).exact
-        assert (exact.dimension, exact.unit, exact.vectorisation.unit) == (1, "mean", "none")
+        assert (exact.dimension, exact.unit, exact.vectorization.unit) == (1, "mean", "none")
         assert not getattr(loss.describe, "sees_scale", False)
-        again = TopKD.between(student, teacher, source, file=str(path), **options).double()
+        again = bound(TopKD, student, teacher, source, file=str(path), **options).double()
         assert again(student, teacher, batch(RING)) == loss(student, teacher, batch(RING))
         with pytest.raises(ValueError, match="guesses dimension 1, here it is dimension: 0"):
-            TopKD.between(student, teacher, source, file=str(path), via=via)
+            bound(TopKD, student, teacher, source, file=str(path), via=via)
         with pytest.raises(ValueError, match="guesses at scale: mean, here it is scale: max"):
-            TopKD.between(student, teacher, source, file=str(path), **options | {"scale": "max"})
+            bound(TopKD, student, teacher, source, file=str(path), **options | {"scale": "max"})
 
 
 def many_rings(epoch):
@@ -256,7 +272,7 @@ def many_rings(epoch):
 
 @pytest.mark.parametrize("change", [{"dimension": 1}, {"scale": "max"}])
 def test_other_dimensions_and_scales_make_another_approximator(source, change):
-    source = replace(source, answers=many_rings, target=torch.zeros(8 * RING))
+    source = replace(source, teacher_batches=many_rings, target=torch.zeros(8 * RING))
     for options in ({}, change):
         learn(source, RING, "image", "ripsnet", SHORT, **options)
     assert len(list(source.folder.glob("ripsnet-*.safetensors"))) == 2
@@ -266,7 +282,8 @@ def test_other_dimensions_and_scales_make_another_approximator(source, change):
 
 
 def by_ripsnet(source, width=5, **options):
-    return TopKD.between(
+    return bound(
+        TopKD,
         features(width, seed=1),
         features(5, seed=2),
         source,
@@ -316,12 +333,12 @@ def test_images_that_judge_a_ripsnet_are_in_no_cloud_that_trains_it(source, monk
 
     seen = {}
 
-    def instead(stream, held_out, vectorisation, training, **options):
+    def instead(stream, held_out, vectorization, training, **options):
         seen.update(held_out=held_out, epochs=[stream(epoch) for epoch in (1, 2, 3)])
         return RipsNet(5).eval()
 
     monkeypatch.setattr("topkd.losses.approximators.train", instead)
-    learn(replace(source, answers=marked), CLOUD, "image", "ripsnet", SHORT)
+    learn(replace(source, teacher_batches=marked), CLOUD, "image", "ripsnet", SHORT)
 
     def images(clouds):
         return set(clouds[..., 0].flatten().tolist())
@@ -358,7 +375,7 @@ def test_the_projection_is_the_same_whether_ripsnet_is_trained_or_loaded(source)
 
 def test_ripsnet_is_trained_once(source):
     first = by_ripsnet(source)
-    again = by_ripsnet(replace(source, answers=never))
+    again = by_ripsnet(replace(source, teacher_batches=never))
     assert torch.equal(*(next(iter(loss.state_dict().values())) for loss in (first, again)))
 
 
@@ -384,10 +401,10 @@ def test_another_teacher_makes_another_ripsnet(source):
 
 
 def test_facts_tell_how_good_the_ripsnet_is(source):
-    facts = by_ripsnet(source).facts()
+    facts = by_ripsnet(source).metadata()
     saved = Approximation.from_bytes(the_file(source).read_bytes())
     assert facts["via"] == "ripsnet"
-    assert facts["vectorisation"] == to_json(saved.exact.vectorisation)
+    assert facts["vectorization"] == to_json(saved.exact.vectorization)
     assert facts["fidelity"] == vars(saved.fidelity)
     assert saved.fidelity.clouds >= 256
     assert saved.cloud_size == CLOUD
@@ -402,13 +419,14 @@ def test_a_poor_ripsnet_is_said_to_be_poor(source):
 
 def test_form_chooses_what_ripsnet_learns(source):
     for form, kind in (("image", PersistenceImage), ("vector", PersistenceVector)):
-        learnt = learn(source, CLOUD, form, "ripsnet", SHORT)
-        assert isinstance(learnt.exact.vectorisation, kind)
-        assert learnt.network.outputs == learnt.exact.vectorisation.size
+        learned = learn(source, CLOUD, form, "ripsnet", SHORT)
+        assert isinstance(learned.exact.vectorization, kind)
+        assert learned.network.outputs == learned.exact.vectorization.size
 
 
 def test_distancenet_needs_no_projection(source):
-    loss = TopKD.between(
+    loss = bound(
+        TopKD,
         features(3, seed=1),
         features(5, seed=2),
         source,
@@ -419,13 +437,13 @@ def test_distancenet_needs_no_projection(source):
     assert loss(features(3, seed=1), features(5, seed=2), batch()).isfinite()
     (path,) = source.folder.glob("distancenet-*.safetensors")
     assert isinstance(
-        Approximation.from_bytes(path.read_bytes()).exact.vectorisation, PersistenceVector
+        Approximation.from_bytes(path.read_bytes()).exact.vectorization, PersistenceVector
     )
 
 
 def test_a_ripsnet_file_is_used_as_it_is(source, tmp_path):
     by_ripsnet(source)
-    elsewhere = replace(source, folder=tmp_path / "elsewhere", answers=never)
+    elsewhere = replace(source, folder=tmp_path / "elsewhere", teacher_batches=never)
     loss = by_ripsnet(elsewhere, file=str(the_file(source))).double()
     assert loss(features(5, seed=1), features(5, seed=1), batch()) == 0
     assert not elsewhere.folder.exists()
@@ -434,14 +452,15 @@ def test_a_ripsnet_file_is_used_as_it_is(source, tmp_path):
 def test_a_ripsnet_of_another_teacher_is_refused(source):
     by_ripsnet(source)
     path = str(the_file(source))
-    with pytest.raises(ValueError, match=r"ripsnet-.*made for another teacher: it learnt a teach"):
+    with pytest.raises(ValueError, match=r"ripsnet-.*made for another teacher: it learned a teach"):
         by_ripsnet(replace(source, teacher_hash="somebody else"), file=path)
 
 
 def test_a_ripsnet_of_other_clouds_is_refused(source):
     by_ripsnet(source)
     with pytest.raises(ValueError, match="made for clouds of 6 points, the batches here have 7"):
-        TopKD.between(
+        bound(
+            TopKD,
             features(5, seed=1, n=7),
             features(5, seed=2, n=7),
             source,
@@ -486,7 +505,7 @@ def test_too_few_images_for_a_ripsnet_is_said(source, form):
 
     with pytest.raises(ValueError, match="images"):
         learn(
-            replace(source, answers=few, target=torch.zeros(CLOUD + 1)),
+            replace(source, teacher_batches=few, target=torch.zeros(CLOUD + 1)),
             CLOUD,
             form,
             "ripsnet",

@@ -11,7 +11,7 @@ from reference.gradients import Narrow
 from torch import nn
 
 from topkd._runtime.memory_format import memory_format
-from topkd.features import Tapped
+from topkd.features import FeatureExtractor
 from topkd.models import MODELS
 
 WRONG = 0.2  # relative error; rounding at the kinks of ReLUs makes up to 0.1 in a deep network
@@ -50,7 +50,7 @@ def test_images_have_the_format_of_the_network(model):
 @pytest.mark.parametrize("model", ["resnet8", "resnet8x0.25"])
 def test_weights_that_were_channels_last_do_not_overrule_the_images(model):
     network = MODELS[model].network(classes=10).to(memory_format=LAST)
-    tapped = Tapped(network, [], head="fc")
+    tapped = FeatureExtractor(network, [], head="fc")
     assert all(weight.is_contiguous() for weight in tapped.parameters())
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from topkd.data.sources.cifar import cifar100
 from topkd.evaluation import metrics
-from topkd.features import Tapped
+from topkd.features import FeatureExtractor
 from topkd.models import MODELS, checkpoint
 from topkd.models.mobilenet import InvertedResidual
 from topkd.models.resnet import ResNet
@@ -29,7 +29,7 @@ def parameters(network):
 
 
 def shake(network):
-    """Gives the normalisations something to do."""
+    """Gives the normalizations something to do."""
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.running_mean, std=0.3)
@@ -156,7 +156,7 @@ def test_one_tap_reads_what_is_averaged_in_every_network(name, network):
     last = {"wrn": "relu", "mobilenetv2": "conv2", "shufflev2": "relu2"}.get(family(name))
     maps = ["avgpool:in", last or MODELS[name].taps["maps"][-1]]
     with torch.no_grad():
-        made = Tapped(network.network, maps, head)(images(name))
+        made = FeatureExtractor(network.network, maps, head)(images(name))
     torch.testing.assert_close(made.embedding, made.maps[0].mean((2, 3)))
     assert torch.equal(made.maps[0], made.maps[1])
     assert (made.maps[0] >= 0).all()
@@ -235,7 +235,7 @@ def test_blocks_of_shufflenetv2_are_those_of_torchvision():
     split = [(rf"^(conv|bn){old}", rf"\g<1>branch{new}") for old, new in branch.items()]
     branch = {1: "1.0", 2: "1.2", 3: "2.0", 4: "2.3", 5: "2.5"}
     halving = [(rf"^(conv|bn){old}", rf"\g<1>branch{new}") for old, new in branch.items()]
-    after = [  # a normalisation stands one place behind its convolution
+    after = [  # a normalization stands one place behind its convolution
         (r"^bn(branch\d)\.(\d)", lambda found: f"{found[1]}.{int(found[2]) + 1}"),
         ("^conv", ""),
     ]
@@ -328,7 +328,7 @@ def test_classifiers_begin_as_in_the_benchmark(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_normalisations_begin_as_the_identity(name):
+def test_normalizations_begin_as_the_identity(name):
     layers = MODELS[name].network(classes=10).modules()
     norms = [layer for layer in layers if isinstance(layer, nn.BatchNorm2d)]
     assert norms
@@ -343,10 +343,10 @@ def test_a_seed_fixes_the_weights():
     assert built[0] == built[1] != built[2]
 
 
-# --- The catalogue -------------------------------------------------------------------------------
+# --- The catalog -------------------------------------------------------------------------------
 
 
-def test_the_catalogue_has_every_network_and_tells_what_it_is():
+def test_the_catalog_has_every_network_and_tells_what_it_is():
     assert NETWORKS.keys() <= MODELS.keys()
     assert all(name == name.lower() for name in NETWORKS)
     told = [MODELS[name].about for name in NETWORKS]

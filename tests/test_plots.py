@@ -39,9 +39,9 @@ def test_curves_draw_each_seed_and_the_mean():
 
 
 def test_an_arm_looks_the_same_in_every_picture():
-    colours = plots.palette(["kd", "exact", "student"])
-    all_arms = only_axes(plots.curves(dict.fromkeys(colours, [[1.0, 2.0]]), title="", ylabel=""))
-    alone = only_axes(plots.curves({"student": [[1.0, 2.0]]}, title="", ylabel="", colours=colours))
+    colors = plots.palette(["kd", "exact", "student"])
+    all_arms = only_axes(plots.curves(dict.fromkeys(colors, [[1.0, 2.0]]), title="", ylabel=""))
+    alone = only_axes(plots.curves({"student": [[1.0, 2.0]]}, title="", ylabel="", colors=colors))
     for look in ("get_color", "get_linestyle"):
         assert getattr(alone.lines[0], look)() == getattr(all_arms.lines[2], look)()
 
@@ -136,7 +136,7 @@ def test_points_on_a_line_can():
 @pytest.mark.slow
 def test_umap_keeps_clusters_and_repeats():
     rng = np.random.default_rng(0)
-    points = np.concatenate([rng.normal(centre, 0.1, (40, 8)) for centre in (0, 5)])
+    points = np.concatenate([rng.normal(center, 0.1, (40, 8)) for center in (0, 5)])
     places, method = plots.project(points, seed=3)
     assert method == "UMAP"
     np.testing.assert_array_equal(places, plots.project(points, seed=3)[0])
@@ -146,17 +146,17 @@ def test_umap_keeps_clusters_and_repeats():
         assert gap > 2 * np.linalg.norm(half - half.mean(0), axis=1).max()
 
 
-def test_the_ten_most_frequent_classes_are_coloured_and_others_grey():
+def test_the_ten_most_frequent_classes_are_colored_and_others_gray():
     target = [number for number in range(12) for _ in range(20 - number)]
-    assert list(plots.class_colours(target)) == list(range(10))
+    assert list(plots.class_colors(target)) == list(range(10))
     places = np.random.default_rng(0).normal(size=(len(target), 2))
     axes = only_axes(plots.scatter(places, target, title="teacher"))
     assert [len(points.get_offsets()) for points in axes.collections] == [
         19,  # of the classes 10 and 11
         *range(20, 10, -1),
     ]
-    coloured = axes.collections[3]
-    np.testing.assert_array_equal(coloured.get_offsets(), places[np.array(target) == 2])
+    colored = axes.collections[3]
+    np.testing.assert_array_equal(colored.get_offsets(), places[np.array(target) == 2])
 
 
 def test_a_legend_names_the_classes():
@@ -186,11 +186,11 @@ def test_svg_is_whole_repeats_and_keeps_its_names_to_itself():
         assert all(part.startswith("p1-") for part in svg("p1").split(reference)[1:])
 
 
-def test_colours_differ_in_lightness_or_hue_for_all_eyes():
+def test_colors_differ_in_lightness_or_hue_for_all_eyes():
     # Under deuteranopia red and green are taken for each other: what is left is yellow to blue
     # and lightness. Coarsely, by (R + G) / 2 and B.
     seen = [
-        np.array([(int(c[1:3], 16) + int(c[3:5], 16)) / 2, int(c[5:7], 16)]) for c in plots.COLOURS
+        np.array([(int(c[1:3], 16) + int(c[3:5], 16)) / 2, int(c[5:7], 16)]) for c in plots.COLORS
     ]
     for i, first in enumerate(seen):
         assert all(np.abs(first - second).max() > 15 for second in seen[:i])

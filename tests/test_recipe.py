@@ -178,7 +178,7 @@ WRONG = {
         changed(teacher={"model": "resnet20"}),
         "teacher: needs a checkpoint (a file) or a recipe that trains it",
     ),
-    "half of a normalisation": (
+    "half of a normalization": (
         changed(teacher={"model": "a", "checkpoint": "b", "mean": [0.5, 0.5, 0.5]}),
         "teacher: mean and std go together",
     ),

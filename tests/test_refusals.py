@@ -9,21 +9,7 @@ import torch
 from torch import nn
 
 from topkd import losses
-from topkd.losses import (
-    LOSSES,
-    ActivationBoundaries,
-    ClassAttention,
-    Contrastive,
-    CorrelationCongruence,
-    CorrelationDistillation,
-    CurriculumTemperature,
-    DecoupledDistillation,
-    Distillation,
-    MultiLevelDistillation,
-    NormalizedDistillation,
-    PersistentCrossEntropy,
-    TransformedTeacherMatching,
-)
+from topkd.losses import AB, CATKD, CC, CRD, CTKD, DIST, DKD, KD, LOSSES, MLKD, NKD, PCE, TTM
 
 FUNCTIONS = {
     name: getattr(losses, name)
@@ -57,7 +43,7 @@ CASES = {
     "decoupled_distillation": (BOTH_LOGITS, {"target": LABELS}),
     "distillation": (BOTH_LOGITS, {}),
     "factor_transfer": (BOTH_MAPS, {}),
-    "flow_matrix": ({"shallow": maps, "deep": maps}, {}),
+    "fsp_matrix": ({"shallow": maps, "deep": maps}, {}),
     "hard_distillation": (BOTH_LOGITS, {}),
     "hierarchical": (BOTH_MAPS, {}),
     "last_map": (BOTH_MAPS, {}),
@@ -77,8 +63,8 @@ CASES = {
     "relational_angles": (BOTH_LOGITS, {}),
     "relational_distances": (BOTH_LOGITS, {}),
     "similarity_preserving": (BOTH_MAPS, {}),
-    "standardised": ({"logits": logits}, {}),
-    "surprise": ({"mean": maps, "teacher": maps}, {"variance": torch.ones(3)}),
+    "standardized": ({"logits": logits}, {}),
+    "gaussian_nll": ({"mean": maps, "teacher": maps}, {"variance": torch.ones(3)}),
     "transformed_teacher_matching": (BOTH_LOGITS, {}),
 }
 
@@ -143,70 +129,70 @@ COUNT = {0: "must be positive", -1: "must be positive", 1.5: "must be a whole nu
 CHOICE = {"none": "must be .* or "}
 # Of each option: what is refused, and the class that has it, with what that needs beside.
 OPTIONS = [
-    ("distillation", "temperature", TEMPERATURE, Distillation),
-    ("correlation_distillation", "temperature", TEMPERATURE, CorrelationDistillation),
-    ("correlation_distillation", "beta", WEIGHT, CorrelationDistillation),
-    ("correlation_distillation", "gamma", WEIGHT, CorrelationDistillation),
-    ("correlation_distillation", "damping", WEIGHT, CorrelationDistillation),
-    ("transformed_teacher_matching", "exponent", FINITE, TransformedTeacherMatching),
-    ("decoupled_distillation", "temperature", TEMPERATURE, DecoupledDistillation),
-    ("decoupled_distillation", "alpha", WEIGHT, DecoupledDistillation),
-    ("decoupled_distillation", "beta", WEIGHT, DecoupledDistillation),
-    ("normalized_distillation", "temperature", TEMPERATURE, NormalizedDistillation),
-    ("normalized_distillation", "gamma", WEIGHT, NormalizedDistillation),
-    ("multi_level_distillation", "views", {3: "must be 1 or 2"}, MultiLevelDistillation),
+    ("distillation", "temperature", TEMPERATURE, KD),
+    ("correlation_distillation", "temperature", TEMPERATURE, DIST),
+    ("correlation_distillation", "beta", WEIGHT, DIST),
+    ("correlation_distillation", "gamma", WEIGHT, DIST),
+    ("correlation_distillation", "damping", WEIGHT, DIST),
+    ("transformed_teacher_matching", "exponent", FINITE, TTM),
+    ("decoupled_distillation", "temperature", TEMPERATURE, DKD),
+    ("decoupled_distillation", "alpha", WEIGHT, DKD),
+    ("decoupled_distillation", "beta", WEIGHT, DKD),
+    ("normalized_distillation", "temperature", TEMPERATURE, NKD),
+    ("normalized_distillation", "gamma", WEIGHT, NKD),
+    ("multi_level_distillation", "views", {3: "must be 1 or 2"}, MLKD),
     (
         "contrast",
         "temperature",
         TEMPERATURE,
-        lambda **options: Contrastive(3, 5, LABELS, **options),
+        lambda **options: CRD(3, 5, LABELS, **options),
     ),
     ("contrast", "images", COUNT, None),
     (
         "correlation_kernel",
         "gamma",
         FINITE,
-        lambda **options: CorrelationCongruence(3, 5, form="kernel", **options),
+        lambda **options: CC(3, 5, form="kernel", **options),
     ),
     (
         "correlation_kernel",
         "order",
         COUNT,
-        lambda **options: CorrelationCongruence(3, 5, form="kernel", **options),
+        lambda **options: CC(3, 5, form="kernel", **options),
     ),
     ("probabilistic_transfer", "epsilon", FINITE, None),
     (
         "activation_boundaries",
         "margin",
         FINITE,
-        lambda **options: ActivationBoundaries([], **options),
+        lambda **options: AB([], **options),
     ),
     (
         "class_attention",
         "resolution",
         {0: "must be at least 1", 1.5: "must be at least 1"},
-        lambda **options: ClassAttention(None, None, **options),
+        lambda **options: CATKD(None, None, **options),
     ),
-    ("attention_transfer", "form", CHOICE, LOSSES["at"].loss),
+    ("attention_transfer", "form", CHOICE, LOSSES["at"]),
     ("factor_transfer", "form", CHOICE, None),
-    ("flow_matrix", "pooling", CHOICE, LOSSES["fsp"].loss),
+    ("fsp_matrix", "pooling", CHOICE, LOSSES["fsp"]),
     (
         "persistent_cross_entropy",
         "form",
         CHOICE,
-        lambda **options: PersistentCrossEntropy(1.0, 1.0, **options),
+        lambda **options: PCE(1.0, 1.0, **options),
     ),
     (
         "persistent_cross_entropy",
         "bandwidth",
         FINITE,
-        lambda bandwidth: PersistentCrossEntropy(bandwidth, 1.0),
+        lambda bandwidth: PCE(bandwidth, 1.0),
     ),
     (
         "persistent_cross_entropy",
         "tolerance",
         FINITE,
-        lambda tolerance: PersistentCrossEntropy(1.0, tolerance),
+        lambda tolerance: PCE(1.0, tolerance),
     ),
 ]
 
@@ -261,9 +247,9 @@ def test_temperatures_that_are_tensors_are_looked_at():
 
 def test_variances_and_margins_are_those_of_the_channels():
     with pytest.raises(ValueError, match=r"the variance must be of each channel, \(3,\), got \(2,"):
-        call("surprise", variance=torch.ones(2))
+        call("gaussian_nll", variance=torch.ones(2))
     with pytest.raises(ValueError, match=r"the least variance must be positive, got 0\.0"):
-        call("surprise", variance=torch.tensor([1.0, 0.0, 1.0]))
+        call("gaussian_nll", variance=torch.tensor([1.0, 0.0, 1.0]))
     with pytest.raises(ValueError, match=r"margins must be of each channel, \[\(3,\)\], got \[\]"):
         call("partial_distance", margins=[])
 
@@ -271,16 +257,16 @@ def test_variances_and_margins_are_those_of_the_channels():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: CurriculumTemperature(lowest=1e30), "lowest must be between"),
-        (lambda: CurriculumTemperature(spread=1e30), r"lowest \+ spread must be between"),
-        (lambda: CurriculumTemperature(rise=1.5), "rise must be a whole number, got 1.5"),
-        (lambda: Contrastive(3, 5, LABELS, size=1.5), "size must be a whole number, got 1.5"),
-        (lambda: LOSSES["ultrametric"].loss(order=INF), "order must be finite, got inf"),
-        (lambda: LOSSES["ultrametric"].loss(scale="big"), "scale must be none or mean or"),
-        (lambda: LOSSES["rtd_lite"].loss(scale="big"), "scale must be none or mean or"),
-        (lambda: LOSSES["edge_matching"].loss(scale="big"), "scale must be none or mean or"),
-        (lambda: LOSSES["wasserstein"].loss(scale="big"), "scale must be none or mean or"),
-        (lambda: LOSSES["wasserstein"].loss(dimension=2), "dimension must be 0 or 1, got 2"),
+        (lambda: CTKD(lowest=1e30), "lowest must be between"),
+        (lambda: CTKD(spread=1e30), r"lowest \+ spread must be between"),
+        (lambda: CTKD(rise=1.5), "rise must be a whole number, got 1.5"),
+        (lambda: CRD(3, 5, LABELS, size=1.5), "size must be a whole number, got 1.5"),
+        (lambda: LOSSES["ultrametric"](order=INF), "order must be finite, got inf"),
+        (lambda: LOSSES["ultrametric"](scale="big"), "scale must be none or mean or"),
+        (lambda: LOSSES["rtd_lite"](scale="big"), "scale must be none or mean or"),
+        (lambda: LOSSES["edge_matching"](scale="big"), "scale must be none or mean or"),
+        (lambda: LOSSES["wasserstein"](scale="big"), "scale must be none or mean or"),
+        (lambda: LOSSES["wasserstein"](dimension=2), "dimension must be 0 or 1, got 2"),
     ],
 )
 def test_options_of_classes_are_refused_at_once(build, message):

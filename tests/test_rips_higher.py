@@ -199,18 +199,18 @@ def test_large_clouds_without_a_matrix_have_the_same_tree(n):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_loops_are_born_at_edges_of_the_relative_neighbourhood_graph(seed):
+def test_loops_are_born_at_edges_of_the_relative_neighborhood_graph(seed):
     points = gaussian(25, 3, seed)
     d = distances_of(points)
-    neighbours = [
+    neighbors = [
         (i, j)
         for i, j in combinations(range(25), 2)
         if not any(max(d[i, k], d[j, k]) < d[i, j] for k in range(25) if k not in (i, j))
     ]
     found = rips(points, max_dim=1)
-    assert found.count[1] == len(neighbours) - 24
+    assert found.count[1] == len(neighbors) - 24
     edges = found.of(0).death_edges.tolist() + found.of(1).birth_edges.tolist()
-    assert sorted(map(tuple, edges)) == neighbours
+    assert sorted(map(tuple, edges)) == neighbors
 
 
 @pytest.mark.parametrize("seed", range(20))

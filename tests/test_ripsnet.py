@@ -74,7 +74,7 @@ def test_weights_of_the_authors_give_their_images(shared):
     np.testing.assert_allclose(
         found, in_numpy(network.state_dict(), points, "mean"), rtol=1e-4, atol=1e-6
     )
-    # They learnt images whose 20 columns are equal.
+    # They learned images whose 20 columns are equal.
     assert found.unflatten(-1, (20, 20)).std(2).max() < 0.1 * found.std()
 
 

@@ -2,7 +2,7 @@
 
 Losses that do not see scale have slopes of one over the spread of what they see. They are bounded
 at a spread of a thousandth of what networks have. Features of spread 1 here give slopes of up to
-10, so that none may be above ten thousand, be the student's features what they may. Normalisations
+10, so that none may be above ten thousand, be the student's features what they may. Normalizations
 are in eval mode: in training, theirs at constant maps is 316, one over the root of their epsilon.
 """
 
@@ -10,20 +10,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference.features import WIDTH, batch, features, source_in, tapped
+from reference.features import WIDTH, batch, bound, features, source_in, tapped
 
-from topkd.losses import LOSSES, correlation_distillation, distillation, standardised
+from topkd.losses import LOSSES
+from topkd.losses.functional import correlation_distillation, distillation, standardized
 from topkd.topology.approximation import Training
 from topkd.topology.gradient import SMALL, in_units
 
 BOUND = 1e4
 CASES = {name: (name, {}) for name in LOSSES} | {
-    "kd, standardised": ("kd", {"standardise": True}),
-    "dkd, standardised": ("dkd", {"standardise": True}),
-    "mlkd, standardised": ("mlkd", {"standardise": True}),
+    "kd, standardized": ("kd", {"standardize": True}),
+    "dkd, standardized": ("dkd", {"standardize": True}),
+    "mlkd, standardized": ("mlkd", {"standardize": True}),
     "dist, not damped": ("dist", {"damping": 0.0}),
     "cc, kernel": ("cc", {"form": "kernel"}),
-    "cat, normalised": ("cat", {"normalise": True}),
+    "cat, normalized": ("cat", {"normalize": True}),
     "at, paper": ("at", {"form": "paper"}),
     "ft, whole": ("ft", {"form": "whole"}),
     "ultrametric, squared": ("ultrametric", {"order": 2.0}),
@@ -54,12 +55,12 @@ def shared_source(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_slopes_are_bounded_whatever_the_student_makes(name, half, shared_source):
     loss, options = CASES[name]
-    width = 3 if LOSSES[loss].any_width else WIDTH
+    width = 3 if LOSSES[loss].info.any_width else WIDTH
     usual, teacher = (
         features(w, seed).apply(lambda t: t.float()) for w, seed in ((width, 1), (WIDTH, 2))
     )
     source = replace(shared_source, student=tapped(width, seed=1))
-    built = LOSSES[loss].loss.between(usual, teacher, source, **options).float().eval()
+    built = bound(LOSSES[loss], usual, teacher, source, **options).float().eval()
     for made, change in STUDENTS.items():
         student = usual.apply(lambda t, change=change: change(t).requires_grad_())
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -70,7 +71,7 @@ def test_slopes_are_bounded_whatever_the_student_makes(name, half, shared_source
         assert max(g.abs().max().item() for g in found if g is not None) < BOUND, made
 
 
-def test_a_head_of_zeros_learns_standardised_logits():
+def test_a_head_of_zeros_learns_standardized_logits():
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(256, 32, generator=generator)
     teacher = embedding @ torch.randn(32, 10, generator=generator)
@@ -79,25 +80,25 @@ def test_a_head_of_zeros_learns_standardised_logits():
     values = []
     for _ in range(100):
         optimizer.zero_grad()
-        student = standardised(embedding @ head.T)
-        value = 9 * distillation(student, standardised(teacher), temperature=2.0)
+        student = standardized(embedding @ head.T)
+        value = 9 * distillation(student, standardized(teacher), temperature=2.0)
         value.backward()
         optimizer.step()
         values.append(value.item())
     assert values[-1] < 0.1 * values[0]
 
 
-def test_spread_logits_are_standardised_as_published():
+def test_spread_logits_are_standardized_as_published():
     logits = 0.2 * torch.randn(64, 10, dtype=torch.float64)
     assert logits.std(1).min() > 0.1
     expected = [(row - row.mean()) / (row.std() + 1e-7) for row in logits]
-    torch.testing.assert_close(standardised(logits), torch.stack(expected))
+    torch.testing.assert_close(standardized(logits), torch.stack(expected))
 
 
-def test_the_order_of_faint_logits_is_still_learnt():
+def test_the_order_of_faint_logits_is_still_learned():
     teacher = torch.tensor([[3.0, 1.0, 0.0, -1.0], [0.0, 2.0, -1.0, 1.0]])
     for loss in (
-        lambda z: distillation(standardised(z), standardised(teacher)),
+        lambda z: distillation(standardized(z), standardized(teacher)),
         lambda z: correlation_distillation(z, teacher),
     ):
         logits = torch.zeros(2, 4, requires_grad=True)

@@ -7,16 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from reference.features import Recorder, features, tapped
+from reference.features import Recorder, bound, features, tapped
 from test_train import STATISTICS, a_batch, data, trainer
 from torch import multiprocessing, nn
 
 from topkd.config.recipe import Term, View, parse
 from topkd.config.validation import RecipeError
-from topkd.features import Tapped, Teacher
-from topkd.losses import LOSSES, CrossEntropy, Distillation, Loss, Source
-from topkd.training.objective import Balance, Weighted, cosines, gradients, seen, taps, warnings
-from topkd.training.precision import Device
+from topkd.features import FeatureExtractor, Teacher
+from topkd.losses import CE, KD, LOSSES, Loss, LossContext
+from topkd.training.objective import (
+    GradientBalancer,
+    LossTerm,
+    cosines,
+    gradients,
+    seen,
+    taps,
+    warnings,
+)
+from topkd.training.precision import Runtime
 from topkd.training.tracking import Sums
 from topkd.training.trainer import Trainer
 
@@ -86,11 +94,11 @@ def test_an_error_of_a_loss_names_its_term_once():
     (term,) = terms({"name": "kd", "label": "again"})
     made = features(3, seed=1)
     for work, message in (
-        (lambda w: w.begin(4), "losses.again: no epoch 4"),
+        (lambda w: w.on_epoch_start(4), "losses.again: no epoch 4"),
         (lambda w: w.value(made, made, a_batch()), "losses.again: logits differ"),
     ):
         with pytest.raises(ValueError, match="again") as caught:
-            work(Weighted(term, Refusing()))
+            work(LossTerm(term, Refusing()))
         assert str(caught.value) == message
 
 
@@ -99,7 +107,7 @@ def test_a_tap_that_reads_no_map_names_its_term():
     made = features(3, seed=1)
     made.others["fc"] = torch.zeros(6, 3)
     with pytest.raises(ValueError, match=r"^losses\.at: the tap 'fc' reads \(6, 3\), which is no"):
-        Weighted(term, LOSSES["at"].loss()).value(made, made, a_batch())
+        LossTerm(term, LOSSES["at"].loss()).value(made, made, a_batch())
 
 
 # --- Shares --------------------------------------------------------------------------------------
@@ -113,7 +121,7 @@ def test_weights_give_every_term_its_share():
         {"name": "topkd", "label": "more", "share": 0.2},
     )
     norms = {"ce": 0.7, "kd": 3.0, "topkd": 1e-4, "more": 20.0}
-    weights = Balance(dict(norms)).weights(some, 1, 10)
+    weights = GradientBalancer(dict(norms)).weights(some, 1, 10)
     assert (weights["ce"], weights["kd"]) == (2.0, 0.5)
     carried = {title: weights[title] * norm for title, norm in norms.items()}
     whole = sum(carried.values())
@@ -122,7 +130,7 @@ def test_weights_give_every_term_its_share():
 
 
 def test_norms_are_running_means():
-    balance = Balance()
+    balance = GradientBalancer()
     for norm in (2.0, 4.0, 0.0):
         balance.update({"ce": norm})
     assert balance.norms["ce"] == pytest.approx(0.9 * (0.9 * 2 + 0.1 * 4))
@@ -130,7 +138,7 @@ def test_norms_are_running_means():
 
 def test_a_share_grows_over_its_warmup():
     some = terms({"name": "ce"}, {"name": "kd", "share": 0.5, "warmup": 4, "start": 2})
-    balance = Balance({"ce": 1.0, "kd": 0.25})
+    balance = GradientBalancer({"ce": 1.0, "kd": 0.25})
     found = [balance.weights(some, epoch, 10)["kd"] for epoch in range(1, 7)]
     assert found == pytest.approx([0, 1, 2, 3, 4, 4])
 
@@ -138,7 +146,7 @@ def test_a_share_grows_over_its_warmup():
 def test_a_term_that_the_embedding_does_not_feel_cannot_have_a_share():
     some = terms({"name": "ce"}, {"name": "kd", "share": 0.5})
     with pytest.raises(ValueError, match=r"losses\.kd: its gradient does not pass the student"):
-        Balance({"ce": 1.0}).weights(some, 1, 10)
+        GradientBalancer({"ce": 1.0}).weights(some, 1, 10)
 
 
 def test_a_trained_step_carries_the_share_that_was_asked_for():
@@ -161,7 +169,7 @@ def test_a_trained_step_carries_the_share_that_was_asked_for():
 
 
 def trainer_with(losses, epochs=3):
-    made = [{"ce": CrossEntropy, "kd": Distillation}[tree["name"]]() for tree in losses]
+    made = [{"ce": CE, "kd": KD}[tree["name"]]() for tree in losses]
     return trainer(made, **{"losses": losses, "epochs": epochs})
 
 
@@ -264,7 +272,7 @@ class Spread(Loss):
 
 
 class Small(nn.Module):
-    """A network without normalisation, which would see the images of its own process alone."""
+    """A network without normalization, which would see the images of its own process alone."""
 
     def __init__(self):
         super().__init__()
@@ -277,7 +285,7 @@ class Small(nn.Module):
 
 def small(seed):
     torch.manual_seed(seed)
-    return Tapped(Small(), ["stage"], "fc")
+    return FeatureExtractor(Small(), ["stage"], "fc")
 
 
 class Direct(Loss):
@@ -298,13 +306,13 @@ COUPLED = (
 
 
 def made(loss, student, teacher):
-    """A loss by name: one of those above, or of the catalogue."""
+    """A loss by name: one of those above, or of the catalog."""
     if loss == "spread":
         return Spread()
     if loss == "direct":
         return Direct(student)
     shown, target = a_batch(), data().train.target
-    ask = Source(
+    ask = LossContext(
         lambda _: iter([(shown, teacher(shown.images))]),
         target,
         student,
@@ -313,7 +321,7 @@ def made(loss, student, teacher):
         folder=Path(),
         progress=Recorder(),
     )
-    return LOSSES[loss].loss.between(student(shown.images), teacher(shown.images), ask)
+    return bound(LOSSES[loss], student(shown.images), teacher(shown.images), ask)
 
 
 def trained(loss, mode, size):
@@ -329,8 +337,8 @@ def trained(loss, mode, size):
         }
     )
     student, teacher = small(seed=0), Teacher(small(seed=1), *STATISTICS)
-    losses = [Weighted(settings.losses[0], made(loss, student, teacher))]
-    device = Device.of(settings, 64)
+    losses = [LossTerm(settings.losses[0], made(loss, student, teacher))]
+    device = Runtime.of(settings, 64)
     one = Trainer(student, teacher, losses, data(), settings, 0, device, Recorder())
     own = slice(one.accelerator.process_index * size, (one.accelerator.process_index + 1) * size)
     student.train()

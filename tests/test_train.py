@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from topkd._io.progress import Progress
 from topkd.config.recipe import parse
 from topkd.data import Data, InMemory
-from topkd.features import Batch, Features, Tapped, Teacher
-from topkd.losses import CrossEntropy, Distillation, Loss
+from topkd.features import Batch, FeatureExtractor, Features, Teacher
+from topkd.losses import CE, KD, Loss
 from topkd.models import MODELS
-from topkd.training.objective import Weighted
-from topkd.training.precision import Device
+from topkd.training.objective import LossTerm
+from topkd.training.precision import Runtime
 from topkd.training.tracking import Sums
 from topkd.training.trainer import Diverged, Trainer
 
@@ -47,9 +47,9 @@ def trainer(made=None, **changes) -> Trainer:
     settings = recipe(**changes)
     torch.manual_seed(0)
     student, teacher = MODELS["resnet8x0.25"].build(10), MODELS["resnet8"].build(10)
-    made = made or (CrossEntropy(), Distillation())
-    weighted = [Weighted(t, loss) for t, loss in zip(settings.losses, made, strict=True)]
-    images, device = data(), Device.of(settings, 64)
+    made = made or (CE(), KD())
+    weighted = [LossTerm(t, loss) for t, loss in zip(settings.losses, made, strict=True)]
+    images, device = data(), Runtime.of(settings, 64)
     taught_by = Teacher(teacher, *STATISTICS)
     return Trainer(student, taught_by, weighted, images, settings, 0, device, Progress(quiet=True))
 
@@ -76,10 +76,10 @@ class TwoHeads(torch.nn.Module):
 
 def test_a_head_that_no_term_trains_is_told():
     settings = recipe(teacher=None, losses=[{"name": "ce"}])
-    losses = [Weighted(settings.losses[0], CrossEntropy())]
-    student = Tapped(TwoHeads(), [], "fc", distilled="other")
+    losses = [LossTerm(settings.losses[0], CE())]
+    student = FeatureExtractor(TwoHeads(), [], "fc", distilled="other")
     one = Trainer(
-        student, None, losses, data(), settings, 0, Device.of(settings, 64), Progress(quiet=True)
+        student, None, losses, data(), settings, 0, Runtime.of(settings, 64), Progress(quiet=True)
     )
     with pytest.raises(
         ValueError, match="has a distillation head, which judges along, and no term"
@@ -132,7 +132,7 @@ class Square(Loss):
 def test_maps_are_there_for_losses_that_read_them(reads_maps):
     loss = Square()
     loss.reads_maps = reads_maps
-    ours = trainer((CrossEntropy(), loss))
+    ours = trainer((CE(), loss))
     plain, batch = trainer().student.network.train(), a_batch()
     ours.student.train()
     ours.step(batch, 1, Sums(), measure=True)
@@ -162,7 +162,7 @@ def test_shares_are_those_of_the_gradients_at_the_embedding():
     features = ours.student(batch.images)
     taught = ours.teacher(batch.images)
     norms = []
-    for weight, loss in ((1.0, CrossEntropy()), (2.0, Distillation())):
+    for weight, loss in ((1.0, CE()), (2.0, KD())):
         value = weight * loss(features, taught, batch)
         (gradient,) = torch.autograd.grad(value, features.embedding, retain_graph=True)
         norms.append(gradient.norm().item())
@@ -233,7 +233,7 @@ class Broken(Loss):
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_is_named(tmp_path):
     with pytest.raises(Diverged, match=r"^epoch 1, losses\.kd: the loss is nan"):
-        trainer(made=(CrossEntropy(), Broken())).run(tmp_path / "a" / "seed0")
+        trainer(made=(CE(), Broken())).run(tmp_path / "a" / "seed0")
 
 
 def test_features_that_are_not_numbers_are_named_by_the_term_that_met_them():
@@ -241,7 +241,7 @@ def test_features_that_are_not_numbers_are_named_by_the_term_that_met_them():
     from topkd.topology import rips
 
     term = recipe(losses=[{"name": "topkd"}]).losses[0]
-    weighted = Weighted(term, TopKD(lambda points: rips(points).deaths))
+    weighted = LossTerm(term, TopKD(lambda points: rips(points).deaths))
     broken = Features(torch.zeros(4, 10), torch.full((4, 3), torch.nan))
     batch = Batch(torch.zeros(4, 3, 8, 8), torch.zeros(4).long(), torch.arange(4))
     one = trainer()

@@ -19,7 +19,7 @@ from topkd._runtime.memory_format import formatted, memory_format
 class Batch:
     """What a network is shown."""
 
-    images: Tensor  # (n, 3, h, w), normalised
+    images: Tensor  # (n, 3, h, w), normalized
     target: Tensor  # (n,); of mixed images, the label that counts most
     index: Tensor  # (n,), which samples of the data set these are
     soft: Tensor | None = None  # (n, classes), the labels of mixed images; None if none is mixed
@@ -83,7 +83,7 @@ class _Tap:
         self.seen[self.name] = kept, _version(kept)
 
 
-class Tapped(nn.Module):
+class FeatureExtractor(nn.Module):
     """A classifier that also returns what chosen modules computed on the way.
 
     The network is read through hooks and computes what it did. Its weights are made contiguous, and
@@ -108,7 +108,7 @@ class Tapped(nn.Module):
     Examples:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         ...                         nn.Linear(4, 10))
-        >>> features = Tapped(network, maps=["0"], head="3")(torch.zeros(2, 3, 8, 8))
+        >>> features = FeatureExtractor(network, maps=["0"], head="3")(torch.zeros(2, 3, 8, 8))
         >>> features.embedding.shape, features.maps[0].shape
         (torch.Size([2, 4]), torch.Size([2, 4, 6, 6]))
     """
@@ -150,7 +150,7 @@ class Tapped(nn.Module):
 
     def retapped(
         self, maps: Sequence[str], preactivations: Sequence[str], *, without: Sequence[str] = ()
-    ) -> Tapped:
+    ) -> FeatureExtractor:
         """Copies the network to read it elsewhere.
 
         Args:
@@ -169,7 +169,7 @@ class Tapped(nn.Module):
         for name in without:
             network.set_submodule(name, nn.Identity())
         head = self._embedding.removesuffix(INPUT)
-        return Tapped(network, maps, head, preactivations, to_map=self._to_map)
+        return FeatureExtractor(network, maps, head, preactivations, to_map=self._to_map)
 
     @property
     def _taps(self) -> tuple[str, ...]:
@@ -268,9 +268,9 @@ class Teacher(nn.Module):
 
     Args:
         network: The trained network.
-        mean: Mean of the images it was trained on, a channel each, as used to normalise them.
+        mean: Mean of the images it was trained on, a channel each, as used to normalize them.
         std: Their standard deviation.
-        seen_mean: Mean with which the images that it will be shown were normalised; the same
+        seen_mean: Mean with which the images that it will be shown were normalized; the same
             as ``mean`` if not given.
         seen_std: Their standard deviation.
         size: Pixels on a side of the images that it was trained on; those that it will be shown
@@ -279,7 +279,7 @@ class Teacher(nn.Module):
 
     def __init__(
         self,
-        network: Tapped,
+        network: FeatureExtractor,
         mean: Sequence[float],
         std: Sequence[float],
         seen_mean: Sequence[float] | None = None,
@@ -298,7 +298,7 @@ class Teacher(nn.Module):
         self._size = size
 
     @property
-    def network(self) -> Tapped:
+    def network(self) -> FeatureExtractor:
         """The network itself, in eval mode and without gradients."""
         return self._network[0]
 

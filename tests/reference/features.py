@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from topkd._io.progress import Progress
-from topkd.features import Batch, Features, Tapped, Teacher
-from topkd.losses import Source
+from topkd.features import Batch, FeatureExtractor, Features, Teacher
+from topkd.losses import LossContext
 
 CLOUD, IMAGES, CLASSES = 6, 48, 4
 WIDTH = 5  # of the teacher's embedding; its maps have WIDTH channels, WIDTH - 1, WIDTH - 2, ...
@@ -59,12 +59,12 @@ class Network(nn.Module):
         return self.fc(images.mean((2, 3)))
 
 
-def tapped(width: int, seed: int) -> Tapped:
+def tapped(width: int, seed: int) -> FeatureExtractor:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = Network(width).double()
     maps = [f"stages.{i}" for i in range(4)]
-    return Tapped(network, maps, "fc", [f"stages.{i}.2:in" for i in range(4)])
+    return FeatureExtractor(network, maps, "fc", [f"stages.{i}.2:in" for i in range(4)])
 
 
 def answers(epoch: int, width: int = WIDTH):
@@ -106,9 +106,16 @@ class Recorder(Progress):
         yield advance
 
 
-def source_in(folder: Path, width: int = 3) -> Source:
+def source_in(folder: Path, width: int = 3) -> LossContext:
     """All that a loss may ask for, for a student of some width."""
     teacher = Teacher(tapped(WIDTH, seed=2), (0.5,) * 3, (0.25,) * 3).double()
     target = torch.arange(IMAGES) % CLASSES
     student = tapped(width, seed=1)
-    return Source(answers, target, student, teacher, "a teacher", folder, Recorder())
+    return LossContext(answers, target, student, teacher, "a teacher", folder, Recorder())
+
+
+def bound(loss, student, teacher, context, **options):
+    """Configures a loss and binds it to the sizes of two networks' features."""
+    made = loss(**options)
+    made.setup(student, teacher, context)
+    return made

@@ -16,10 +16,10 @@ from torch import nn
 
 from topkd._io.progress import Progress
 from topkd.config.recipe import Term
-from topkd.features import Batch, Features, Tapped, Teacher
-from topkd.losses import LOSSES, Source
+from topkd.features import Batch, FeatureExtractor, Features, Teacher
+from topkd.losses import LOSSES, LossContext
 from topkd.models import MODELS, factory
-from topkd.training.objective import Weighted
+from topkd.training.objective import LossTerm
 
 STEPS = 3
 LAST = torch.channels_last
@@ -120,7 +120,7 @@ def loss_error(loss, student, teacher, batch):
                 given, asked = (f.apply(lambda t: t.contiguous()) for f in (given, asked))
                 given = given.apply(lambda t: t.detach().requires_grad_())
             torch.manual_seed(0)
-            value = Weighted(Term(name="ce"), each).value(given, asked, batch)
+            value = LossTerm(Term(name="ce"), each).value(given, asked, batch)
             leaves = [*given.tensors(), *(w for w in each.parameters() if w.requires_grad)]
             found = torch.autograd.grad(value, leaves, allow_unused=True)
             gradients.append([g for g in found if g is not None])
@@ -135,7 +135,7 @@ def networks(names):
 
 
 def quick():
-    yield "strided 1x1 kernels", network_error(Tapped(Narrow(10), [], head="fc"), 16)
+    yield "strided 1x1 kernels", network_error(FeatureExtractor(Narrow(10), [], head="fc"), 16)
     yield from networks({"resnet8x0.25": 32, "torchvision:mobilenet_v3_small": 64})
     yield AN_ADAPTER, adapter_error()
 
@@ -146,10 +146,10 @@ def losses():
     with torch.no_grad():
         made, answer = student(batch.images), teacher(batch.images)
     asked = Teacher(teacher, (0.5,) * 3, (0.25,) * 3)
-    for name, entry in LOSSES.items():
+    for name, loss_class in LOSSES.items():
         torch.manual_seed(0)
         with TemporaryDirectory() as folder:
-            source = Source(
+            source = LossContext(
                 lambda epoch: iter([(batch, answer)] * 4),
                 batch.target.repeat(4),
                 student,
@@ -159,7 +159,8 @@ def losses():
                 Progress(quiet=True),
             )
             try:
-                loss = entry.loss.between(made, answer, source)
+                loss = loss_class()
+                loss.setup(made, answer, source)
             except ValueError:  # of other sizes or of another kind of student
                 continue
         if any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in loss.modules()):

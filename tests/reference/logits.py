@@ -36,7 +36,7 @@ def soft_cross_entropy(logits: Rows, soft: Rows, smoothing: float) -> float:
     return total / len(logits)
 
 
-def standardised(rows: Rows) -> Rows:
+def standardized(rows: Rows) -> Rows:
     scaled = []
     for row in rows:
         mean = sum(row) / len(row)
@@ -119,13 +119,13 @@ def transposed(rows):
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def multi_level(student, teacher, views, faithful, standardise):
+def multi_level(student, teacher, views, faithful, standardize):
     n = len(student) // views
 
     def instances(view, temperature):
         s, t = student[view * n : view * n + n], teacher[view * n : view * n + n]
-        if standardise:
-            s, t = standardised(s), standardised(t)
+        if standardize:
+            s, t = standardized(s), standardized(t)
         return [
             temperature**2 * divergence(softmax(b, temperature), softmax(a, temperature))
             for a, b in zip(s, t, strict=True)

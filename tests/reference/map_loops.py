@@ -20,8 +20,8 @@ def convolution(seen: Map, kernels: list[Map], bias: list[float] | None = None) 
     return made
 
 
-def normalised(seen: Map, norm) -> Map:
-    """What a batch normalisation makes of a map by its running statistics."""
+def normalized(seen: Map, norm) -> Map:
+    """What a batch normalization makes of a map by its running statistics."""
     numbers = zip(
         seen,
         norm.running_mean.tolist(),
@@ -41,7 +41,7 @@ def rectified(seen: Map) -> Map:
 
 
 def layer(seen: Map, convolved, norm, *, relu: bool) -> Map:
-    made = normalised(convolution(seen, convolved.weight.tolist()), norm)
+    made = normalized(convolution(seen, convolved.weight.tolist()), norm)
     return rectified(made) if relu else made
 
 

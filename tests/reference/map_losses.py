@@ -158,8 +158,8 @@ def each(maps: Map, function) -> Map:
     ]
 
 
-def normalised(maps: Map, mean, variance, weight, bias) -> Map:
-    """A batch normalisation that knows its statistics, with eps 1e-5."""
+def normalized(maps: Map, mean, variance, weight, bias) -> Map:
+    """A batch normalization that knows its statistics, with eps 1e-5."""
     return each(
         maps, lambda v, c: (v - mean[c]) / math.sqrt(variance[c] + 1e-5) * weight[c] + bias[c]
     )

@@ -142,7 +142,7 @@ KEYS = {  # all names of a few networks, without a pattern
 
 
 def convolution(channels_in, channels, side, groups=1):
-    """Without bias, and the two numbers a channel of its normalisation."""
+    """Without bias, and the two numbers a channel of its normalization."""
     return channels_in // groups * channels * side**2 + 2 * channels
 
 

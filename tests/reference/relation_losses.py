@@ -49,7 +49,7 @@ def similarity_preserving(student: Rows, teacher: Rows) -> float:
     return mean_square_of(*grams)
 
 
-def neighbour_products(student: Rows, teacher: Rows) -> float:
+def neighbor_products(student: Rows, teacher: Rows) -> float:
     """As in the authors' code: of each sample and the next of the batch."""
     gaps = [[abs(x) for x in minus(s, t)] for s, t in zip(student, teacher, strict=True)]
     return sum(dot(a, b) for a, b in zip(gaps, gaps[1:], strict=False)) / (len(gaps) - 1)
@@ -57,7 +57,7 @@ def neighbour_products(student: Rows, teacher: Rows) -> float:
 
 def products_over_all_orders(student: Rows, teacher: Rows) -> float:
     values = [
-        neighbour_products([student[i] for i in order], [teacher[i] for i in order])
+        neighbor_products([student[i] for i in order], [teacher[i] for i in order])
         for order in permutations(range(len(student)))
     ]
     return sum(values) / len(values)

@@ -10,16 +10,16 @@ Edges = list[tuple[int, int]]
 
 
 def pruefer(edges: Edges, n: int) -> tuple[int, ...]:
-    """The sequence that a tree on n labelled vertices is told by: each of n^(n-2) is one tree."""
-    neighbours = {v: set() for v in range(n)}
+    """The sequence that a tree on n labeled vertices is told by: each of n^(n-2) is one tree."""
+    neighbors = {v: set() for v in range(n)}
     for i, j in edges:
-        neighbours[i].add(j)
-        neighbours[j].add(i)
+        neighbors[i].add(j)
+        neighbors[j].add(i)
     sequence = []
     for _ in range(n - 2):
-        leaf = min(v for v, near in neighbours.items() if len(near) == 1)
-        (joined,) = neighbours.pop(leaf)
-        neighbours[joined].remove(leaf)
+        leaf = min(v for v, near in neighbors.items() if len(near) == 1)
+        (joined,) = neighbors.pop(leaf)
+        neighbors[joined].remove(leaf)
         sequence.append(joined)
     return tuple(sequence)
 

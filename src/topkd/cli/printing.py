@@ -1,4 +1,4 @@
-"""What the commands print: catalogues and tables, for people."""
+"""What the commands print: catalogs and tables, for people."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def catalogue(what: str) -> list[dict[str, str]]:
+def catalog(what: str) -> list[dict[str, str]]:
     """Lists what recipes can name: ``recipes``, ``models``, ``losses`` or ``data``."""
     if what == "recipes":
         from topkd.config import recipe as recipes
@@ -19,7 +19,10 @@ def catalogue(what: str) -> list[dict[str, str]]:
     if what == "losses":
         from topkd.losses import LOSSES
 
-        about = {name: f"{e.compares} ({e.paper}); costs {e.cost}" for name, e in LOSSES.items()}
+        about = {
+            name: f"{loss.info.compares} ({loss.info.paper}); costs {loss.info.cost}"
+            for name, loss in LOSSES.items()
+        }
     elif what == "models":
         from topkd.models import MODELS
 
@@ -37,12 +40,12 @@ def print_findings(findings: Sequence[dict[str, str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    colours = {"good": "green", "look": "yellow", "wrong": "bold red"}
+    colors = {"good": "green", "look": "yellow", "wrong": "bold red"}
     table = Table(box=None, pad_edge=False)
     for title in ("part", "found", "verdict", "what to change"):
         table.add_column(title, overflow="fold", no_wrap=title == "verdict")
     for finding in findings:
-        verdict = Text(finding["verdict"], colours[finding["verdict"]])
+        verdict = Text(finding["verdict"], colors[finding["verdict"]])
         part, found, advice = (Text(finding[key]) for key in ("part", "found", "advice"))
         table.add_row(part, found, verdict, advice)
     Console(highlight=False).print(table)

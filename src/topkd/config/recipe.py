@@ -103,7 +103,7 @@ class TeacherSection(StudentSection):
     """Of a checkpoint with both: weights as they were trained, or their running mean."""
     recipe: str | None = None
     mean: tuple[float, float, float] | None = None
-    """Of the images its weights were trained on, if they were normalised in another way."""
+    """Of the images its weights were trained on, if they were normalized in another way."""
     std: tuple[float, float, float] | None = None
     size: Annotated[int, Field(gt=0)] | None = None
     """Pixels on a side of the images it sees, if not that of the student's; they are scaled."""
@@ -286,7 +286,7 @@ class Recipe(Section):
 
     @property
     def hash(self) -> str:
-        """Twelve digits by which equal recipes are recognised, whatever they are called."""
+        """Twelve digits by which equal recipes are recognized, whatever they are called."""
         content = self.model_dump(mode="json", exclude={"name"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from topkd.data.augmented import Augmentation, Augmented, with_augmentation
-from topkd.data.base import Data, Faults, Images, InMemory, Subset, same_order
+from topkd.data.base import Data, DataIssues, Images, InMemory, Subset, same_order
 from topkd.data.batches import plain_batches, refuse_few, training_batches
 from topkd.data.pictures import with_crop
 from topkd.data.sources.cifar import cifar10, cifar100
@@ -33,7 +33,7 @@ __all__ = [
     "Augmentation",
     "Augmented",
     "Data",
-    "Faults",
+    "DataIssues",
     "Images",
     "InMemory",
     "Subset",

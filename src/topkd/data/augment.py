@@ -50,7 +50,7 @@ def whole_draws(seed: int | Tensor, epoch: int, index: Tensor, count: int) -> Te
 
 
 def _mix(x: Tensor) -> Tensor:
-    """One step of SplitMix64: neighbouring inputs have unrelated outputs."""
+    """One step of SplitMix64: neighboring inputs have unrelated outputs."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
@@ -100,7 +100,7 @@ def _crop_and_flip(
                     cropped[i, y, to, c] = pixels[i, y + top, x + left, c]
 
 
-def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     r"""Computes :math:`(x / 255 - \mathrm{mean}) / \mathrm{std}` of every channel.
 
     Args:
@@ -109,8 +109,8 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         std: Of each channel.
 
     Returns:
-        Floats (n, 3, h, w), contiguous; :class:`~topkd.features.Tapped` lays them out as is best
-        for its network.
+        Floats (n, 3, h, w), contiguous; :class:`~topkd.features.FeatureExtractor` lays them out as
+        is best for its network.
     """
     byte = torch.arange(256, dtype=torch.float64)[:, None] / 255
     table = ((byte - torch.tensor(mean)) / torch.tensor(std)).float()  # what a byte becomes

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from topkd.data.augment import draws, normalise
-from topkd.data.base import Blocks, Data, Faults, Images
+from topkd.data.augment import draws, normalize
+from topkd.data.base import Data, DataIssues, Images, ReadGroups
 from topkd.data.pictures import cores, stacked
 from topkd.features import Batch
 
@@ -71,7 +71,7 @@ class Augmented:
     mean: Sequence[float]
     std: Sequence[float]
     workers: int = 0  # processes that read; 0 for threads
-    faults: Faults = field(default_factory=Faults)
+    faults: DataIssues = field(default_factory=DataIssues)
 
     @property
     def target(self) -> Tensor:
@@ -79,7 +79,7 @@ class Augmented:
         return self.images.target
 
     @property
-    def blocks(self) -> Blocks | None:
+    def blocks(self) -> ReadGroups | None:
         """Those of the images."""
         return self.images.blocks
 
@@ -88,7 +88,7 @@ class Augmented:
         return self.images.read_bytes(index, augmented)
 
     def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
-        """Reads normalised images; ``augmented`` is (seed, epoch), None for plain."""
+        """Reads normalized images; ``augmented`` is (seed, epoch), None for plain."""
         if augmented is None:
             return self.images.read(index, None)
         return self.batch(index, augmented).images
@@ -101,12 +101,12 @@ class Augmented:
         uniform = draws(*augmented, index, _BEFORE + 2 + 2 * operations)[:, _BEFORE:]
         if settings.views == 2:
             strong = _randaugmented(pixels, uniform[:, 2:], magnitude)
-            images = normalise(torch.cat([pixels, strong]), self.mean, self.std)
+            images = normalize(torch.cat([pixels, strong]), self.mean, self.std)
             erase(images[len(index) :], uniform[:, :2])
         else:
             if settings.randaugment is not None:
                 pixels = _randaugmented(pixels, uniform[:, 2:], magnitude)
-            images = normalise(pixels, self.mean, self.std)
+            images = normalize(pixels, self.mean, self.std)
         target = self.target[index].repeat(settings.views)
         soft = None
         if settings.mixup or settings.cutmix:
@@ -241,7 +241,7 @@ def erase(images: Tensor, uniform: Tensor) -> None:
     of it may lie outside.
 
     Args:
-        images: Normalised, (n, 3, h, w).
+        images: Normalized, (n, 3, h, w).
         uniform: Two numbers in [0, 1) for each, (n, 2): where the middle is, down and across.
 
     References:

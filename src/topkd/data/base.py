@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topkd.data.augment import crop_and_flip, draws, normalise
+from topkd.data.augment import crop_and_flip, draws, normalize
 
 
-class Blocks(NamedTuple):
+class ReadGroups(NamedTuple):
     """Pieces of storage that are read as a whole, so that their images are wanted together."""
 
     of: np.ndarray  # (images,), the block of each
@@ -22,21 +22,21 @@ class Blocks(NamedTuple):
 
 
 class Images(Protocol):
-    """Labelled images that can be read by index."""
+    """Labeled images that can be read by index."""
 
     @property
     def target(self) -> Tensor:
         """(images,)."""
 
     @property
-    def blocks(self) -> Blocks | None:
+    def blocks(self) -> ReadGroups | None:
         """None where images can be read in any order at the same cost."""
 
     def read_bytes(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
         """Reads bytes (n, h, w, 3); ``augmented`` is (seed, epoch), None for plain."""
 
     def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
-        """Reads normalised images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
+        """Reads normalized images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class InMemory:
         return crop_and_flip(pixels, uniform, padding=self.padding, flip=self.flip)
 
     def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
-        """Reads normalised images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
-        return normalise(self.read_bytes(index, augmented), self.mean, self.std)
+        """Reads normalized images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
+        return normalize(self.read_bytes(index, augmented), self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Subset:
         return self.images.target[self.index]
 
     @property
-    def blocks(self) -> Blocks | None:
+    def blocks(self) -> ReadGroups | None:
         """Those of the larger set."""
         blocks = self.images.blocks
         return None if blocks is None else blocks._replace(of=blocks.of[self.index.numpy()])
@@ -108,16 +108,16 @@ class Subset:
         return self.images.read_bytes(self.index[index], augmented)
 
     def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
-        """Reads normalised images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
+        """Reads normalized images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
         return self.images.read(self.index[index], augmented)
 
 
 @dataclass
-class Faults:
+class DataIssues:
     """What a data set holds and could not be used; nothing is passed over in silence.
 
     Examples:
-        >>> faults = Faults(left_out=["train/cat/notes.txt"])
+        >>> faults = DataIssues(left_out=["train/cat/notes.txt"])
         >>> faults.lines()
         ['1 file that is no picture was left out: train/cat/notes.txt']
     """
@@ -172,7 +172,7 @@ class Data:
     mean: Sequence[float]
     std: Sequence[float]
     judged_on: str = "test"
-    faults: Faults = field(default_factory=Faults)
+    faults: DataIssues = field(default_factory=DataIssues)
 
     def __post_init__(self) -> None:
         for part, images in (("training", self.train), ("test", self.test)):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from topkd.data.augment import crop_and_flip, draws, normalise
-from topkd.data.base import Blocks, Data, Faults, Images, Subset
+from topkd.data.augment import crop_and_flip, draws, normalize
+from topkd.data.base import Data, DataIssues, Images, ReadGroups, Subset
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,7 +49,7 @@ class Stored(Protocol):
     """Where pictures lie."""
 
     @property
-    def blocks(self) -> Blocks | None:
+    def blocks(self) -> ReadGroups | None:
         """None where pictures can be read in any order at the same cost."""
 
     def name(self, index: int) -> str:
@@ -82,7 +82,7 @@ class Names(Sequence[str]):
 
 
 @dataclass(frozen=True)
-class Frame:
+class CropConfig:
     """What networks see of a picture: which part, and on which scale.
 
     Without padding, in training it is a random part of 8 to 100 % of the area at a side ratio of
@@ -135,12 +135,12 @@ class Pictures:
 
     stored: Stored
     target: Tensor  # (images,)
-    frame: Frame
+    frame: CropConfig
     on_error: OnError = "stop"
-    faults: Faults = field(default_factory=Faults)
+    faults: DataIssues = field(default_factory=DataIssues)
 
     @property
-    def blocks(self) -> Blocks | None:
+    def blocks(self) -> ReadGroups | None:
         """Those of the storage."""
         return self.stored.blocks
 
@@ -159,8 +159,8 @@ class Pictures:
         return stacked(frame.size, self._part, places, uniform.tolist())
 
     def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
-        """Reads normalised images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
-        return normalise(self.read_bytes(index, augmented), self.frame.mean, self.frame.std)
+        """Reads normalized images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
+        return normalize(self.read_bytes(index, augmented), self.frame.mean, self.frame.std)
 
     def _whole(self, index: int) -> np.ndarray:
         return self._scaled(self._picture(index), None)
@@ -218,9 +218,9 @@ def picture_data(
     stored: Sequence[Stored],
     target: Sequence[Tensor],
     classes: Sequence[str],
-    frame: Frame,
+    frame: CropConfig,
     on_error: OnError,
-    faults: Faults,
+    faults: DataIssues,
 ) -> Data:
     """Makes data of what is stored to train on, and of what to judge by; that is never replaced."""
     train = Pictures(stored[0], target[0], frame, on_error, faults)

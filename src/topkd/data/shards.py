@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from topkd.data.base import Faults, refuse_clashes
+from topkd.data.base import DataIssues, refuse_clashes
 from topkd.data.pictures import Stored, is_hidden
 
 CLASSES = 100_000  # there may be, or as many as training pictures, where they have no names
@@ -97,7 +97,7 @@ def numbered(
     names: Sequence[str] | None,
     stored: Sequence[Stored],
     where: str,
-    faults: Faults,
+    faults: DataIssues,
 ) -> tuple[list[str], list[Tensor]]:
     """Makes class numbers of labels, which are numbers themselves or names.
 

@@ -22,7 +22,7 @@ BATCH = 64  # images at a time; no number depends on it
 CALIBRATION = 512  # training images that set the ranges; as many others judge them
 
 Answer = Callable[[Tensor], Tensor]
-"""Normalised images (n, 3, size, size) to logits (n, classes)."""
+"""Normalized images (n, 3, size, size) to logits (n, classes)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Subject:
 
     network: nn.Module  # in eval mode, on the CPU, without taps
     about: Mapping[str, Any]  # model, classes and size, and what else is kept with the weights
-    train: Images | None  # to quantise by
+    train: Images | None  # to quantize by
 
     @property
     def images(self) -> Tensor:
@@ -128,7 +128,7 @@ def _write_onnx(subject: Subject, path: Path) -> dict[str, Any]:
         part.ClearField("metadata_props")  # where the source lies on this machine, line by line
         part.ClearField("doc_string")
     graph.ClearField("metadata_props")
-    graph.ClearField("value_info")  # any reader infers it; quantising makes some of it wrong
+    graph.ClearField("value_info")  # any reader infers it; quantizing makes some of it wrong
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString())
     return {"opset": next(o.version for o in model.opset_import if not o.domain)}
@@ -144,7 +144,7 @@ def _read_onnx(path: Path) -> Answer:
 
 
 def _write_int8(subject: Subject, path: Path) -> dict[str, Any]:
-    """Quantises in two ways and keeps the one that changes fewer answers.
+    """Quantizes in two ways and keeps the one that changes fewer answers.
 
     Static: the ranges of all activations are read off training images. Dynamic: off each batch.
     Which is better depends on the network; it is chosen by training images, never by test images.
@@ -174,7 +174,7 @@ def _write_int8(subject: Subject, path: Path) -> dict[str, Any]:
     }
     best = max(same, key=same.__getitem__)
     ways[best].rename(path)
-    return {"quantisation": best, "calibration_images": count, "agreement_on_training": same}
+    return {"quantization": best, "calibration_images": count, "agreement_on_training": same}
 
 
 @torch.no_grad()

@@ -63,6 +63,17 @@ def at_least_one(name: str, value: float, *, finite: bool = True) -> float:
     return value
 
 
+def skipped(value: int) -> int:
+    """Passes on a number of stages to leave out, 0 or more.
+
+    Raises:
+        ValueError: If it is negative.
+    """
+    if value < 0:
+        raise ValueError(f"skip must not be negative, got {value}")
+    return value
+
+
 def not_negative(name: str, value: float) -> float:
     """Passes on an option that must be 0 or above, and finite.
 

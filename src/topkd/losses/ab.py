@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from topkd.features import Batch, Features
-from topkd.losses._validation import check_shapes, positive
-from topkd.losses.base import Loss, Source
+from topkd.losses._validation import check_shapes, positive, skipped
+from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import deeper_counts_double, paired
 from topkd.losses.regression import regressor
 
@@ -55,16 +55,15 @@ def activation_boundaries(
     return deeper_counts_double(values)
 
 
-class ActivationBoundaries(Loss):
+class AB(Loss):
     """:func:`activation_boundaries` of all stages.
 
-    Where shapes differ, a convolution and a normalisation take the student's pre-activations to
+    Where shapes differ, a convolution and a normalization take the student's pre-activations to
     the shape of the teacher's. As it is a sum over neurons, it wants a small weight: RepDistiller's
     is 0.003. There and in the paper it stands alone for the first epochs and the cross-entropy
     after them: ``start`` and ``stop`` of a recipe's terms.
 
     Args:
-        connectors: Take the student's pre-activations to the shapes of the teacher's.
         skip: How many are left out at the shallow end; the first are those of the stem.
         margin: How far behind the boundary is far enough.
 
@@ -73,45 +72,34 @@ class ActivationBoundaries(Loss):
         (Heo et al., AAAI 2019) https://arxiv.org/abs/1811.03233
     """
 
+    info = LossInfo(
+        name="ab",
+        group="feature maps",
+        compares="which neurons are active",
+        paper="Heo et al., AAAI 2019",
+        url="https://arxiv.org/abs/1811.03233",
+        cost="n d, one convolution a stage where shapes differ",
+        zero=False,
+    )
+
     reads_maps = True
 
-    def __init__(
-        self, connectors: Sequence[nn.Module], *, skip: int = 1, margin: float = 1.0
-    ) -> None:
+    def __init__(self, *, skip: int = 1, margin: float = 1.0) -> None:
         super().__init__()
-        self.connectors = nn.ModuleList(connectors)
-        self.skip, self.margin = skip, positive("margin", margin)
+        self.skip, self.margin = skipped(skip), positive("margin", margin)
 
-    @classmethod
-    def between(  # type: ignore[override]  # its options are named
-        cls,
-        student: Features,
-        teacher: Features,
-        source: Source,
-        *,
-        skip: int = 1,
-        margin: float = 1.0,
-    ) -> ActivationBoundaries:
-        """Builds the loss.
-
-        Args:
-            student: What the student makes of some batch.
-            teacher: What the teacher makes of it.
-            source: Not asked.
-            skip: How many are left out at the shallow end; the first are those of the stem.
-            margin: How far behind the boundary is far enough.
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Creates a connector for each stage at which the shapes differ.
 
         Raises:
-            ValueError: If the networks differ in the number of pre-activations, the teacher's are
-                larger but not twice as large, or the margin is not positive.
+            ValueError: If the networks differ in the number of pre-activations, or the teacher's
+                are larger but not twice as large.
         """
-        connectors = [
+        pairs = paired(student.preactivations, teacher.preactivations, self.skip, "pre-activations")
+        self.connectors = nn.ModuleList(
             nn.Identity() if s.shape == t.shape else regressor(s.shape[1:], t.shape[1:], relu=False)
-            for s, t in paired(
-                student.preactivations, teacher.preactivations, skip, "pre-activations"
-            )
-        ]
-        return cls(connectors, skip=skip, margin=margin)
+            for s, t in pairs
+        )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         pairs = paired(student.preactivations, teacher.preactivations, self.skip, "pre-activations")

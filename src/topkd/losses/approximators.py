@@ -1,4 +1,4 @@
-"""What describes the clouds of a teacher: fitted on them, and learnt by networks that guess it."""
+"""What describes the clouds of a teacher: fitted on them, and learned by networks that guess it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from topkd._io import files, state
-from topkd.losses.base import Source
+from topkd.losses.base import LossContext
 from topkd.topology import Diagrams, PersistenceImage, PersistenceVector, length_unit, rips
 from topkd.topology.approximation import (
     Approximation,
@@ -58,11 +58,11 @@ def fit(diagrams: Diagrams, form: Form, dimension: int, scale: Unit | None) -> E
 
 def scale_of(exact: Exact) -> Unit:
     """What :func:`fit` was told."""
-    return exact.unit if exact.dimension > 0 else exact.vectorisation.unit
+    return exact.unit if exact.dimension > 0 else exact.vectorization.unit
 
 
 def learn(
-    source: Source,
+    context: LossContext,
     size: int,
     form: Form,
     network: Name,
@@ -77,7 +77,7 @@ def learn(
     these judge the network.
 
     Args:
-        source: The teacher's answers to the training images, and where to keep the result.
+        context: The teacher's answers to the training images, and where to keep the result.
         size: Points in a cloud.
         form: What the network learns to guess.
         network: Which it is.
@@ -85,16 +85,16 @@ def learn(
         dimension: Of what it learns to guess.
         scale: See :func:`fit`.
     """
-    about = json.dumps([source.teacher_hash, size, form, asdict(training), dimension, scale])
-    path = source.folder / f"{network}-{files.sha256(about.encode())[:8]}.safetensors"
+    about = json.dumps([context.teacher_hash, size, form, asdict(training), dimension, scale])
+    path = context.folder / f"{network}-{files.sha256(about.encode())[:8]}.safetensors"
     if not files.is_complete(path):
-        with source.progress.alone(path):
-            _learn(source, size, form, network, training, dimension, scale, path)
+        with context.progress.alone(path):
+            _learn(context, size, form, network, training, dimension, scale, path)
     return Approximation.from_bytes(files.read_checked(path))
 
 
 def _learn(
-    source: Source,
+    context: LossContext,
     size: int,
     form: Form,
     network: Name,
@@ -106,13 +106,13 @@ def _learn(
     """Trains an approximator and writes it, unless another process has done so by now."""
     if files.is_complete(path):
         return
-    stream = _Clouds(source, size, training.passes)
+    stream = _Clouds(context, size, training.passes)
     first, held_out = stream.training(0), stream.held_out()
     exact = fit(rips(first, max_dim=dimension), form, dimension, scale)
     kept = path.with_suffix(".state")
     resumed = state.load(kept)
     title = {"ripsnet": "RipsNet", "distancenet": "DistanceNet"}[network]
-    with source.progress.bar(title, training.length(network), "epochs") as advance:
+    with context.progress.bar(title, training.length(network), "epochs") as advance:
         if resumed is not None:
             advance(resumed["epoch"], "")
 
@@ -132,14 +132,14 @@ def _learn(
             after_epoch=after_epoch,
         )
     judged = fidelity(trained, exact, first, held_out)
-    source.progress.say(f"{title}: {judged}")
+    context.progress.say(f"{title}: {judged}")
     if judged.r2 < WARN_BELOW:
-        source.progress.say(
+        context.progress.say(
             f"warning: this {title} explains {max(judged.r2, 0):.0%} of what differs between "
             "clouds; `via: exact` explains all of it and is faster"
         )
     width = first.shape[-1]
-    approximation = Approximation(trained, exact, size, width, source.teacher_hash, judged)
+    approximation = Approximation(trained, exact, size, width, context.teacher_hash, judged)
     files.write_checked(path, approximation.to_bytes())
     state.delete(kept)
 
@@ -147,26 +147,26 @@ def _learn(
 class _Clouds:
     """Clouds of a teacher's embeddings, cut anew each epoch from some augmented passes."""
 
-    def __init__(self, source: Source, size: int, passes: int) -> None:
-        if source.images < 3 * size:
+    def __init__(self, context: LossContext, size: int, passes: int) -> None:
+        if context.images < 3 * size:
             raise ValueError(
-                f"{source.images} training images are too few for an approximator: it needs "
+                f"{context.images} training images are too few for an approximator: it needs "
                 f"clouds of {size} to learn from and two more to be judged by; use `via: exact`"
             )
         self.size = size
         self.passes = []
-        with source.progress.bar("Clouds", passes * source.images, "images") as advance:
+        with context.progress.bar("Clouds", passes * context.images, "images") as advance:
             for epoch in range(passes):
-                answers = source.answers(epoch)
+                answers = context.teacher_batches(epoch)
                 index, embeddings = [], []
                 for batch, features in answers:
                     index.append(batch.index)
                     embeddings.append(features.embedding)
                     advance(len(batch.index), "")
                 self.passes.append((torch.cat(index), torch.cat(embeddings)))
-        order = torch.randperm(source.images, generator=torch.Generator().manual_seed(0))
-        self.kept_back = torch.zeros(source.images, dtype=torch.bool)
-        self.kept_back[order[: max(source.images // 10, 2 * size)]] = True
+        order = torch.randperm(context.images, generator=torch.Generator().manual_seed(0))
+        self.kept_back = torch.zeros(context.images, dtype=torch.bool)
+        self.kept_back[order[: max(context.images // 10, 2 * size)]] = True
 
     def training(self, epoch: int) -> Tensor:
         """Clouds without the images that are kept back, (clouds, n, d)."""
@@ -214,7 +214,7 @@ def check_fit(
         raise ValueError(f"{file} guesses at scale: {scale_of(exact)}, here it is scale: {scale}")
     if approximation.teacher != teacher:
         raise ValueError(
-            f"{file} was made for another teacher: it learnt {approximation.teacher[:8]}, "
+            f"{file} was made for another teacher: it learned {approximation.teacher[:8]}, "
             f"this one is {teacher[:8]}"
         )
     if approximation.cloud_size != size:

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topkd.features import Batch, Features, Tapped
-from topkd.losses._validation import MAPS, check_floats, check_shapes, not_negative
-from topkd.losses.base import Loss, Source
+from topkd.features import Batch, Features
+from topkd.losses._validation import MAPS, check_floats, check_shapes, count, not_negative
+from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import deepest, to_smaller
 from topkd.losses.relations import directions
-from topkd.models.reused import Reused, projector
+from topkd.models.reused import ReusedClassifierStudent, projector
 
 
 def last_map(student: Tensor, teacher: Tensor) -> Tensor:
@@ -44,54 +44,52 @@ def last_map(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(*to_smaller(student, teacher))
 
 
-class ReusedClassifier(Loss):
+class SimKD(Loss):
     """:func:`last_map` of the last maps: what SimKD trains.
 
     It is meant for a student that answers through its teacher's classifier, a
-    :class:`~topkd.models.reused.Reused` network: its last map is the projected one, and this is the
-    only loss it needs. The teacher's map must be the one whose averages its classifier reads, such
-    as that of the tap ``avgpool:in``. A student with a classifier of its own, which this loss does
-    not train, is given the same projector where the channels differ; it then needs another term.
-
-    Args:
-        project: Makes a map of the teacher's width of the student's, where it does not have one.
-        facts: What readers of the results should know of the student's classifier.
+    :class:`~topkd.models.reused.ReusedClassifierStudent`: its last map is the projected one, and
+    this is the only loss it needs. The teacher's map must be the one whose averages its classifier
+    reads, such as that of the tap ``avgpool:in``. A student with a classifier of its own, which
+    this loss does not train, is given the same projector where the channels differ; it then needs
+    another term.
 
     References:
         Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022)
         https://arxiv.org/abs/2203.14001
     """
 
+    info = LossInfo(
+        name="simkd",
+        group="classifier",
+        compares="last maps, for a student with its teacher's classifier",
+        paper="Chen et al., CVPR 2022",
+        url="https://arxiv.org/abs/2203.14001",
+        cost="n d, a projector that stays in the student",
+    )
+
     reads_maps = True
     replaces_classifier = True
 
-    def __init__(
-        self, project: nn.Module | None = None, facts: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.project = project
-        self._facts = facts or {}
+        self.project: nn.Module | None = None
+        self._metadata: dict[str, Any] = {}
 
-    @classmethod
-    def between(  # type: ignore[override]  # it has no options
-        cls, student: Features, teacher: Features, source: Source
-    ) -> ReusedClassifier:
-        """Builds the loss, with a projector where the student has none.
-
-        Args:
-            student: What the student makes of some batch.
-            teacher: What the teacher makes of it.
-            source: The student.
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Creates a projector, where the student has none.
 
         Raises:
-            ValueError: If one of them has no maps.
+            ValueError: If one of the networks has no maps.
         """
         channels, wide = deepest(student, "student").shape[1], deepest(teacher, "teacher").shape[1]
-        network = source.student.network
-        if isinstance(network, Reused):
-            return cls(None, {"classifier": "the teacher's", "weights_brought": network.brought})
-        own = {"classifier": "the student's own, which this term does not train"}
-        return cls(None if channels == wide else projector(channels, wide), own)
+        network = context.student.network
+        if isinstance(network, ReusedClassifierStudent):
+            self._metadata = {"classifier": "the teacher's", "weights_brought": network.brought}
+            return
+        self._metadata = {"classifier": "the student's own, which this term does not train"}
+        if channels != wide:
+            self.project = projector(channels, wide)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         own = deepest(student, "student")
@@ -99,12 +97,12 @@ class ReusedClassifier(Loss):
             own if self.project is None else self.project(own), deepest(teacher, "teacher")
         )
 
-    def facts(self) -> dict[str, Any]:
-        """Tells whose classifier the student answers with, and how many weights that costs."""
-        return self._facts
+    def metadata(self) -> dict[str, Any]:
+        """Returns whose classifier the student has, and how many weights that adds."""
+        return self._metadata
 
 
-class SoftmaxRegression(Loss):
+class SRRL(Loss):
     r"""Compares embeddings, and what the teacher's classifier makes of them (SRRL).
 
     .. math:: \frac{1}{nd} \lVert r - f^t \rVert^2
@@ -116,9 +114,6 @@ class SoftmaxRegression(Loss):
     then averaged, as in the authors' code; SimKD's copy of the method projects the averages.
 
     Args:
-        channels: Of the student's last map.
-        width: Of the teacher's embedding :math:`f^t`.
-        teacher: The network whose classifier is asked.
         logits: w; others use 5 on CIFAR-100.
 
     References:
@@ -127,23 +122,33 @@ class SoftmaxRegression(Loss):
         https://openreview.net/forum?id=ZzwDy_wiWv
     """
 
+    info = LossInfo(
+        name="srrl",
+        group="classifier",
+        compares="embeddings, and what the teacher's classifier makes of them",
+        paper="Yang et al., ICLR 2021",
+        url="https://openreview.net/forum?id=ZzwDy_wiWv",
+        cost="n d², one convolution",
+        zero=False,
+    )
+
     reads_maps = True
 
-    def __init__(self, channels: int, width: int, teacher: Tapped, *, logits: float = 1.0) -> None:
+    def __init__(self, *, logits: float = 1.0) -> None:
         super().__init__()
         self.logits = not_negative("logits", logits)
-        self._teacher = [teacher]  # in a list: its weights are not this loss's
+
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Creates the projection and refers to the teacher's classifier.
+
+        Raises:
+            ValueError: If the student has no maps.
+        """
+        assert context.teacher is not None
+        channels, width = deepest(student, "student").shape[1], teacher.embedding.shape[1]
+        self._teacher = [context.teacher.network]  # in a list: its weights are not this loss's
         convolution = nn.Conv2d(channels, width, 1, bias=False)
         self.project = nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
-
-    @classmethod
-    def between(
-        cls, student: Features, teacher: Features, source: Source, **options: Any
-    ) -> SoftmaxRegression:
-        """Builds the loss for the widths of two networks."""
-        assert source.teacher is not None
-        channels = deepest(student, "student").shape[1]
-        return cls(channels, teacher.embedding.shape[1], source.teacher.network, **options)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         (network,) = self._teacher
@@ -194,7 +199,7 @@ def class_maps(last: Tensor, classifier: nn.Module) -> Tensor:
 
 
 def class_attention(
-    student: Tensor, teacher: Tensor, *, resolution: int = 2, normalise: bool = False
+    student: Tensor, teacher: Tensor, *, resolution: int = 2, normalize: bool = False
 ) -> Tensor:
     r"""Compares where two networks see each class, coarsely.
 
@@ -206,7 +211,7 @@ def class_attention(
         student: Class maps :math:`M^s`, (n, classes, h, w).
         teacher: Class maps :math:`M^t`, (n, classes, h', w').
         resolution: r.
-        normalise: Whether each map is divided by its norm over the places.
+        normalize: Whether each map is divided by its norm over the places.
 
     Returns:
         The loss, a scalar.
@@ -221,7 +226,7 @@ def class_attention(
     check_shapes("class maps", student, teacher, 2, MAPS)
     _checked_resolution(resolution)
     s, t = (F.adaptive_avg_pool2d(seen, resolution).flatten(2) for seen in (student, teacher))
-    return F.mse_loss(directions(s), directions(t)) if normalise else F.mse_loss(s, t)
+    return F.mse_loss(directions(s), directions(t)) if normalize else F.mse_loss(s, t)
 
 
 def _checked_resolution(resolution: int) -> int:
@@ -230,38 +235,44 @@ def _checked_resolution(resolution: int) -> int:
     return resolution
 
 
-class ClassAttention(Loss):
+class CATKD(Loss):
     """:func:`class_attention` of the :func:`class_maps` of both networks (CAT-KD).
 
     The weight of the student's classifier is read anew each time and learns from this loss too.
 
     Args:
-        student: The network whose classifier is read.
-        teacher: The network whose classifier is read.
         resolution: Places on a side that the maps are averaged down to.
-        normalise: Whether each map is divided by its norm; for networks of different families.
+        normalize: Whether each map is divided by its norm; for networks of different families.
 
     References:
         Class Attention Transfer Based Knowledge Distillation (Guo et al., CVPR 2023)
         https://arxiv.org/abs/2304.12777
     """
 
+    info = LossInfo(
+        name="cat",
+        group="classifier",
+        compares="where in the last maps each class is seen",
+        paper="Guo et al., CVPR 2023",
+        url="https://arxiv.org/abs/2304.12777",
+        cost="n c d",
+        zero=False,
+    )
+
     reads_maps = True
 
-    def __init__(
-        self, student: Tapped, teacher: Tapped, *, resolution: int = 2, normalise: bool = False
-    ) -> None:
+    def __init__(self, *, resolution: int = 2, normalize: bool = False) -> None:
         super().__init__()
-        self.resolution, self.normalise = _checked_resolution(resolution), normalise
-        self._networks = [student, teacher]  # in a list: their weights are not this loss's
+        self.resolution, self.normalize = count("resolution", resolution), normalize
 
-    @classmethod
-    def between(
-        cls, student: Features, teacher: Features, source: Source, **options: Any
-    ) -> ClassAttention:
-        """Builds the loss, and tries whether the classifiers read the last maps."""
-        assert source.teacher is not None
-        networks = source.student, source.teacher.network
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Refers to both classifiers, and checks that they read the last maps.
+
+        Raises:
+            ValueError: If a classifier is no single linear layer on the channels of the last map.
+        """
+        assert context.teacher is not None
+        networks = [context.student, context.teacher.network]
         for name, made, network in zip(
             ("student", "teacher"), (student, teacher), networks, strict=True
         ):
@@ -269,7 +280,7 @@ class ClassAttention(Loss):
                 class_maps(deepest(made, name), network.classifier)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        return cls(*networks, **options)
+        self._networks = networks  # in a list: their weights are not this loss's
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         # A classifier reads averages as it reads places, and these are fewer.
@@ -277,4 +288,4 @@ class ClassAttention(Loss):
             class_maps(F.adaptive_avg_pool2d(made.maps[-1], self.resolution), network.classifier)
             for made, network in zip((student, teacher), self._networks, strict=True)
         )
-        return class_attention(s, t, resolution=self.resolution, normalise=self.normalise)
+        return class_attention(s, t, resolution=self.resolution, normalize=self.normalize)

@@ -23,13 +23,14 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping
 from itertools import islice
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from topkd.features import Batch, Features
-from topkd.losses.base import Loss, Source
+from topkd.losses._validation import one_of
+from topkd.losses.base import Loss, LossContext
 from topkd.topology import Diagrams, edge_lengths
 
 Edges = Literal["persistent", "random"]
@@ -52,7 +53,7 @@ def random_tree(points: int, generator: torch.Generator) -> Tensor:
         Its edges, (n - 1, 2).
 
     References:
-        The Random Walk Construction of Uniform Spanning Trees and Uniform Labelled Trees
+        The Random Walk Construction of Uniform Spanning Trees and Uniform Labeled Trees
         (Aldous, SIAM J. Discrete Mathematics 1990), algorithm 2
         https://doi.org/10.1137/0403039
 
@@ -124,24 +125,13 @@ class Topological(Loss):
 
     def __init__(self, edges: Edges, target: Target) -> None:
         super().__init__()
-        self.check(edges, target)
+        one_of("edges", edges, Edges)
+        one_of("target", target, Target)
+        if target in self.no_control:
+            raise ValueError(f"target: {target} {self.no_control[target]}")
         self.edges, self.target, self.epoch = edges, target, 0
 
-    @classmethod
-    def check(cls, edges: Edges, target: Target) -> None:
-        """Refuses what is no control of this loss, and says which is.
-
-        Raises:
-            ValueError: If there are no such edges, or the target makes no control.
-        """
-        if edges not in get_args(Edges):
-            raise ValueError(f"edges are one of {', '.join(get_args(Edges))}, got {edges!r}")
-        if target not in get_args(Target):
-            raise ValueError(f"target is one of {', '.join(get_args(Target))}, got {target!r}")
-        if target in cls.no_control:
-            raise ValueError(f"target: {target} {cls.no_control[target]}")
-
-    def begin(self, epoch: int) -> None:
+    def on_epoch_start(self, epoch: int) -> None:
         self.epoch = epoch
 
     def tree(self, batch: Batch) -> Tensor | None:
@@ -149,7 +139,7 @@ class Topological(Loss):
         return None if self.edges == "persistent" else batch_tree(batch, self.epoch)
 
 
-class LabelFree(Topological):
+class PermutationInvariant(Topological):
     """A loss on what describes each cloud as a whole: it does not see which image is which."""
 
     no_control: ClassVar[Mapping[Target, str]] = {
@@ -161,25 +151,16 @@ class LabelFree(Topological):
         super().__init__(edges, target)
         self.register_buffer("held", None)
 
-    @classmethod
-    def between(
-        cls, student: Features, teacher: Features, source: Source, **options: Any
-    ) -> LabelFree:
-        loss = cls(**options)
-        loss.hold(teacher, source)
-        return loss
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Finds the features that the target needs before the first batch.
 
-    def hold(self, teacher: Features, source: Source) -> None:
-        """Finds what the target needs before the first batch.
-
-        Args:
-            teacher: What the teacher makes of some batch, which comes before the first.
-            source: The teacher's answers, of which 64 batches are described for their mean.
+        For ``other`` these are of a batch before the first; for ``mean``, the mean description of
+        64 batches.
         """
         if self.target == "other":
             self.held = teacher.embedding.detach().clone()
         if self.target == "mean":
-            seen = islice(source.answers(0), CLOUDS)
+            seen = islice(context.teacher_batches(0), CLOUDS)
             described = [self.described(made.embedding, self.tree(shown)) for shown, made in seen]
             self.held = torch.stack(described).mean(0)
 
@@ -202,7 +183,7 @@ class LabelFree(Topological):
         if self.target == "own":
             return self.described(own, tree)
         if self.held is None:
-            raise ValueError(f"target: {self.target} is found by between(), which did not build it")
+            raise ValueError(f"target: {self.target} needs setup() before the first batch")
         if self.target == "mean":
             return self.held
         before, places = self.held, _places(batch)
@@ -219,7 +200,7 @@ class LabelFree(Topological):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class Labelled(Topological):
+class Matched(Topological):
     """A loss on which images are close to which: both clouds are the same images."""
 
     no_control: ClassVar[Mapping[Target, str]] = {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from topkd.features import Batch, Features
 from topkd.losses._validation import count, not_negative, one_of, positive, temperature
-from topkd.losses.base import Loss
+from topkd.losses.base import Loss, LossInfo
 from topkd.losses.dkd import decoupled_distillation
 from topkd.losses.logits import distillation
 from topkd.topology.gradient import scaled_gradient
@@ -32,8 +32,8 @@ def adversity(epoch: int, rise: int = 10) -> float:
     return -(1 - math.cos(math.pi * min(epoch, rise) / rise)) / 2
 
 
-class CurriculumTemperature(Loss):
-    r"""Distillation at one learnt temperature that comes to make the task as hard as it can, CTKD.
+class CTKD(Loss):
+    r"""Distillation at one learned temperature that comes to make the task as hard as it can, CTKD.
 
     .. math:: T = T_0 + s\, \sigma(\theta)
 
@@ -55,9 +55,18 @@ class CurriculumTemperature(Loss):
         https://arxiv.org/abs/2211.16231
 
     Examples:
-        >>> round(CurriculumTemperature().temperature.item(), 2)
+        >>> round(CTKD().temperature.item(), 2)
         15.62
     """
+
+    info = LossInfo(
+        name="ctkd",
+        group="logits",
+        compares="predictions, softened against the student",
+        paper="Li et al., AAAI 2023",
+        url="https://arxiv.org/abs/2211.16231",
+        cost="n c, one learned temperature",
+    )
 
     def __init__(
         self,
@@ -81,7 +90,7 @@ class CurriculumTemperature(Loss):
         self.theta = nn.Parameter(torch.ones(()))
         self.factor = 0.0
 
-    def begin(self, epoch: int) -> None:
+    def on_epoch_start(self, epoch: int) -> None:
         """Turns the gradient of the temperature against the student, step by step."""
         self.factor = adversity(epoch, self.rise)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from topkd.features import Batch, Features
 from topkd.losses._validation import LOGITS, check_shapes, one_of
 from topkd.losses._validation import temperature as checked
-from topkd.losses.base import Loss, Source
+from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.logits import distillation
 
 Kind = Literal["hard", "soft"]
@@ -45,7 +45,7 @@ def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     return F.cross_entropy(student, teacher.argmax(1))
 
 
-class TokenDistillation(Loss):
+class DeiT(Loss):
     """Distils the teacher into the logits of the distillation token, as DeiT does.
 
     Hard, it is :func:`hard_distillation`; soft, :func:`~topkd.losses.logits.distillation`. The
@@ -67,6 +67,16 @@ class TokenDistillation(Loss):
         https://arxiv.org/abs/2012.12877
     """
 
+    info = LossInfo(
+        name="deit",
+        group="logits",
+        compares="the logits of the distillation token with the predicted class",
+        paper="Touvron et al., ICML 2021",
+        url="https://arxiv.org/abs/2012.12877",
+        cost="n c, a student with a distillation token",
+        zero=False,
+    )
+
     def __init__(
         self, *, kind: Kind = "hard", temperature: float = 1.0, legacy: bool = False
     ) -> None:
@@ -76,20 +86,13 @@ class TokenDistillation(Loss):
             raise ValueError("temperature and legacy are options of the kind soft")
         self.temperature = checked(temperature)
 
-    @classmethod
-    def between(  # type: ignore[override]  # its options are named
-        cls,
-        student: Features,
-        teacher: Features,
-        source: Source,
-        *,
-        kind: Kind = "hard",
-        temperature: float = 1.0,
-        legacy: bool = False,
-    ) -> TokenDistillation:
-        """Builds the loss once it is seen that the student has what it needs."""
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Checks that the student has a distillation token.
+
+        Raises:
+            ValueError: If it has none.
+        """
         _distilled(student)
-        return cls(kind=kind, temperature=temperature, legacy=legacy)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         logits = _distilled(student)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topkd.features import Batch, Features, Tapped
+from topkd.features import Batch, FeatureExtractor, Features
 from topkd.losses._validation import at_least_one, check_floats, one_of, positive
-from topkd.losses.base import Source
-from topkd.losses.controls import Edges, LabelFree, Target, check_tree, tree_diagram
+from topkd.losses.base import LossContext, LossInfo
+from topkd.losses.controls import Edges, PermutationInvariant, Target, check_tree, tree_diagram
 from topkd.losses.relations import directions
 from topkd.topology import Diagrams, length_unit, rips, wasserstein
 from topkd.topology.scaling import Unit, told_in
@@ -25,7 +25,7 @@ Norm = Literal["maximum", "euclidean"]
 CALIBRATED_ON = 8  # batches
 
 
-class Wasserstein(LabelFree):
+class Wasserstein(PermutationInvariant):
     r"""The :func:`~topkd.topology.wasserstein` distance between the diagrams of both embeddings.
 
     .. math:: W_p\big(D(f^s), D(f^t)\big)
@@ -59,6 +59,15 @@ class Wasserstein(LabelFree):
         >>> Wasserstein()(student, teacher, batch).item() < 1e-4  # neither scale nor order count
         True
     """
+
+    info = LossInfo(
+        name="wasserstein",
+        group="topology",
+        compares="persistence of the embeddings, bar by bar",
+        paper="Kerber et al. 2017",
+        url="https://arxiv.org/abs/1606.03357",
+        cost="n² d",
+    )
 
     def __init__(
         self,
@@ -163,9 +172,9 @@ def persistent_cross_entropy(
         student, teacher = student.double(), teacher.double()
     total = teacher.sum()
     share = (teacher / total.where(total > 0, 1)).where(total > 0, 1 / len(teacher))
-    surprise = 0.5 * (_gaps(student, teacher, bandwidth) / tolerance).square()
-    plain = (share * surprise).sum()
-    whole = plain if form == "pce" else plain + torch.logsumexp(share.log() - surprise, 0)
+    gaussian_nll = 0.5 * (_gaps(student, teacher, bandwidth) / tolerance).square()
+    plain = (share * gaussian_nll).sum()
+    whole = plain if form == "pce" else plain + torch.logsumexp(share.log() - gaussian_nll, 0)
     return whole.to(dtype)
 
 
@@ -209,7 +218,7 @@ def _median(values: Tensor) -> float:
     return float(np.median(values.numpy()))
 
 
-class PersistentCrossEntropy(LabelFree):
+class PCE(PermutationInvariant):
     """:func:`persistent_cross_entropy` of the lifetimes of dimension 0 of directions.
 
     Embeddings are scaled to length 1; their lifetimes are the lengths of the spanning tree. Unless
@@ -237,64 +246,50 @@ class PersistentCrossEntropy(LabelFree):
         https://proceedings.mlr.press/v235/kim24aj.html
     """
 
+    info = LossInfo(
+        name="pce",
+        group="topology",
+        compares="how densely lifetimes of the embeddings lie",
+        paper="Yeom & Jung, manuscript 2026",
+        url="https://proceedings.mlr.press/v235/kim24aj.html",
+        cost="n² d",
+    )
+
     bandwidth: Tensor
     tolerance: Tensor
 
     def __init__(
         self,
-        bandwidth: float,
-        tolerance: float,
-        *,
-        form: Form = "pce",
-        edges: Edges = "persistent",
-        target: Target = "own",
-    ) -> None:
-        super().__init__(edges, target)
-        for name, value in {"bandwidth": bandwidth, "tolerance": tolerance}.items():
-            self.register_buffer(name, torch.tensor(float(positive(name, value))))
-        self.form: Form = one_of("form", form, Form)
-
-    @classmethod
-    def between(  # type: ignore[override]  # its options are named
-        cls,
-        student: Features,
-        teacher: Features,
-        source: Source,
         *,
         bandwidth: float | None = None,
         tolerance: float | None = None,
         form: Form = "pce",
         edges: Edges = "persistent",
         target: Target = "own",
-    ) -> PersistentCrossEntropy:
-        """Builds the loss, calibrating what is not told.
-
-        Args:
-            student: What the student makes of some batch.
-            teacher: What the teacher makes of it.
-            source: The teacher's answers, and the student.
-            bandwidth: How near lifetimes are one.
-            tolerance: How great a difference is one.
-            form: ``pce`` or ``em-pce``.
-            edges: Which edges count.
-            target: Whose answers the student's are compared with.
-
-        Raises:
-            ValueError: If only one of bandwidth and tolerance is told, they cannot be found, or
-                the target is no control.
-        """
+    ) -> None:
+        super().__init__(edges, target)
         if (bandwidth is None) != (tolerance is None):
             raise ValueError("give bandwidth and tolerance, or neither to have both calibrated")
-        loss = cls(bandwidth or 1.0, tolerance or 1.0, form=form, edges=edges, target=target)
-        if bandwidth is None:
-            loss._calibrate(source)
-        loss.hold(teacher, source)
-        return loss
+        self.is_calibrated = bandwidth is None
+        for name, value in {"bandwidth": bandwidth, "tolerance": tolerance}.items():
+            given = 1.0 if value is None else positive(name, float(value))
+            self.register_buffer(name, torch.tensor(given))
+        self.form: Form = one_of("form", form, Form)
 
-    def _calibrate(self, source: Source) -> None:
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Calibrates bandwidth and tolerance, where they are not given.
+
+        Raises:
+            ValueError: If they cannot be found.
+        """
+        if self.is_calibrated:
+            self._calibrate(context)
+        super().setup(student, teacher, context)
+
+    def _calibrate(self, context: LossContext) -> None:
         pairs = []
-        for shown, answer in islice(source.answers(0), CALIBRATED_ON):
-            made, tree = _in_eval_mode(source.student, shown), self.tree(shown)
+        for shown, answer in islice(context.teacher_batches(0), CALIBRATED_ON):
+            made, tree = _in_eval_mode(context.student, shown), self.tree(shown)
             ours, theirs = made.embedding.cpu(), answer.embedding.cpu()
             pairs.append((self.described(ours, tree), self.described(theirs, tree)))
         bandwidth, tolerance = calibrated(pairs)
@@ -315,13 +310,13 @@ class PersistentCrossEntropy(LabelFree):
             form=self.form,
         )
 
-    def facts(self) -> dict[str, Any]:
-        """Tells bandwidth and tolerance."""
+    def metadata(self) -> dict[str, Any]:
+        """Returns bandwidth and tolerance."""
         return {"bandwidth": self.bandwidth.item(), "tolerance": self.tolerance.item()}
 
 
 @torch.no_grad()
-def _in_eval_mode(student: Tapped, batch: Batch) -> Features:
+def _in_eval_mode(student: FeatureExtractor, batch: Batch) -> Features:
     was, weight = student.training, next(student.parameters())
     try:
         return student.eval()(batch.images.to(weight))

@@ -7,8 +7,8 @@ from torch import Tensor
 from topkd.features import Batch, Features
 from topkd.losses._validation import LOGITS, check_shapes, check_target, not_negative
 from topkd.losses._validation import temperature as checked
-from topkd.losses.base import Loss
-from topkd.losses.logits import standardised
+from topkd.losses.base import Loss, LossInfo
+from topkd.losses.logits import standardized
 
 
 def others(logits: Tensor, target: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def decoupled_distillation(
     return temperature**2 * (alpha * losses[0] + beta * losses[1])
 
 
-class DecoupledDistillation(Loss):
+class DKD(Loss):
     """:func:`decoupled_distillation` of the logits, DKD; of mixed images, with the main label.
 
     Published with a warm-up of 20 epochs and ``beta`` 2 for resnet56 to resnet20 and resnet110 to
@@ -103,12 +103,21 @@ class DecoupledDistillation(Loss):
         alpha: Weight of the label against the rest.
         beta: Weight of what the rest is made of.
         temperature: T.
-        standardise: Whether to compare :func:`~topkd.losses.logits.standardised` logits.
+        standardize: Whether to compare :func:`~topkd.losses.logits.standardized` logits.
 
     References:
         Decoupled Knowledge Distillation (Zhao et al., CVPR 2022)
         https://arxiv.org/abs/2203.08679
     """
+
+    info = LossInfo(
+        name="dkd",
+        group="logits",
+        compares="softened predictions, the label apart from the rest",
+        paper="Zhao et al., CVPR 2022",
+        url="https://arxiv.org/abs/2203.08679",
+        cost="n c",
+    )
 
     def __init__(
         self,
@@ -116,16 +125,16 @@ class DecoupledDistillation(Loss):
         alpha: float = 1.0,
         beta: float = 8.0,
         temperature: float = 4.0,
-        standardise: bool = False,
+        standardize: bool = False,
     ) -> None:
         super().__init__()
         self.alpha, self.beta = not_negative("alpha", alpha), not_negative("beta", beta)
         self.temperature = checked(temperature)
-        self.standardise = standardise
+        self.standardize = standardize
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         logits = student.logits, teacher.logits
-        s, t = map(standardised, logits) if self.standardise else logits
+        s, t = map(standardized, logits) if self.standardize else logits
         return decoupled_distillation(
             s, t, batch.target, alpha=self.alpha, beta=self.beta, temperature=self.temperature
         )
@@ -185,7 +194,7 @@ def normalized_distillation(
     return -(log_t.exp() * log_s).mean() - gamma * temperature**2 * rest.mean()
 
 
-class NormalizedDistillation(Loss):
+class NKD(Loss):
     """:func:`normalized_distillation` of the logits, NKD; of mixed images, with the main label.
 
     The defaults are those for ImageNet; for CIFAR-100 ``gamma`` 3.5 and T = 3 were published.
@@ -198,6 +207,16 @@ class NormalizedDistillation(Loss):
         From Knowledge Distillation to Self-Knowledge Distillation (Yang et al., ICCV 2023)
         https://arxiv.org/abs/2303.13005
     """
+
+    info = LossInfo(
+        name="nkd",
+        group="logits",
+        compares="predictions, the label apart from the rest",
+        paper="Yang et al., ICCV 2023",
+        url="https://arxiv.org/abs/2303.13005",
+        cost="n c",
+        zero=False,
+    )
 
     def __init__(self, *, gamma: float = 1.5, temperature: float = 1.0) -> None:
         super().__init__()

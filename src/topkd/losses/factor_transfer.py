@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from topkd._io import files, state
 from topkd._runtime import processes
 from topkd.features import Batch, Features
-from topkd.losses._validation import MAPS, check_shapes, one_of
-from topkd.losses.base import Loss, Source
+from topkd.losses._validation import MAPS, check_shapes, count, one_of, positive
+from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import paired, to_smaller
 from topkd.losses.regression import mean_square
 from topkd.topology.gradient import SMALL, in_units
@@ -69,26 +69,26 @@ def factor_transfer(student: Tensor, teacher: Tensor, *, form: Form = "map") -> 
     return F.l1_loss(own, aim)
 
 
-def encoder(channels: int, factors: int, *, normalised: bool) -> nn.Sequential:
+def encoder(channels: int, factors: int, *, normalized: bool) -> nn.Sequential:
     """Builds what makes factors (n, k, h, w) of a map (n, c, h, w): three 3x3 convolutions.
 
     Args:
         channels: c.
         factors: k.
-        normalised: Whether a normalisation follows each.
+        normalized: Whether a normalization follows each.
     """
     widths = [(channels, channels), (channels, factors), (factors, factors)]
-    return _chain([nn.Conv2d(a, b, 3, padding=1) for a, b in widths], normalised)
+    return _chain([nn.Conv2d(a, b, 3, padding=1) for a, b in widths], normalized)
 
 
 def _chain(
-    convolutions: Sequence[nn.Conv2d | nn.ConvTranspose2d], normalised: bool
+    convolutions: Sequence[nn.Conv2d | nn.ConvTranspose2d], normalized: bool
 ) -> nn.Sequential:
     layers: list[nn.Module] = []
     for convolution in convolutions:
         nn.init.kaiming_normal_(convolution.weight, a=SLOPE)  # torch's own fades in six layers
         nn.init.zeros_(cast(Tensor, convolution.bias))
-        between = [nn.BatchNorm2d(convolution.out_channels)] if normalised else []
+        between = [nn.BatchNorm2d(convolution.out_channels)] if normalized else []
         layers += [convolution, *between, nn.LeakyReLU(SLOPE)]
     return nn.Sequential(*layers)
 
@@ -111,97 +111,81 @@ class Paraphraser(nn.Module):
 
     def __init__(self, channels: int, factors: int) -> None:
         super().__init__()
-        self.encoder = encoder(channels, factors, normalised=False)
+        self.encoder = encoder(channels, factors, normalized=False)
         widths = [(factors, factors), (factors, channels), (channels, channels)]
         back = [nn.ConvTranspose2d(a, b, 3, padding=1) for a, b in widths]
-        self.decoder = _chain(back, normalised=False)
+        self.decoder = _chain(back, normalized=False)
 
     def forward(self, maps: Tensor) -> Tensor:
         return self.decoder(self.encoder(maps))
 
 
-class FactorTransfer(Loss):
+class FT(Loss):
     """:func:`factor_transfer` of the last maps.
 
     The teacher's factors are what a :class:`Paraphraser` of its last map makes of it, an
     auto-encoder that learns from the teacher alone before the student begins. The student's are
-    made by a translator: the same encoder with normalisations, which learns with the student.
+    made by a translator: the same encoder with normalizations, which learns with the student.
 
     Args:
-        paraphrase: Makes the teacher's factors; its weights stay as they are.
-        translate: Makes the student's.
-        form: "map" or "whole", as :func:`factor_transfer` takes it.
-        facts: What readers of the results should know of the paraphraser.
+        form: "map", as RepDistiller, or "whole", as the paper.
+        rate: Factors for each channel of the teacher's last map.
+        epochs: How long the paraphraser is trained.
+        lr: Its learning rate.
 
     References:
         Paraphrasing Complex Network: Network Compression via Factor Transfer (Kim et al., NeurIPS
         2018) https://arxiv.org/abs/1802.04977
     """
 
+    info = LossInfo(
+        name="ft",
+        group="feature maps",
+        compares="factors of the last feature map",
+        paper="Kim et al., NeurIPS 2018",
+        url="https://arxiv.org/abs/1802.04977",
+        cost="n d k with k channels, six 3x3 convolutions and an auto-encoder trained before",
+        zero=False,
+    )
+
     reads_maps = True
 
     def __init__(
-        self,
-        paraphrase: nn.Module,
-        translate: nn.Module,
-        *,
-        form: Form = "map",
-        facts: dict[str, Any] | None = None,
+        self, *, form: Form = "map", rate: float = 0.5, epochs: int = 30, lr: float = 0.01
     ) -> None:
         super().__init__()
-        self.paraphrase, self.translate = paraphrase.requires_grad_(False), translate
-        self.form, self._facts = one_of("form", form, Form), facts or {}
+        self.form = one_of("form", form, Form)
+        self.rate, self.lr = positive("rate", rate), positive("lr", lr)
+        self.epochs = count("epochs", epochs)
+        self._metadata: dict[str, Any] = {}
 
-    @classmethod
-    def between(  # type: ignore[override]  # its options are named
-        cls,
-        student: Features,
-        teacher: Features,
-        source: Source,
-        *,
-        form: Form = "map",
-        rate: float = 0.5,
-        epochs: int = 30,
-        lr: float = 0.01,
-    ) -> FactorTransfer:
-        """Builds the loss, training the paraphraser where that has not been done.
-
-        Args:
-            student: What the student makes of some batch.
-            teacher: What the teacher makes of it.
-            source: The teacher's answers to the training images.
-            form: "map", as RepDistiller, or "whole", as the paper.
-            rate: Factors for each channel of the teacher's last map.
-            epochs: How long the paraphraser is trained.
-            lr: Its learning rate.
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Trains the paraphraser, where that has not been done, and creates the translator.
 
         Raises:
-            ValueError: If one of the networks has no map, an option is out of range, or the
-                paraphraser does not learn.
+            ValueError: If one of the networks has no map, or the paraphraser does not learn.
         """
         ((own, last),) = paired(student.maps[-1:], teacher.maps[-1:])
-        if not all(0 < value < math.inf for value in (rate, epochs, lr)):
-            raise ValueError(f"rate, epochs and lr must be positive, got {rate}, {epochs} and {lr}")
         channels = last.shape[1]
-        factors = max(1, int(rate * channels))
+        factors = max(1, int(self.rate * channels))
         paraphraser, error = processes.by_first(
-            lambda: learn(source, channels, factors, epochs=epochs, lr=lr)
+            lambda: learn(context, channels, factors, epochs=self.epochs, lr=self.lr)
         )
-        translator = encoder(own.shape[1], factors, normalised=True)
-        facts = {"factors": factors, "reconstruction_error": error}
-        return cls(paraphraser.encoder, translator, form=form, facts=facts)
+        self.paraphrase = paraphraser.encoder.requires_grad_(False)
+        self.translate = encoder(own.shape[1], factors, normalized=True)
+        self._metadata = {"factors": factors, "reconstruction_error": error}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         own, aim = self.translate(student.maps[-1]), self.paraphrase(teacher.maps[-1])
         return factor_transfer(own, aim, form=self.form)
 
-    def facts(self) -> dict[str, Any]:
-        """Tells how many factors there are and how much of the map is lost in them."""
-        return self._facts
+    def metadata(self) -> dict[str, Any]:
+        """Returns the number of factors, and the share of the maps that is lost in them."""
+        return self._metadata
 
 
 def learn(
-    source: Source, channels: int, factors: int, *, epochs: int, lr: float
+    context: LossContext, channels: int, factors: int, *, epochs: int, lr: float
 ) -> tuple[Paraphraser, float]:
     """Trains a paraphraser of a teacher's last maps, or loads it where that is done.
 
@@ -209,7 +193,7 @@ def learn(
     each epoch its state is written, from which the next call goes on.
 
     Args:
-        source: The teacher's answers to the training images, and where to keep the result.
+        context: The teacher's answers to the training images, and where to keep the result.
         channels: Of the last map.
         factors: Channels of what is made of it.
         epochs: Passes over the augmented training images.
@@ -222,34 +206,36 @@ def learn(
     Raises:
         ValueError: If the error is not finite.
     """
-    about = json.dumps([source.teacher_hash, channels, factors, epochs, lr])
-    path = source.folder / f"paraphraser-{files.sha256(about.encode())[:8]}.safetensors"
+    about = json.dumps([context.teacher_hash, channels, factors, epochs, lr])
+    path = context.folder / f"paraphraser-{files.sha256(about.encode())[:8]}.safetensors"
     with torch.random.fork_rng(devices=[]):  # the translator is the same, trained or loaded
         torch.manual_seed(0)
         network = Paraphraser(channels, factors)
     if not files.is_complete(path):
-        with source.progress.alone(path):
-            _learn(network, source, path, epochs, lr)
+        with context.progress.alone(path):
+            _learn(network, context, path, epochs, lr)
     weights = load(files.read_checked(path))
     error = weights.pop("error").item()
     network.load_state_dict(weights)
     return network.eval(), error
 
 
-def _learn(network: Paraphraser, source: Source, path: Path, epochs: int, lr: float) -> None:
+def _learn(network: Paraphraser, context: LossContext, path: Path, epochs: int, lr: float) -> None:
     """Trains a paraphraser and writes it, unless another process has done so by now."""
     if not files.is_complete(path):
-        error = _train(network, source, path.with_suffix(".state"), epochs, lr)
-        source.progress.say(f"Paraphraser: {error:.1%} of the maps is lost")
+        error = _train(network, context, path.with_suffix(".state"), epochs, lr)
+        context.progress.say(f"Paraphraser: {error:.1%} of the maps is lost")
         weights = network.cpu().state_dict() | {"error": torch.tensor(error, dtype=torch.float64)}
         files.write_checked(path, save(weights))
         state.delete(path.with_suffix(".state"))
 
 
-def _train(network: Paraphraser, source: Source, saved: Path, epochs: int, lr: float) -> float:
+def _train(
+    network: Paraphraser, context: LossContext, saved: Path, epochs: int, lr: float
+) -> float:
     """Trains a network, going on from a saved state, and tells its error in the last epoch."""
-    if source.teacher is not None:  # its maps are large: the GPU it is on is good for them too
-        network.to(next(source.teacher.network.parameters()).device)
+    if context.teacher is not None:  # its maps are large: the GPU it is on is good for them too
+        network.to(next(context.teacher.network.parameters()).device)
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     done, error = 0, math.nan
     resumed = state.load(saved)
@@ -257,10 +243,10 @@ def _train(network: Paraphraser, source: Source, saved: Path, epochs: int, lr: f
         network.load_state_dict(resumed["network"])
         optimizer.load_state_dict(resumed["optimizer"])
         done, error = resumed["epoch"], resumed["error"]
-    with source.progress.bar("Paraphraser", epochs * source.images, "images") as advance:
-        advance(done * source.images, "")
+    with context.progress.bar("Paraphraser", epochs * context.images, "images") as advance:
+        advance(done * context.images, "")
         for epoch in range(done, epochs):
-            error = _epoch(network, optimizer, source, epoch, advance)
+            error = _epoch(network, optimizer, context, epoch, advance)
             advance(0, f"epoch {epoch + 1}, {error:.1%} lost")
             if not math.isfinite(error):
                 raise ValueError(f"the paraphraser diverged at lr {lr}; give it a smaller one")
@@ -277,14 +263,14 @@ def _train(network: Paraphraser, source: Source, saved: Path, epochs: int, lr: f
 def _epoch(
     network: Paraphraser,
     optimizer: torch.optim.Optimizer,
-    source: Source,
+    context: LossContext,
     epoch: int,
     advance: Callable[[int, str], None],
 ) -> float:
     """Trains for one pass over the images and tells which share of the maps is lost."""
     device = next(network.parameters()).device
     lost, whole = torch.zeros((), device=device), torch.zeros((), device=device)
-    for batch, answer in source.answers(epoch):
+    for batch, answer in context.teacher_batches(epoch):
         maps = answer.maps[-1].to(device)
         error = mean_square(network(maps), maps)
         optimizer.zero_grad()

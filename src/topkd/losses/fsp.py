@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from topkd.features import Batch, Features
-from topkd.losses._validation import MAPS, check_floats, one_of
-from topkd.losses.base import Loss, Source
+from topkd.losses._validation import MAPS, check_floats, one_of, skipped
+from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import paired, to_smaller
 from topkd.losses.regression import mean_square
 
 Pooling = Literal["average", "maximum"]
 
 
-def flow_matrix(shallow: Tensor, deep: Tensor, *, pooling: Pooling = "average") -> Tensor:
+def fsp_matrix(shallow: Tensor, deep: Tensor, *, pooling: Pooling = "average") -> Tensor:
     r"""Computes the flow of solution procedure from one map of a network to a deeper one.
 
     .. math:: G_{jk} = \frac{1}{p} \sum_x F_{jx} F'_{kx}
@@ -43,7 +43,7 @@ def flow_matrix(shallow: Tensor, deep: Tensor, *, pooling: Pooling = "average") 
 
     Examples:
         >>> one_hot = torch.eye(4).view(1, 4, 2, 2)  # channel j sees position j alone
-        >>> flow_matrix(one_hot, one_hot)[0].diagonal()
+        >>> fsp_matrix(one_hot, one_hot)[0].diagonal()
         tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
     for name, maps in (("shallow", shallow), ("deep", deep)):
@@ -59,12 +59,12 @@ def flow_matrix(shallow: Tensor, deep: Tensor, *, pooling: Pooling = "average") 
     return shallow @ deep.mT / shallow.shape[2]
 
 
-class SolutionFlow(Loss):
+class FSP(Loss):
     r"""Compares how two networks go from each map to the next.
 
     .. math:: \sum_l \frac{1}{n c_l c_{l+1}} \sum_i \lVert G^s_{il} - G^t_{il} \rVert^2
 
-    where G is the :func:`flow_matrix`. In the paper and in RepDistiller this loss counts in the
+    where G is the :func:`fsp_matrix`. In the paper and in RepDistiller this loss counts in the
     first epochs alone, and the cross-entropy after them: ``start`` and ``stop`` of a recipe's
     terms.
 
@@ -78,33 +78,36 @@ class SolutionFlow(Loss):
         https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html
     """
 
+    info = LossInfo(
+        name="fsp",
+        group="feature maps",
+        compares="products of neighboring feature maps",
+        paper="Yim et al., CVPR 2017",
+        url="https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html",
+        cost="n d k with k channels, as many in both networks",
+        any_width=False,
+    )
+
     reads_maps = True
 
     def __init__(self, *, skip: int = 0, pooling: Pooling = "average") -> None:
         super().__init__()
-        self.skip, self.pooling = skip, one_of("pooling", pooling, Pooling)
+        self.skip = skipped(skip)
+        self.pooling = one_of("pooling", pooling, Pooling)
 
-    @classmethod
-    def between(cls, student: Features, teacher: Features, source: Source, **options: Any) -> Loss:
-        """Builds the loss.
-
-        Args:
-            student: What the student makes of some batch.
-            teacher: What the teacher makes of it.
-            source: Not asked.
-            options: Of the loss.
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Checks that the maps can be compared.
 
         Raises:
             ValueError: If the networks differ in the number of maps or of their channels, or if
-                there is no next map to go to.
+                there are fewer than two maps.
         """
-        loss = cls(**options)
-        pairs = paired(student.maps, teacher.maps, loss.skip)
+        pairs = paired(student.maps, teacher.maps, self.skip)
         if len(pairs) < 2:
             raise ValueError(f"fsp goes from map to map and needs two at least, got {len(pairs)}")
         differing = [
             f"map {place} has {s.shape[1]} and {t.shape[1]}"
-            for place, (s, t) in enumerate(pairs, loss.skip)
+            for place, (s, t) in enumerate(pairs, self.skip)
             if s.shape[1] != t.shape[1]
         ]
         if differing:
@@ -113,14 +116,13 @@ class SolutionFlow(Loss):
                 f"{', '.join(differing)}; let the term's taps choose maps that agree, or use at, "
                 "nst or vid, for which channels may differ"
             )
-        return loss
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         pairs = paired(student.maps, teacher.maps, self.skip)
         gaps = [
             mean_square(
-                flow_matrix(s, next_s, pooling=self.pooling),
-                flow_matrix(t, next_t, pooling=self.pooling),
+                fsp_matrix(s, next_s, pooling=self.pooling),
+                fsp_matrix(t, next_t, pooling=self.pooling),
             )
             for (s, t), (next_s, next_t) in pairwise(pairs)
         ]

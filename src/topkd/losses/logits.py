@@ -13,13 +13,13 @@ from topkd.losses._validation import (
     positive,
 )
 from topkd.losses._validation import temperature as checked
-from topkd.losses.base import Loss
+from topkd.losses.base import Loss, LossInfo
 
 LEAST_SPREAD = 0.1  # of logits; that of a trained network is greater
 LEAST_VARIATION = 0.01  # of predictions, as a share of their norm; likewise
 
 
-class CrossEntropy(Loss):
+class CE(Loss):
     """Cross-entropy of the student's logits with the labels; needs no teacher.
 
     Of mixed images it takes the mixed labels.
@@ -31,6 +31,16 @@ class CrossEntropy(Loss):
         Rethinking the Inception Architecture (Szegedy et al., CVPR 2016), for the smoothing
         https://arxiv.org/abs/1512.00567
     """
+
+    info = LossInfo(
+        name="ce",
+        group="logits",
+        compares="logits with the labels",
+        paper="Szegedy et al., CVPR 2016",
+        url="https://arxiv.org/abs/1512.00567",
+        cost="n c",
+        zero=False,
+    )
 
     needs_teacher = False
 
@@ -45,7 +55,7 @@ class CrossEntropy(Loss):
         return F.cross_entropy(student.logits, target, label_smoothing=self.label_smoothing)
 
 
-def standardised(logits: Tensor) -> Tensor:
+def standardized(logits: Tensor) -> Tensor:
     r"""Gives the logits of every image mean 0 and deviation 1.
 
     .. math:: \hat z = \frac{z - \mathrm{mean}(z)}{\max(\mathrm{std}(z),\, 0.1) + 10^{-7}}
@@ -72,7 +82,7 @@ def standardised(logits: Tensor) -> Tensor:
 
     Examples:
         >>> import torch
-        >>> standardised(torch.tensor([[1.0, 2.0, 3.0], [10.0, 30.0, 50.0]]))
+        >>> standardized(torch.tensor([[1.0, 2.0, 3.0], [10.0, 30.0, 50.0]]))
         tensor([[-1.0000,  0.0000,  1.0000],
                 [-1.0000,  0.0000,  1.0000]])
     """
@@ -114,12 +124,12 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float | Tenso
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
 
-class Distillation(Loss):
+class KD(Loss):
     """:func:`distillation` of the logits.
 
     Args:
         temperature: T; the greater, the more the unlikely classes count.
-        standardise: Whether to compare :func:`standardised` logits; published with T = 2 and
+        standardize: Whether to compare :func:`standardized` logits; published with T = 2 and
             weight 9 beside 0.1 of cross-entropy.
 
     References:
@@ -129,14 +139,23 @@ class Distillation(Loss):
         https://arxiv.org/abs/2403.01427
     """
 
-    def __init__(self, *, temperature: float = 4.0, standardise: bool = False) -> None:
+    info = LossInfo(
+        name="kd",
+        group="logits",
+        compares="softened predictions",
+        paper="Hinton et al. 2014",
+        url="https://arxiv.org/abs/1503.02531",
+        cost="n c",
+    )
+
+    def __init__(self, *, temperature: float = 4.0, standardize: bool = False) -> None:
         super().__init__()
         self.temperature = checked(temperature)
-        self.standardise = standardise
+        self.standardize = standardize
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         logits = student.logits, teacher.logits
-        s, t = map(standardised, logits) if self.standardise else logits
+        s, t = map(standardized, logits) if self.standardize else logits
         return distillation(s, t, temperature=self.temperature)
 
 
@@ -208,11 +227,11 @@ def _correlation(first: Tensor, second: Tensor, damping: float) -> Tensor:
     return (a * b).sum(1) / (lengths + damping).where(varies, lengths.new_ones(()))
 
 
-def _length(centred: Tensor, rows: Tensor) -> Tensor:
-    return torch.maximum(centred.norm(dim=1), LEAST_VARIATION * rows.norm(dim=1))
+def _length(centered: Tensor, rows: Tensor) -> Tensor:
+    return torch.maximum(centered.norm(dim=1), LEAST_VARIATION * rows.norm(dim=1))
 
 
-class CorrelationDistillation(Loss):
+class DIST(Loss):
     """:func:`correlation_distillation` of the logits, DIST.
 
     Args:
@@ -225,6 +244,16 @@ class CorrelationDistillation(Loss):
         Knowledge Distillation from A Stronger Teacher (Huang et al., NeurIPS 2022)
         https://arxiv.org/abs/2205.10536
     """
+
+    info = LossInfo(
+        name="dist",
+        group="logits",
+        compares="predictions up to scale, within images and within classes",
+        paper="Huang et al., NeurIPS 2022",
+        url="https://arxiv.org/abs/2205.10536",
+        cost="n c",
+        zero=False,
+    )
 
     def __init__(
         self,
@@ -292,7 +321,7 @@ def transformed_teacher_matching(
     return (log_weight[:, 0].exp() * divergence if weighted else divergence).mean()
 
 
-class TransformedTeacherMatching(Loss):
+class TTM(Loss):
     """:func:`transformed_teacher_matching` of the logits, TTM.
 
     Published with weight 45 for vgg13 to vgg8; the temperature has no square in front.
@@ -304,6 +333,16 @@ class TransformedTeacherMatching(Loss):
         Knowledge Distillation Based on Transformed Teacher Matching (Zheng & Yang, ICLR 2024)
         https://arxiv.org/abs/2402.11148
     """
+
+    info = LossInfo(
+        name="ttm",
+        group="logits",
+        compares="the prediction with a softened one",
+        paper="Zheng & Yang, ICLR 2024",
+        url="https://arxiv.org/abs/2402.11148",
+        cost="n c",
+        zero=False,
+    )
 
     weighted = False
 
@@ -317,7 +356,7 @@ class TransformedTeacherMatching(Loss):
         )
 
 
-class WeightedTransformedTeacherMatching(TransformedTeacherMatching):
+class WTTM(TTM):
     """:func:`transformed_teacher_matching` in which images weigh differently, WTTM.
 
     Published with weight 4 beside CRD with 0.8.
@@ -329,6 +368,16 @@ class WeightedTransformedTeacherMatching(TransformedTeacherMatching):
         Knowledge Distillation Based on Transformed Teacher Matching (Zheng & Yang, ICLR 2024)
         https://arxiv.org/abs/2402.11148
     """
+
+    info = LossInfo(
+        name="wttm",
+        group="logits",
+        compares="the prediction with a softened one, doubtful images more",
+        paper="Zheng & Yang, ICLR 2024",
+        url="https://arxiv.org/abs/2402.11148",
+        cost="n c",
+        zero=False,
+    )
 
     weighted = True
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from topkd.features import Batch, Features
-from topkd.losses._validation import MAPS, check_shapes, one_of
-from topkd.losses.base import Loss, Source
+from topkd.losses._validation import MAPS, check_shapes, one_of, skipped
+from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.topology.gradient import SMALL, in_units
 
 
@@ -91,24 +91,15 @@ class MapLoss(Loss):
 
     def __init__(self, *, skip: int = 1) -> None:
         super().__init__()
-        self.skip = skip
+        self.skip = skipped(skip)
 
-    @classmethod
-    def between(cls, student: Features, teacher: Features, source: Source, **options: Any) -> Loss:
-        """Builds the loss.
-
-        Args:
-            student: What the student makes of some batch.
-            teacher: What the teacher makes of it.
-            source: Not asked.
-            options: Of the loss.
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Checks that the maps can be compared.
 
         Raises:
-            ValueError: If the two networks do not have the same number of maps.
+            ValueError: If the networks differ in the number of maps.
         """
-        loss = cls(**options)
-        paired(student.maps, teacher.maps, loss.skip)
-        return loss
+        paired(student.maps, teacher.maps, self.skip)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         pairs = paired(student.maps, teacher.maps, self.skip)
@@ -168,7 +159,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, form: AttentionForm 
     return F.mse_loss(seen, aim)
 
 
-class AttentionTransfer(MapLoss):
+class AT(MapLoss):
     """The sum over stages of :func:`attention_transfer`.
 
     Args:
@@ -179,6 +170,15 @@ class AttentionTransfer(MapLoss):
         Paying More Attention to Attention (Zagoruyko & Komodakis, ICLR 2017)
         https://arxiv.org/abs/1612.03928
     """
+
+    info = LossInfo(
+        name="at",
+        group="feature maps",
+        compares="where feature maps have their energy",
+        paper="Zagoruyko & Komodakis, ICLR 2017",
+        url="https://arxiv.org/abs/1612.03928",
+        cost="n d",
+    )
 
     def __init__(self, *, skip: int = 1, form: AttentionForm = "mean") -> None:
         super().__init__(skip=skip)
@@ -234,7 +234,7 @@ def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
     return kernels[0] + kernels[1] - 2 * kernels[2]
 
 
-class NeuronSelectivity(MapLoss):
+class NST(MapLoss):
     """The sum over stages of :func:`neuron_selectivity`.
 
     Args:
@@ -244,6 +244,15 @@ class NeuronSelectivity(MapLoss):
         Like What You Like: Knowledge Distill via Neuron Selectivity Transfer (Huang & Wang, 2017)
         https://arxiv.org/abs/1707.01219
     """
+
+    info = LossInfo(
+        name="nst",
+        group="feature maps",
+        compares="which patterns channels respond to",
+        paper="Huang & Wang 2017",
+        url="https://arxiv.org/abs/1707.01219",
+        cost="n d k, k the smaller of channels and positions",
+    )
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return neuron_selectivity(student, teacher)

@@ -8,20 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from topkd.losses._validation import at_least_one, one_of
-from topkd.losses.controls import Edges, Labelled, Target
+from topkd.losses.base import LossInfo
+from topkd.losses.controls import Edges, Matched, Target
 from topkd.topology import edge_matching, rtd_lite, ultrametric
 from topkd.topology.correspondence import Unit
 
 
-class EdgeMatching(Labelled):
+class EdgeMatching(Matched):
     """:func:`~topkd.topology.edge_matching` of the embeddings, by both their spanning trees.
 
     The paper divides by no scale. Its released code divides the teacher's lengths by their maximum
-    and the student's by a learnt number, and has no ½: that is ``scale: learnt``, with twice the
+    and the student's by a learned number, and has no ½: that is ``scale: learned``, with twice the
     weight. Here that number is the exponential of a weight, so that it stays positive.
 
     Args:
-        scale: What lengths are divided by, see :mod:`topkd.topology.correspondence`; or "learnt".
+        scale: What lengths are divided by, see :mod:`topkd.topology.correspondence`; or "learned".
         detach_scale: Whether the scale counts as a constant.
         symmetric: Whether the edges of the student's tree count, and not the teacher's alone.
         edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
@@ -35,20 +36,29 @@ class EdgeMatching(Labelled):
         https://arxiv.org/abs/1906.00722
     """
 
+    info = LossInfo(
+        name="edge_matching",
+        group="topology",
+        compares="lengths of the edges of both spanning trees",
+        paper="Moor et al., ICML 2020",
+        url="https://arxiv.org/abs/1906.00722",
+        cost="n² d",
+    )
+
     def __init__(
         self,
         *,
-        scale: Unit | Literal["learnt"] = "mean",
+        scale: Unit | Literal["learned"] = "mean",
         detach_scale: bool = False,
         symmetric: bool = True,
         edges: Edges = "persistent",
         target: Target = "own",
     ) -> None:
         super().__init__(edges, target)
-        if scale != "learnt":
+        if scale != "learned":
             one_of("scale", scale, Unit)
         self.scale, self.detach_scale, self.symmetric = scale, detach_scale, symmetric
-        self.log_scale = nn.Parameter(torch.zeros(())) if scale == "learnt" else None
+        self.log_scale = nn.Parameter(torch.zeros(())) if scale == "learned" else None
 
     def compared(self, student: Tensor, teacher: Tensor, tree: Tensor | None) -> Tensor:
         if self.log_scale is not None:
@@ -56,15 +66,15 @@ class EdgeMatching(Labelled):
         return edge_matching(
             student,
             teacher,
-            unit="none" if self.scale == "learnt" else self.scale,
-            teacher_unit="max" if self.scale == "learnt" else self.scale,
+            unit="none" if self.scale == "learned" else self.scale,
+            teacher_unit="max" if self.scale == "learned" else self.scale,
             detach_unit=self.detach_scale,
             symmetric=self.symmetric,
             edges="tree" if tree is None else tree,
         )
 
 
-class RTDLite(Labelled):
+class RTDLite(Matched):
     """:func:`~topkd.topology.rtd_lite` of the embeddings: when the same clusters form.
 
     Args:
@@ -83,6 +93,15 @@ class RTDLite(Labelled):
         https://arxiv.org/abs/2503.11910
     """
 
+    info = LossInfo(
+        name="rtd_lite",
+        group="topology",
+        compares="at which lengths the same clusters form",
+        paper="Tulchinskii et al., AISTATS 2025",
+        url="https://arxiv.org/abs/2503.11910",
+        cost="n² d",
+    )
+
     def __init__(
         self,
         *,
@@ -100,7 +119,7 @@ class RTDLite(Labelled):
         )
 
 
-class Ultrametric(Labelled):
+class Ultrametric(Matched):
     """:func:`~topkd.topology.ultrametric` of the embeddings: when two images fall together.
 
     Args:
@@ -118,6 +137,15 @@ class Ultrametric(Labelled):
         (Carlsson & Mémoli, JMLR 2010), for the ultrametric; as a loss it is defined here
         https://jmlr.org/papers/v11/carlsson10a.html
     """
+
+    info = LossInfo(
+        name="ultrametric",
+        group="topology",
+        compares="at which length two images fall into one cluster",
+        paper="Carlsson & Mémoli, JMLR 2010",
+        url="https://jmlr.org/papers/v11/carlsson10a.html",
+        cost="n² d",
+    )
 
     def __init__(
         self,

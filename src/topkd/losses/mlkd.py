@@ -7,8 +7,8 @@ from torch import Tensor
 
 from topkd.features import Batch, Features
 from topkd.losses._validation import LOGITS, check_shapes, one_of
-from topkd.losses.base import Loss
-from topkd.losses.logits import standardised
+from topkd.losses.base import Loss, LossInfo
+from topkd.losses.logits import standardized
 
 Views = Literal[1, 2]
 
@@ -86,7 +86,7 @@ def multi_level_distillation(
     *,
     views: Views = 1,
     faithful: bool = True,
-    standardise: bool = False,
+    standardize: bool = False,
 ) -> Tensor:
     r"""Compares predictions, which images are predicted alike, and which classes go together.
 
@@ -106,7 +106,7 @@ def multi_level_distillation(
         teacher: Logits, (views n, classes), in the same order.
         views: How many views of every image there are.
         faithful: Whether to follow the authors' code, or the formula above.
-        standardise: Whether I compares :func:`~topkd.losses.logits.standardised` logits.
+        standardize: Whether I compares :func:`~topkd.losses.logits.standardized` logits.
 
     Returns:
         The loss, a scalar.
@@ -130,23 +130,23 @@ def multi_level_distillation(
     if len(student) % views:
         raise ValueError(f"two views need an even number of rows, got {len(student)}")
     pairs = list(zip(student.chunk(views), teacher.chunk(views), strict=True))
-    total = _of_one_view(*pairs[0], faithful, standardise)
+    total = _of_one_view(*pairs[0], faithful, standardize)
     if views == 1:
         return total
     if not faithful:
-        return total + _of_one_view(*pairs[1], faithful, standardise)
+        return total + _of_one_view(*pairs[1], faithful, standardize)
     for temperature in TEMPERATURES:
         pair = pairs[0 if temperature in OUTER else 1]
-        s, t = map(standardised, pair) if standardise else pair
+        s, t = map(standardized, pair) if standardize else pair
         total = total + instance_level(s, t, temperature).mean()
     return total
 
 
-def _of_one_view(student: Tensor, teacher: Tensor, faithful: bool, standardise: bool) -> Tensor:
+def _of_one_view(student: Tensor, teacher: Tensor, faithful: bool, standardize: bool) -> Tensor:
     images, classes = (chosen.to(student.dtype) for chosen in unsure(teacher))
     if faithful:
         images, classes = images.mean(), classes.mean()
-    s, t = map(standardised, (student, teacher)) if standardise else (student, teacher)
+    s, t = map(standardized, (student, teacher)) if standardize else (student, teacher)
     total = student.new_zeros(())
     for temperature in TEMPERATURES:
         rows = instance_level(s, t, temperature) + batch_level(student, teacher, temperature)
@@ -155,7 +155,7 @@ def _of_one_view(student: Tensor, teacher: Tensor, faithful: bool, standardise: 
     return total
 
 
-class MultiLevelDistillation(Loss):
+class MLKD(Loss):
     """:func:`multi_level_distillation` of the logits, MLKD.
 
     Published with two views, weight 0.9 and, with the cross-entropies of both views added, 0.1 of
@@ -166,19 +166,28 @@ class MultiLevelDistillation(Loss):
         views: How many views of every image a batch holds: with 2, its first half are weakly
             augmented images, and its second half the same images, strongly augmented.
         faithful: Whether to follow the authors' code, or what it was meant to compute.
-        standardise: Whether predictions are of :func:`~topkd.losses.logits.standardised` logits.
+        standardize: Whether predictions are of :func:`~topkd.losses.logits.standardized` logits.
 
     References:
         Multi-Level Logit Distillation (Jin et al., CVPR 2023)
         https://doi.org/10.1109/CVPR52729.2023.02325
     """
 
+    info = LossInfo(
+        name="mlkd",
+        group="logits",
+        compares="predictions, and which images and classes go together",
+        paper="Jin et al., CVPR 2023",
+        url="https://doi.org/10.1109/CVPR52729.2023.02325",
+        cost="n² c + n c²; with two views, twice the images",
+    )
+
     def __init__(
-        self, *, views: Views = 1, faithful: bool = True, standardise: bool = False
+        self, *, views: Views = 1, faithful: bool = True, standardize: bool = False
     ) -> None:
         super().__init__()
         self.views: Views = one_of("views", views, Views)
-        self.faithful, self.standardise = faithful, standardise
+        self.faithful, self.standardize = faithful, standardize
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         half = len(batch.index) // 2
@@ -192,5 +201,5 @@ class MultiLevelDistillation(Loss):
             teacher.logits,
             views=self.views,
             faithful=self.faithful,
-            standardise=self.standardise,
+            standardize=self.standardize,
         )

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from topkd.features import INPUT, Batch, Features, Teacher
-from topkd.losses._validation import check_shapes
-from topkd.losses.base import Loss, Source
+from topkd.losses._validation import check_shapes, skipped
+from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import deeper_counts_double, paired, to_smaller
 
 RARE = 0.001  # a channel that is negative less often has no mean of its negative responses
-MEASURED_ON = 16  # batches, where no normalisation tells
+MEASURED_ON = 16  # batches, where no normalization tells
 
 
 def negative_mean(mean: Tensor, std: Tensor) -> Tensor:
@@ -91,17 +92,19 @@ def partial_distance(
     for (s, t), margin in zip(pairs, margins, strict=True):
         check_shapes("pre-activations", s, t)
         gap = s - torch.maximum(t, margin[:, None, None])
-        heard = ((gap > 0) | (t > 0)).to(gap.dtype)  # numbers: to multiply by booleans takes longer
-        values.append(gap.mul_(heard).square().sum() / len(s))
+        active = ((gap > 0) | (t > 0)).to(
+            gap.dtype
+        )  # numbers: to multiply by booleans takes longer
+        values.append(gap.mul_(active).square().sum() / len(s))
     return deeper_counts_double(values)
 
 
-class Overhaul(Loss):
+class OFD(Loss):
     """:func:`partial_distance` of all stages.
 
-    The student's pre-activations pass a 1x1 convolution and a normalisation. Where sizes differ,
+    The student's pre-activations pass a 1x1 convolution and a normalization. Where sizes differ,
     the larger pre-activation is averaged to the size of the smaller. Margins are read off the
-    normalisation before each ReLU of the teacher, as Gaussians with its shift and scale; where none
+    normalization before each ReLU of the teacher, as Gaussians with its shift and scale; where none
     is found, they are the measured means of what is negative. As it is a sum over neurons, it wants
     a small weight: the authors' is 0.001, and 0.0001 for ImageNet.
 
@@ -109,56 +112,48 @@ class Overhaul(Loss):
     mode, as for all losses.
 
     Args:
-        channels: Of student and teacher, at each stage.
-        margins: Of every channel of the teacher, (c,) for each stage.
         skip: How many pre-activations are left out at the shallow end; the first are those of the
             stem.
-        sources: Where the margins are from, a line each.
 
     References:
         A Comprehensive Overhaul of Feature Distillation (Heo et al., ICCV 2019)
         https://arxiv.org/abs/1904.01866
     """
 
+    info = LossInfo(
+        name="ofd",
+        group="feature maps",
+        compares="pre-activations that pass the ReLU",
+        paper="Heo et al., ICCV 2019",
+        url="https://arxiv.org/abs/1904.01866",
+        cost="n d k with k channels, one 1x1 convolution a stage",
+        zero=False,
+    )
+
     reads_maps = True
 
-    def __init__(
-        self,
-        channels: Sequence[tuple[int, int]],
-        margins: Sequence[Tensor],
-        *,
-        skip: int = 1,
-        sources: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, *, skip: int = 1) -> None:
         super().__init__()
-        self.skip, self.sources = skip, tuple(sources)
-        self.connectors = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c_s, c_t, 1, bias=False), nn.BatchNorm2d(c_t))
-            for c_s, c_t in channels
-        )
-        for number, margin in enumerate(margins):
-            self.register_buffer(f"margin{number}", margin)
+        self.skip = skipped(skip)
+        self.sources: list[str] = []
 
-    @classmethod
-    def between(  # type: ignore[override]  # its options are named
-        cls, student: Features, teacher: Features, source: Source, *, skip: int = 1
-    ) -> Overhaul:
-        """Builds the loss, asking the teacher for its margins.
-
-        Args:
-            student: What the student makes of some batch.
-            teacher: What the teacher makes of it.
-            source: The teacher, and its answers to the training images.
-            skip: How many pre-activations are left out at the shallow end; the first are those of
-                the stem.
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Creates the connectors and reads the margins off the teacher.
 
         Raises:
             ValueError: If the networks differ in the number of pre-activations.
         """
-        pairs = paired(student.preactivations, teacher.preactivations, skip, "pre-activations")
-        channels = [(s.shape[1], t.shape[1]) for s, t in pairs]
-        found = find_margins([t for _, t in pairs], source, skip)
-        return cls(channels, [m for m, _ in found], skip=skip, sources=[told for _, told in found])
+        pairs = paired(student.preactivations, teacher.preactivations, self.skip, "pre-activations")
+        found = find_margins([t for _, t in pairs], context, self.skip)
+        self.sources = [source for _, source in found]
+        self.connectors = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False), nn.BatchNorm2d(t.shape[1])
+            )
+            for s, t in pairs
+        )
+        for number, (margin, _) in enumerate(found):
+            self.register_buffer(f"margin{number}", margin)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         pairs = paired(student.preactivations, teacher.preactivations, self.skip, "pre-activations")
@@ -170,29 +165,29 @@ class Overhaul(Loss):
         margins = [self.get_buffer(f"margin{number}") for number in range(len(pairs))]
         return partial_distance(moved, aims, margins)
 
-    def facts(self) -> dict[str, object]:
-        """Tells where the margins are from."""
-        return {"margins": list(self.sources)}
+    def metadata(self) -> dict[str, Any]:
+        """Returns where the margins are from."""
+        return {"margins": self.sources}
 
 
 def find_margins(
-    preactivations: Sequence[Tensor], source: Source, skip: int
+    preactivations: Sequence[Tensor], context: LossContext, skip: int
 ) -> list[tuple[Tensor, str]]:
     """Finds the margins of a teacher's channels.
 
     Args:
         preactivations: Those that are compared, (n, c, h, w) each, shallow to deep.
-        source: The teacher, and its answers to the training images.
+        context: The teacher, and its answers to the training images.
         skip: How many are left out before them.
 
     Returns:
         For each, (c,) and where it is from.
     """
     before: list[tuple[str, nn.BatchNorm2d] | None] = [None] * len(preactivations)
-    if source.teacher is not None:
-        shown, _ = next(iter(source.answers(0)))
-        taps = source.taps.teacher.preactivations or source.teacher.network.preactivations
-        before = normalisations(source.teacher, shown.images[:2], taps)[skip:]
+    if context.teacher is not None:
+        shown, _ = next(iter(context.teacher_batches(0)))
+        taps = context.taps.teacher.preactivations or context.teacher.network.preactivations
+        before = normalizations(context.teacher, shown.images[:2], taps)[skip:]
     measured: list[Tensor] = []
     found = []
     for place, preactivation in enumerate(preactivations):
@@ -200,15 +195,15 @@ def find_margins(
         if named is not None and named[1].num_features == preactivation.shape[1]:
             found.append((_margin_of(named[1]), named[0]))
             continue
-        measured = measured or _measure(source)
+        measured = measured or _measure(context)
         found.append((measured[skip + place], f"measured on {MEASURED_ON} batches"))
     return found
 
 
-def normalisations(
+def normalizations(
     teacher: Teacher, images: Tensor, taps: Sequence[str]
 ) -> list[tuple[str, nn.BatchNorm2d] | None]:
-    """Finds the normalisation before each pre-activation of a network.
+    """Finds the normalization before each pre-activation of a network.
 
     That is the last one to be computed before the tap reads, of all whose output has the shape of
     what is read.
@@ -227,7 +222,7 @@ def normalisations(
     seen: list[tuple[str, nn.BatchNorm2d, torch.Size]] = []
     found: dict[str, tuple[str, nn.BatchNorm2d] | None] = {}
 
-    def after_normalisation(module: nn.BatchNorm2d, name: str, output: Tensor) -> None:
+    def after_normalization(module: nn.BatchNorm2d, name: str, output: Tensor) -> None:
         seen.append((name, module, output.shape))
 
     def at_tap(tap: str, read: Tensor) -> None:
@@ -236,7 +231,7 @@ def normalisations(
 
     hooks = [
         module.register_forward_hook(
-            lambda module, _, output, name=name: after_normalisation(module, name, output)
+            lambda module, _, output, name=name: after_normalization(module, name, output)
         )
         for name, module in modules.items()
         if isinstance(module, nn.BatchNorm2d)
@@ -256,19 +251,19 @@ def normalisations(
     return [found.get(tap) for tap in taps]
 
 
-def _margin_of(normalisation: nn.BatchNorm2d) -> Tensor:
-    zeros = torch.zeros(normalisation.num_features)
-    if not normalisation.affine:
+def _margin_of(normalization: nn.BatchNorm2d) -> Tensor:
+    zeros = torch.zeros(normalization.num_features)
+    if not normalization.affine:
         return negative_mean(zeros, zeros + 1)
-    mean, std = normalisation.bias.detach(), normalisation.weight.detach().abs()
+    mean, std = normalization.bias.detach(), normalization.weight.detach().abs()
     return negative_mean(mean, std)
 
 
-def _measure(source: Source) -> list[Tensor]:
+def _measure(context: LossContext) -> list[Tensor]:
     """Averages the negative responses of every channel, 0 where there is none."""
     sums: list[Tensor] = []
     counts: list[Tensor] = []
-    for _, answer in islice(source.answers(0), MEASURED_ON):
+    for _, answer in islice(context.teacher_batches(0), MEASURED_ON):
         for place, t in enumerate(answer.preactivations):
             total, count = t.clamp(max=0).sum((0, 2, 3)), (t < 0).sum((0, 2, 3))
             if place == len(sums):

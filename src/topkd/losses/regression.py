@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topkd.features import Batch, Features
-from topkd.losses._validation import MAPS, check_shapes, positive
-from topkd.losses.base import Loss, Source
+from topkd.losses._validation import MAPS, check_shapes, positive, skipped
+from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import paired, to_smaller
 
 FLOOR = 1e-5  # of the variances of VID
 
 
 def regressor(student: Sequence[int], teacher: Sequence[int], *, relu: bool) -> nn.Sequential:
-    """Builds what takes maps of one shape to another: one convolution and a normalisation.
+    """Builds what takes maps of one shape to another: one convolution and a normalization.
 
     The convolution is 3x3 with stride 2 to halve the size, 4x4 transposed with stride 2 to double
     it, and else as large as takes a larger map to a smaller one without padding.
@@ -84,95 +84,83 @@ def mean_square(student: Tensor, teacher: Tensor) -> Tensor:
 class FitNet(Loss):
     """Guesses one map of the teacher from the student's: :func:`mean_square` behind a regressor.
 
-    The regressor is a convolution with a normalisation and a ReLU, as in RepDistiller, and learns
+    The regressor is a convolution with a normalization and a ReLU, as in RepDistiller, and learns
     with the student from the first epoch on. (The paper trains the lower half of the student so
     before anything else: give the term a ``stop`` and the others a ``start`` for that.)
 
     Args:
-        regress: Takes the student's map to the shape of the teacher's.
         stage: Which map, 0 that of the stem; negative numbers count from the deep end.
+        relu: Whether the output of the regressor is rectified. It should not be where the teacher's
+            map has negative numbers, as those of wide ResNets and of MobileNetV2 have.
 
     References:
         FitNets: Hints for Thin Deep Nets (Romero et al., ICLR 2015)
         https://arxiv.org/abs/1412.6550
     """
 
+    info = LossInfo(
+        name="fitnet",
+        group="feature maps",
+        compares="one feature map, guessed from the student's",
+        paper="Romero et al., ICLR 2015",
+        url="https://arxiv.org/abs/1412.6550",
+        cost="n d c, one convolution",
+        zero=False,
+    )
+
     reads_maps = True
 
-    def __init__(self, regress: nn.Module, *, stage: int = 2) -> None:
+    def __init__(self, *, stage: int = 2, relu: bool = True) -> None:
         super().__init__()
-        self.regress, self.stage = regress, stage
+        self.stage, self.relu = stage, relu
 
-    @classmethod
-    def between(  # type: ignore[override]  # its options are named
-        cls,
-        student: Features,
-        teacher: Features,
-        source: Source,
-        *,
-        stage: int = 2,
-        relu: bool = True,
-    ) -> FitNet:
-        """Builds the loss.
-
-        Args:
-            student: What the student makes of some batch.
-            teacher: What the teacher makes of it.
-            source: Not asked.
-            stage: Which map, 0 that of the stem; negative numbers count from the deep end.
-            relu: Whether the guess is rectified. It should not be where the teacher's map has
-                negative numbers, as those of wide ResNets and of MobileNetV2 have.
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Creates the regressor.
 
         Raises:
             ValueError: If the networks differ in the number of maps, there is no such map, or
                 the teacher's is larger than the student's but not twice as large.
         """
         pairs = paired(student.maps, teacher.maps)
-        if not -len(pairs) <= stage < len(pairs):
+        if not -len(pairs) <= self.stage < len(pairs):
             raise ValueError(
-                f"there is no map {stage}: of {len(pairs)} maps the last is {len(pairs) - 1}, or -1"
+                f"there is no map {self.stage}: of {len(pairs)} maps the last is "
+                f"{len(pairs) - 1}, or -1"
             )
-        shape, aim = (m.shape[1:] for m in pairs[stage])
-        return cls(regressor(shape, aim, relu=relu), stage=stage)
+        shape, aim = (m.shape[1:] for m in pairs[self.stage])
+        self.regress = regressor(shape, aim, relu=self.relu)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         return mean_square(self.regress(student.maps[self.stage]), teacher.maps[self.stage])
 
 
-class FeatureMimicking(Loss):
+class MSE(Loss):
     """:func:`mean_square` of the embeddings, the student's behind a linear map if widths differ.
-
-    Args:
-        student: Width of the student's embedding.
-        teacher: Width of the teacher's.
 
     References:
         Distilling Knowledge by Mimicking Features (Wang et al., TPAMI 2021), its squared error
         https://arxiv.org/abs/2011.01424
     """
 
-    def __init__(self, student: int, teacher: int) -> None:
-        super().__init__()
-        self.project = nn.Identity() if student == teacher else nn.Linear(student, teacher)
+    info = LossInfo(
+        name="mse",
+        group="feature maps",
+        compares="embeddings",
+        paper="Wang et al., TPAMI 2021",
+        url="https://arxiv.org/abs/2011.01424",
+        cost="n d, one projection where widths differ",
+    )
 
-    @classmethod
-    def between(  # type: ignore[override]  # it has no options
-        cls, student: Features, teacher: Features, source: Source
-    ) -> FeatureMimicking:
-        """Builds the loss for the widths of two embeddings.
-
-        Args:
-            student: What the student makes of some batch.
-            teacher: What the teacher makes of it.
-            source: Not asked.
-        """
-        return cls(student.embedding.shape[1], teacher.embedding.shape[1])
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Creates the linear map, where the widths differ."""
+        own, wanted = student.embedding.shape[1], teacher.embedding.shape[1]
+        self.project = nn.Identity() if own == wanted else nn.Linear(own, wanted)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         return mean_square(self.project(student.embedding), teacher.embedding)
 
 
-def surprise(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
+def gaussian_nll(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
     r"""Computes how unlikely a teacher's map is to a guess of it with known uncertainty.
 
     .. math:: \frac{1}{2m} \sum \Big[ \frac{(F^t - \mu)^2}{\sigma^2} + \log \sigma^2 \Big]
@@ -197,7 +185,7 @@ def surprise(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
 
     Examples:
         >>> maps = torch.zeros(1, 1, 2, 2)
-        >>> surprise(maps + 3, torch.tensor([1.0]), maps).item()
+        >>> gaussian_nll(maps + 3, torch.tensor([1.0]), maps).item()
         4.5
     """
     check_shapes("maps", mean, teacher, form=MAPS)
@@ -210,16 +198,15 @@ def surprise(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
     return 0.5 * (errors / variance + variance.log()).mean()
 
 
-class VariationalInformation(Loss):
-    r"""The sum over stages of the :func:`surprise` at the teacher's maps.
+class VID(Loss):
+    r"""The sum over stages of the :func:`gaussian_nll` at the teacher's maps.
 
     Three 1x1 convolutions guess each map from the student's; the larger of the two is averaged to
     the size of the smaller first. The variance of a channel is :math:`\mathrm{softplus}(\rho) +
-    10^{-5}` and is learnt with the rest, as in RepDistiller; mdistiller does not train it. Weight
+    10^{-5}` and is learned with the rest, as in RepDistiller; mdistiller does not train it. Weight
     decay also acts on :math:`\rho`.
 
     Args:
-        channels: Of student and teacher, at each stage.
         skip: How many maps are left out at the shallow end; the first is that of the stem.
         variance: At the start.
 
@@ -228,51 +215,43 @@ class VariationalInformation(Loss):
         https://arxiv.org/abs/1904.05835
     """
 
+    info = LossInfo(
+        name="vid",
+        group="feature maps",
+        compares="feature maps, guessed with learned uncertainty",
+        paper="Ahn et al., CVPR 2019",
+        url="https://arxiv.org/abs/1904.05835",
+        cost="n d k with k channels, three 1x1 convolutions a stage",
+        zero=False,
+    )
+
     reads_maps = True
 
-    def __init__(
-        self, channels: Sequence[tuple[int, int]], *, skip: int = 1, variance: float = 5.0
-    ) -> None:
+    def __init__(self, *, skip: int = 1, variance: float = 5.0) -> None:
         super().__init__()
         if not FLOOR < variance < math.inf:
             raise ValueError(f"variance must be above {FLOOR}, got {variance}")
-        self.skip = skip
-        self.guesses = nn.ModuleList(_guess(c_s, c_t) for c_s, c_t in channels)
-        start = variance - FLOOR + math.log(-math.expm1(FLOOR - variance))  # of softplus, inverted
-        self.rho = nn.ParameterList(torch.full((c_t,), start) for _, c_t in channels)
+        self.skip, self.variance = skipped(skip), variance
 
-    @classmethod
-    def between(  # type: ignore[override]  # its options are named
-        cls,
-        student: Features,
-        teacher: Features,
-        source: Source,
-        *,
-        skip: int = 1,
-        variance: float = 5.0,
-    ) -> VariationalInformation:
-        """Builds the loss.
-
-        Args:
-            student: What the student makes of some batch.
-            teacher: What the teacher makes of it.
-            source: Not asked.
-            skip: How many maps are left out at the shallow end; the first is that of the stem.
-            variance: At the start.
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Creates the regressors and the variances.
 
         Raises:
-            ValueError: If the networks differ in the number of maps, or the variance is too small.
+            ValueError: If the networks differ in the number of maps.
         """
-        pairs = paired(student.maps, teacher.maps, skip)
+        pairs = paired(student.maps, teacher.maps, self.skip)
         channels = [(s.shape[1], t.shape[1]) for s, t in pairs]
-        return cls(channels, skip=skip, variance=variance)
+        self.guesses = nn.ModuleList(_guess(c_s, c_t) for c_s, c_t in channels)
+        surplus = self.variance - FLOOR
+        start = surplus + math.log(-math.expm1(-surplus))  # of softplus, inverted
+        self.rho = nn.ParameterList(torch.full((c_t,), start) for _, c_t in channels)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         pairs = paired(student.maps, teacher.maps, self.skip)
         values = []
         for (s, t), guess, rho in zip(pairs, self.guesses, self.rho, strict=True):
             seen, aim = to_smaller(s, t)
-            values.append(surprise(guess(seen), F.softplus(rho) + FLOOR, aim))
+            values.append(gaussian_nll(guess(seen), F.softplus(rho) + FLOOR, aim))
         return torch.stack(values).sum()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from topkd.features import Batch, Features
 from topkd.losses._validation import EMBEDDINGS, check_shapes, count, not_negative, one_of, positive
-from topkd.losses.base import Loss, Source
+from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import deepest
 from topkd.topology.gradient import SMALL, in_units
 
@@ -64,13 +64,22 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(own, aim)
 
 
-class SimilarityPreserving(Loss):
+class SP(Loss):
     """:func:`similarity_preserving` of the last maps (SP).
 
     References:
         Similarity-Preserving Knowledge Distillation (Tung & Mori, ICCV 2019)
         https://arxiv.org/abs/1907.09682
     """
+
+    info = LossInfo(
+        name="sp",
+        group="relations",
+        compares="which images of a batch have like maps",
+        paper="Tung & Mori, ICCV 2019",
+        url="https://arxiv.org/abs/1907.09682",
+        cost="n² d",
+    )
 
     reads_maps = True
 
@@ -84,7 +93,7 @@ def correlation_products(student: Tensor, teacher: Tensor) -> Tensor:
     .. math:: \frac{1}{n(n-1)} \sum_{i \ne j} \sum_k \Delta_{ik} \Delta_{jk}, \qquad
         \Delta = \lvert e^s - e^t \rvert
 
-    The authors' code takes neighbours in the batch for the pairs (i, j), so that its value depends
+    The authors' code takes neighbors in the batch for the pairs (i, j), so that its value depends
     on the order of the batch. The mean over all pairs is its mean over all orders.
 
     Args:
@@ -152,7 +161,7 @@ def _kernel(embedding: Tensor, gamma: float, order: int) -> Tensor:
     return math.exp(-2 * gamma) * torch.stack(powers).sum(0)
 
 
-class CorrelationCongruence(Loss):
+class CC(Loss):
     """:func:`correlation_products` or :func:`correlation_kernel` of the embeddings (CC).
 
     They are different losses: the products are those of the code that the authors gave to
@@ -160,8 +169,6 @@ class CorrelationCongruence(Loss):
     published form, here of the embeddings as they are.
 
     Args:
-        student: Width of the student's embedding.
-        teacher: Width of the teacher's embedding.
         form: Which of the two.
         size: Of the products' embeddings.
         gamma: Of the kernel.
@@ -172,10 +179,18 @@ class CorrelationCongruence(Loss):
         https://arxiv.org/abs/1904.01802
     """
 
+    info = LossInfo(
+        name="cc",
+        group="relations",
+        compares="embeddings, by products or a kernel over pairs of images",
+        paper="Peng et al., ICCV 2019",
+        url="https://arxiv.org/abs/1904.01802",
+        cost="n d, two projections; as a kernel n² d",
+        zero=False,
+    )
+
     def __init__(
         self,
-        student: int,
-        teacher: int,
         *,
         form: Form = "products",
         size: int = 128,
@@ -184,17 +199,13 @@ class CorrelationCongruence(Loss):
     ) -> None:
         super().__init__()
         self.form, self.gamma = one_of("form", form, Form), positive("gamma", gamma)
-        self.order = count("order", order)
-        if form == "products":
-            count("size", size)
-            self.student, self.teacher = nn.Linear(student, size), nn.Linear(teacher, size)
+        self.size, self.order = count("size", size), count("order", order)
 
-    @classmethod
-    def between(
-        cls, student: Features, teacher: Features, source: Source, **options: Any
-    ) -> CorrelationCongruence:
-        """Builds the loss for the widths of two embeddings."""
-        return cls(student.embedding.shape[1], teacher.embedding.shape[1], **options)
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Creates the linear embeddings of both networks, for the products."""
+        if self.form == "products":
+            self.student = nn.Linear(student.embedding.shape[1], self.size)
+            self.teacher = nn.Linear(teacher.embedding.shape[1], self.size)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         s, t = student.embedding, teacher.embedding
@@ -276,7 +287,7 @@ def _cosines(points: Tensor) -> Tensor:
     return unit @ unit.mT
 
 
-class Relational(Loss):
+class RKD(Loss):
     """:func:`relational_distances` and :func:`relational_angles` of the embeddings (RKD).
 
     Args:
@@ -287,6 +298,15 @@ class Relational(Loss):
         Relational Knowledge Distillation (Park et al., CVPR 2019)
         https://arxiv.org/abs/1904.05068
     """
+
+    info = LossInfo(
+        name="rkd",
+        group="relations",
+        compares="distances and angles within a batch of embeddings",
+        paper="Park et al., CVPR 2019",
+        url="https://arxiv.org/abs/1904.05068",
+        cost="n³ d, with n³ + n² d numbers of memory",
+    )
 
     def __init__(self, *, distance: float = 25.0, angle: float = 50.0) -> None:
         super().__init__()
@@ -336,7 +356,7 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor, *, epsilon: float =
     return (t * ((t + epsilon) / (s + epsilon)).log()).mean()
 
 
-class ProbabilisticTransfer(Loss):
+class PKT(Loss):
     """:func:`probabilistic_transfer` of the embeddings (PKT).
 
     References:
@@ -344,6 +364,15 @@ class ProbabilisticTransfer(Loss):
         ECCV 2018)
         https://arxiv.org/abs/1803.10837
     """
+
+    info = LossInfo(
+        name="pkt",
+        group="relations",
+        compares="which image of a batch would be taken for which",
+        paper="Passalis & Tefas, ECCV 2018",
+        url="https://arxiv.org/abs/1803.10837",
+        cost="n² d",
+    )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         return probabilistic_transfer(student.embedding, teacher.embedding)

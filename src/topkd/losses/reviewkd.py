@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from topkd.features import Batch, Features
 from topkd.losses._validation import MAPS, check_shapes, count
-from topkd.losses.base import Loss, Source
+from topkd.losses.base import Loss, LossContext, LossInfo
 
 
 def hierarchical(student: Tensor, teacher: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Fusion(nn.Module):
         (g_1, g_2) = \sigma(\mathrm{conv}([x; y]))
 
     with 1x1 convolutions and y the deeper z, brought to the size of x. What is compared with the
-    teacher is a normalised 3x3 convolution of z, which is brought to the teacher's size before.
+    teacher is a normalized 3x3 convolution of z, which is brought to the teacher's size before.
 
     Args:
         channels: Of the student's map F.
@@ -69,8 +69,8 @@ class Fusion(nn.Module):
 
     def __init__(self, channels: int, middle: int, wide: int, *, deepest: bool) -> None:
         super().__init__()
-        self.enter = _normalised(channels, middle, 1)
-        self.leave = _normalised(middle, wide, 3)
+        self.enter = _normalized(channels, middle, 1)
+        self.leave = _normalized(middle, wide, 3)
         self.gates = None if deepest else nn.Conv2d(2 * middle, 2, 1)
 
     def forward(
@@ -86,13 +86,13 @@ class Fusion(nn.Module):
         return self.leave(fused), fused
 
 
-def _normalised(channels: int, wide: int, side: int) -> nn.Sequential:
+def _normalized(channels: int, wide: int, side: int) -> nn.Sequential:
     convolution = nn.Conv2d(channels, wide, side, padding=side // 2, bias=False)
     nn.init.kaiming_uniform_(convolution.weight, a=1)
     return nn.Sequential(convolution, nn.BatchNorm2d(wide))
 
 
-class Review(Loss):
+class ReviewKD(Loss):
     """The sum of :func:`hierarchical` over all stages and the embedding (ReviewKD).
 
     The student's maps, without that of the stem and with the embedding as the deepest, are walked
@@ -100,8 +100,6 @@ class Review(Loss):
     with the teacher's map before its ReLU, or with its embedding.
 
     Args:
-        student: Channels of the student's maps without the stem, then the width of its embedding.
-        teacher: The same of the teacher's pre-activations.
         preactivations: Whether the student's maps are taken before their ReLU as well, as for
             ImageNet.
         width: Channels in which maps are joined, at most; fewer if the student's embedding is
@@ -112,56 +110,40 @@ class Review(Loss):
         https://arxiv.org/abs/2104.09044
     """
 
+    info = LossInfo(
+        name="review",
+        group="feature maps",
+        compares="all maps and the embedding, deep ones joined to shallow ones",
+        paper="Chen et al., CVPR 2021",
+        url="https://arxiv.org/abs/2104.09044",
+        cost="n d², two convolutions and a gate for each map",
+        zero=False,
+    )
+
     reads_maps = True
 
-    def __init__(
-        self,
-        student: Sequence[int],
-        teacher: Sequence[int],
-        *,
-        preactivations: bool = False,
-        width: int = 512,
-    ) -> None:
+    def __init__(self, *, preactivations: bool = False, width: int = 512) -> None:
         super().__init__()
-        if len(student) != len(teacher):
-            raise ValueError(
-                "both networks need equally many maps, got "
-                f"{len(student) - 1} stages of the student and {len(teacher) - 1} of the teacher"
-            )
-        count("width", width)
-        self.preactivations, middle = preactivations, min(width, student[-1])
-        last = len(student) - 1
-        self.fusions = nn.ModuleList(
-            Fusion(channels, middle, wide, deepest=place == last)
-            for place, (channels, wide) in enumerate(zip(student, teacher, strict=True))
-        )
+        self.preactivations, self.width = preactivations, count("width", width)
 
-    @classmethod
-    def between(  # type: ignore[override]  # its options are named
-        cls,
-        student: Features,
-        teacher: Features,
-        source: Source,
-        *,
-        preactivations: bool = False,
-        width: int = 512,
-    ) -> Review:
-        """Builds the loss for the sizes of two networks.
-
-        Args:
-            student: What the student makes of some batch.
-            teacher: What the teacher makes of it.
-            source: Is not asked.
-            preactivations: Whether the student's maps are taken before their ReLU as well.
-            width: Channels in which maps are joined, at most.
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Creates a fusion for each stage.
 
         Raises:
             ValueError: If a network has no such maps, or the numbers of stages differ.
         """
-        own = _levels(student, preactivations, "student")
-        wanted = _levels(teacher, True, "teacher")
-        sizes = ([level.shape[1] for level in levels] for levels in (own, wanted))
-        return cls(*sizes, preactivations=preactivations, width=width)
+        own = [level.shape[1] for level in _levels(student, self.preactivations, "student")]
+        wanted = [level.shape[1] for level in _levels(teacher, True, "teacher")]
+        if len(own) != len(wanted):
+            raise ValueError(
+                "both networks need equally many maps, got "
+                f"{len(own) - 1} stages of the student and {len(wanted) - 1} of the teacher"
+            )
+        middle, last = min(self.width, own[-1]), len(own) - 1
+        self.fusions = nn.ModuleList(
+            Fusion(channels, middle, wide, deepest=place == last)
+            for place, (channels, wide) in enumerate(zip(own, wanted, strict=True))
+        )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         own = _levels(student, self.preactivations, "student")

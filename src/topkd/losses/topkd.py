@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from topkd._io import files
 from topkd._runtime import processes
 from topkd.features import Batch, Features
+from topkd.losses._validation import one_of
 from topkd.losses.approximators import check_fit, fit, learn, scale_of
-from topkd.losses.base import Source
+from topkd.losses.base import LossContext, LossInfo
 from topkd.losses.controls import (
     CLOUDS,
     Edges,
-    LabelFree,
+    PermutationInvariant,
     Target,
     batch_tree,
     check_tree,
@@ -34,22 +35,20 @@ from topkd.topology.serialization import Form, to_json
 Via = Literal["exact", "ripsnet", "distancenet"]
 
 
-class TopKD(LabelFree):
-    r"""Compares the global shape of a batch: the persistence of both clouds of embeddings.
+def topological_distillation(
+    student: Tensor, teacher: Tensor, describe: Callable[[Tensor], Tensor]
+) -> Tensor:
+    r"""Compares the persistence of two batches of embeddings.
 
     .. math:: \frac{1}{m} \lVert V(f^t) - V(f^s) \rVert^2
 
-    where V describes the cloud that the n embeddings of the batch form by m numbers. It does not
-    see which point is which image: the other terms have to say so.
-
     Args:
-        describe: V, from a cloud (n, d) to (m,); from a cloud and the edges (n - 1, 2) of a tree
-            where edges are random.
-        project: Takes the student's embedding to the width that ``describe`` needs.
-        facts: What readers of the results should know of V.
-        edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
-        target: ``other`` for the teacher's answers to other images, ``mean`` for the mean of V over
-            clouds of the teacher, see there.
+        student: Embeddings :math:`f^s`, (n, d).
+        teacher: Embeddings :math:`f^t`, (n, d'); the width may differ.
+        describe: V, which describes a cloud of n points by m numbers.
+
+    Returns:
+        The loss, a scalar.
 
     References:
         Do Topological Characteristics Help in Knowledge Distillation? (Kim et al., ICML 2024)
@@ -57,35 +56,57 @@ class TopKD(LabelFree):
 
     Examples:
         >>> from topkd.topology import PersistenceVector
-        >>> cloud = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
-        >>> vector = PersistenceVector.fit(rips(cloud[None]))
-        >>> loss = TopKD(lambda points: vector(rips(points)))
-        >>> teacher = Features(torch.zeros(64, 10), cloud)
-        >>> student = Features(torch.zeros(64, 10), cloud.flip(0))  # the same shape, permuted
-        >>> batch = Batch(torch.zeros(64, 3, 8, 8), torch.zeros(64).long(), torch.arange(64))
-        >>> loss(student, teacher, batch).item() < 1e-9
+        >>> teacher = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+        >>> vector = PersistenceVector.fit(rips(teacher[None]))
+        >>> student = teacher.flip(0)  # the same shape, permuted
+        >>> loss = topological_distillation(student, teacher, lambda points: vector(rips(points)))
+        >>> loss.item() < 1e-9
         True
     """
+    return F.mse_loss(describe(student), describe(teacher))
+
+
+class TopKD(PermutationInvariant):
+    r"""Compares the global topology of a batch: the persistence of both clouds of embeddings.
+
+    .. math:: \frac{1}{m} \lVert V(f^t) - V(f^s) \rVert^2
+
+    where V describes the cloud of the n embeddings of the batch by m numbers: a vectorization of
+    its persistence diagram, exact or approximated by a network. The loss is invariant to the order
+    of the points, so other terms have to teach which point is which image.
+
+    Args:
+        via: Whether persistence is computed exactly, approximated by a RipsNet, as in the paper, or
+            approximated from distances by a DistanceNet, which is more accurate.
+        form: The vectorization, "vector" (20 numbers without scale) or "image" (the paper's 400
+            pixels; of dimension 1, integrals over cells, weighted by persistence). Defaults to the
+            image for RipsNet and to the vector otherwise.
+        dimension: 0 for clusters, 1 for loops.
+        scale: What the lengths of each cloud are divided by: "none", or the "mean", "median" or
+            "max" of the lengths of its spanning tree. Defaults to the mean for vectors and to none
+            for images, as in the paper.
+        edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
+        target: ``other`` for the teacher's features of other images, ``mean`` for the mean of V
+            over clouds of the teacher, see there.
+        training: How the approximator is trained, if there is one.
+        file: A trained approximator, used instead of training one.
+
+    References:
+        Do Topological Characteristics Help in Knowledge Distillation? (Kim et al., ICML 2024)
+        https://proceedings.mlr.press/v235/kim24aj.html
+    """
+
+    info = LossInfo(
+        name="topkd",
+        group="topology",
+        compares="persistence of the embeddings",
+        paper="Kim et al., ICML 2024",
+        url="https://proceedings.mlr.press/v235/kim24aj.html",
+        cost="n² d",
+    )
 
     def __init__(
         self,
-        describe: Callable[..., Tensor],
-        project: nn.Module | None = None,
-        facts: dict[str, Any] | None = None,
-        *,
-        edges: Edges = "persistent",
-        target: Target = "own",
-    ) -> None:
-        super().__init__(edges, target)
-        self.describe, self.project = describe, project
-        self._facts = facts or {}
-
-    @classmethod
-    def between(  # type: ignore[override]  # its options are named
-        cls,
-        student: Features,
-        teacher: Features,
-        source: Source,
         *,
         via: Via = "exact",
         form: Form | None = None,
@@ -95,59 +116,72 @@ class TopKD(LabelFree):
         target: Target = "own",
         training: Training = Training(),  # noqa: B008  (it is frozen)
         file: str | None = None,
-    ) -> TopKD:
-        """Builds the loss, learning from the teacher what it needs.
+    ) -> None:
+        super().__init__(edges, target)
+        check_tree(edges, dimension)
+        self.via: Via = one_of("via", via, Via)
+        if via != "exact" and edges == "random":
+            raise ValueError(f"edges: random has no meaning for {via}; use via: exact")
+        self.form: Form = form or ("image" if via == "ripsnet" else "vector")
+        self.dimension, self.scale = one_of("dimension", dimension, Literal[0, 1]), scale
+        self.training_of_approximator, self.file = training, file
+        self.describe: Callable[..., Tensor] | None = None
+        self.project: nn.Module | None = None
+        self._metadata: dict[str, Any] = {"via": via, "dimension": dimension}
 
-        Args:
-            student: What the student makes of some batch.
-            teacher: What the teacher makes of it.
-            source: The teacher's answers to the training images.
-            via: Whether persistence is computed exactly, guessed by a RipsNet, as in the paper, or
-                guessed from distances by a DistanceNet, which guesses better.
-            form: How a diagram is described, "vector" (20 numbers without scale) or "image" (the
-                paper's 400 pixels; of dimension 1, integrals over cells, weighted by persistence).
-                RipsNet guesses the image if not told, all else the vector.
-            dimension: 0 for clusters, 1 for loops.
-            scale: What the lengths of each cloud are divided by: "none", or the "mean", "median" or
-                "max" of the lengths of its spanning tree. The mean for vectors if not told, and
-                none for images, as in the paper.
-            edges: Which edges count.
-            target: Whose answers the student's are compared with.
-            training: How the approximator is trained, if there is one.
-            file: An approximator that was trained before, to be used instead of training one.
+    def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
+        """Fits the vectorization to the teacher's clouds, and trains the approximator, if any.
 
         Raises:
             ValueError: If the approximator in the file was made for another teacher, other clouds,
-                or another dimension or scale; if the control is none of this loss.
+                or another dimension or scale.
         """
-        cls.check(edges, target)  # before anything is learnt
-        check_tree(edges, dimension)
-        if via != "exact" and edges == "random":
-            raise ValueError(f"edges: random cannot be told to what {via} learnt; use via: exact")
-        form = form or ("image" if via == "ripsnet" else "vector")
-        describe: Callable[..., Tensor]
-        project, facts = None, dict[str, Any](via=via, dimension=dimension)
-        if via == "exact":
-            describe, exact = _exactly(source, form, dimension, scale, edges)
+        if self.via == "exact":
+            self.describe, exact = self._exactly(context)
         else:
             (size, width), own_width = teacher.embedding.shape, student.embedding.shape[1]
-            with torch.random.fork_rng(devices=[]):  # the projection is the same, trained or loaded
-                if file is None:
-                    approximation = processes.by_first(
-                        lambda: learn(source, size, form, via, training, dimension, scale)
-                    )
-                else:
-                    content = processes.by_first(lambda: files.read_checked(Path(file)))
-                    approximation = Approximation.from_bytes(content)
-                    check_fit(approximation, file, source.teacher_hash, size, dimension, scale)
-            describe, exact = approximation.network, approximation.exact
-            facts["fidelity"] = asdict(approximation.fidelity)
+            approximation = self._approximation(context, size)
+            self.describe, exact = approximation.network, approximation.exact
+            self._metadata["fidelity"] = asdict(approximation.fidelity)
             if own_width != width and approximation.network.width is not None:
-                project = nn.Linear(own_width, width)
-        facts |= {"scale": scale_of(exact), "vectorisation": to_json(exact.vectorisation)}
-        loss = cls(describe, project, facts, edges=edges, target=target)
-        loss.hold(teacher, source)
-        return loss
+                self.project = nn.Linear(own_width, width)
+        self._metadata |= {
+            "scale": scale_of(exact),
+            "vectorization": to_json(exact.vectorization),
+        }
+        super().setup(student, teacher, context)
+
+    def _exactly(self, context: LossContext) -> tuple[Callable[..., Tensor], Exact]:
+        """Fits a vectorization, which reads a random tree where edges are random."""
+        kept = list(islice(context.teacher_batches(0), CLOUDS))
+        clouds = torch.stack([made.embedding for _, made in kept])
+        if self.edges == "persistent":
+            diagrams = rips(clouds, max_dim=self.dimension)
+            exact = fit(diagrams, self.form, self.dimension, self.scale)
+            return exact, exact
+        trees = torch.stack([batch_tree(shown, 0) for shown, _ in kept])
+        exact = fit(tree_diagram(clouds, trees), self.form, self.dimension, self.scale)
+
+        def by_tree(points: Tensor, tree: Tensor) -> Tensor:
+            return exact.vectorization(tree_diagram(points, tree))
+
+        return by_tree, exact
+
+    def _approximation(self, context: LossContext, size: int) -> Approximation:
+        """Trains or loads the approximator for clouds of so many points."""
+        assert self.via != "exact"
+        with torch.random.fork_rng(devices=[]):  # the projection is the same, trained or loaded
+            if self.file is None:
+                options = self.form, self.via, self.training_of_approximator
+                return processes.by_first(
+                    lambda: learn(context, size, *options, self.dimension, self.scale)
+                )
+            content = processes.by_first(lambda: files.read_checked(Path(str(self.file))))
+            approximation = Approximation.from_bytes(content)
+            check_fit(
+                approximation, self.file, context.teacher_hash, size, self.dimension, self.scale
+            )
+            return approximation
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         if self.project is not None:
@@ -155,29 +189,13 @@ class TopKD(LabelFree):
         return super().forward(student, teacher, batch)
 
     def described(self, points: Tensor, tree: Tensor | None) -> Tensor:
+        if self.describe is None:
+            raise ValueError("setup() has to fit the vectorization before the first batch")
         return self.describe(points) if tree is None else self.describe(points, tree)
 
     def compared(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.mse_loss(student, teacher)
 
-    def facts(self) -> dict[str, Any]:
-        """Tells the parameters of V and, of a RipsNet, how well it stands for the exact one."""
-        return self._facts
-
-
-def _exactly(
-    source: Source, form: Form, dimension: int, scale: Unit | None, edges: Edges
-) -> tuple[Callable[..., Tensor], Exact]:
-    """What describes clouds, by a tree where edges are random, and how it was fitted."""
-    seen = list(islice(source.answers(0), CLOUDS))
-    clouds = torch.stack([made.embedding for _, made in seen])
-    if edges == "persistent":
-        exact = fit(rips(clouds, max_dim=dimension), form, dimension, scale)
-        return exact, exact
-    trees = torch.stack([batch_tree(shown, 0) for shown, _ in seen])
-    exact = fit(tree_diagram(clouds, trees), form, dimension, scale)
-
-    def by_tree(points: Tensor, tree: Tensor) -> Tensor:
-        return exact.vectorisation(tree_diagram(points, tree))
-
-    return by_tree, exact
+    def metadata(self) -> dict[str, Any]:
+        """Returns the parameters of V and, for an approximator, its fidelity."""
+        return self._metadata

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from topkd.features import Tapped
+from topkd.features import FeatureExtractor
 from topkd.models import mobilenet, resnet, shufflenet, vgg, wide_resnet
 
 
@@ -19,9 +19,9 @@ class Model:
     taps: Mapping[str, Any]  # maps, preactivations and head, as Tapped takes them
     about: str = ""
 
-    def build(self, classes: int) -> Tapped:
+    def build(self, classes: int) -> FeatureExtractor:
         """Builds the network, new, with its taps."""
-        return Tapped(self.network(classes=classes), **self.taps)
+        return FeatureExtractor(self.network(classes=classes), **self.taps)
 
 
 def _resnet(depth: int, *widths: int) -> Model:
@@ -36,7 +36,7 @@ def _wide_resnet(depth: int, width: int) -> Model:
 
 
 def _vgg(depth: int) -> Model:
-    about = f"VGG of depth {depth} with batch normalisation, 512 wide at the end"
+    about = f"VGG of depth {depth} with batch normalization, 512 wide at the end"
     return Model(partial(vgg.VGG, depth), vgg.TAPS, about)
 
 

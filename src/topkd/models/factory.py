@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from topkd._runtime.imports import imported
-from topkd.features import Tapped
+from topkd.features import FeatureExtractor
 from topkd.models import MODELS, Model
 from topkd.models.feature_info import taps_of
 from topkd.models.found import taps_by_running
@@ -28,7 +28,7 @@ class Published:
 
     classes: int  # it tells apart
     size: int  # pixels on a side of its images
-    mean: tuple[float, float, float]  # with which they were normalised
+    mean: tuple[float, float, float]  # with which they were normalized
     std: tuple[float, float, float]
 
 
@@ -38,7 +38,7 @@ class Foreign(Model):
 
     published: Callable[[], Published] | None = None
 
-    def build(self, classes: int) -> Tapped:
+    def build(self, classes: int) -> FeatureExtractor:
         """Builds the network, new, with the taps of its family."""
         return _tapped(self.about, self.network(classes, None, False), None, {})
 
@@ -105,7 +105,7 @@ def build(
     maps: Sequence[str] | None = None,
     head: str | None = None,
     preactivations: Sequence[str] | None = None,
-) -> Tapped:
+) -> FeatureExtractor:
     """Builds a network, new or as it was published, with its taps.
 
     Args:
@@ -135,7 +135,7 @@ def build(
         published(name)
     if isinstance(model, Foreign):
         return _tapped(name, model.network(classes, size, pretrained), size, own)
-    return Tapped(model.network(classes=classes), **{**model.taps, **own})
+    return FeatureExtractor(model.network(classes=classes), **{**model.taps, **own})
 
 
 def published(name: str) -> Published:
@@ -150,7 +150,9 @@ def published(name: str) -> Published:
     return model.published()
 
 
-def _tapped(name: str, network: nn.Module, size: int | None, own: dict[str, Any]) -> Tapped:
+def _tapped(
+    name: str, network: nn.Module, size: int | None, own: dict[str, Any]
+) -> FeatureExtractor:
     taps = {**taps_of(network), **own}
     missing = [key for key in ("head", "maps") if key not in taps]
     found = _found(name, network, size, missing) if missing else {}
@@ -163,7 +165,7 @@ def _tapped(name: str, network: nn.Module, size: int | None, own: dict[str, Any]
             f"{name} answers with what no layer of it gives: give its head, the module that makes "
             f"logits of embeddings; it has {some}"
         )
-    tapped = Tapped(network, **taps)
+    tapped = FeatureExtractor(network, **taps)
     if missing:
         maps = ", ".join(taps["maps"]) or "none"
         tapped.found = (

@@ -35,7 +35,7 @@ _CHANNELS_LAST = ("SwinTransformer", "VisionTransformerSAM", "VOLO")  # and thos
 
 
 def taps_of(network: nn.Module) -> dict[str, Any]:
-    """Lists where a network is read, as :class:`topkd.features.Tapped` takes it.
+    """Lists where a network is read, as :class:`topkd.features.FeatureExtractor` takes it.
 
     Maps are the stem and the stages, each where its size is last seen. A transformer that keeps
     its size has four stages of equally many blocks. Where stages end in a ReLU, what goes into it

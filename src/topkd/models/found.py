@@ -53,9 +53,9 @@ def taps_by_running(network: nn.Module, size: int | None) -> dict[str, Any]:
         size: Of the images, in pixels on a side; if not told, the first usual one that it takes.
 
     Returns:
-        ``head``, ``maps`` and ``preactivations``, as :class:`topkd.features.Tapped` takes them; no
-        ``head`` where no layer is it, and no pre-activations unless a module for the ReLU ends
-        every map.
+        ``head``, ``maps`` and ``preactivations``, arguments of
+        :class:`topkd.features.FeatureExtractor`; no ``head`` where no layer is it, and no
+        pre-activations unless a module for the ReLU ends every map.
 
     Raises:
         RuntimeError: If the network cannot take images of this size.

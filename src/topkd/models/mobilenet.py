@@ -43,7 +43,7 @@ TAPS_V1: dict[str, Any] = {
     "preactivations": ("model.0.1", "model.3.4", "model.5.4", "model.11.4", "model.13.4"),
     "head": "fc",
 }
-"""The stem, and what stands before the size is halved; the pre-activations are normalisations."""
+"""The stem, and what stands before the size is halved; the pre-activations are normalizations."""
 
 
 class InvertedResidual(nn.Module):
@@ -157,7 +157,7 @@ class MobileNetV1(nn.Module):
 def _convolution(
     channels_in: int, channels: int, *, side: int = 3, stride: int = 1, groups: int = 1
 ) -> list[nn.Module]:
-    """A convolution that keeps the size or divides it by the stride, normalised and rectified."""
+    """A convolution that keeps the size or divides it by the stride, normalized and rectified."""
     padding = side // 2
     convolution = nn.Conv2d(channels_in, channels, side, stride, padding, groups=groups, bias=False)
     return [convolution, nn.BatchNorm2d(channels), nn.ReLU()]

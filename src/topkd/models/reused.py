@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topkd.features import Tapped, Teacher
+from topkd.features import FeatureExtractor, Teacher
 
 
-class Reused(nn.Module):
+class ReusedClassifierStudent(nn.Module):
     r"""The body of a student, a projector, and a copy of the teacher's classifier, which is frozen.
 
     The body is a copy of the student without the layers whose weights its last map does not depend
@@ -42,15 +42,16 @@ class Reused(nn.Module):
     Examples:
         >>> body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         ...                      nn.Linear(4, 10))
-        >>> network = Reused(Tapped(body, maps=["0"], head="3"), tap="0", channels=4, wide=8,
-        ...                  size=(3, 3), classes=10, bias=True, dropped=["3"])
+        >>> student = FeatureExtractor(body, maps=["0"], head="3")
+        >>> network = ReusedClassifierStudent(student, tap="0", channels=4, wide=8, size=(3, 3),
+        ...                                   classes=10, bias=True, dropped=["3"])
         >>> network(torch.zeros(2, 3, 8, 8)).shape
         torch.Size([2, 10])
     """
 
     def __init__(
         self,
-        student: Tapped,
+        student: FeatureExtractor,
         *,
         tap: str,
         channels: int,
@@ -104,7 +105,7 @@ class Reused(nn.Module):
 def projector(channels: int, wide: int, factor: int = 2) -> nn.Sequential:
     """Builds what makes a map of the teacher's width of the student's: 1x1, 3x3, 1x1 convolutions.
 
-    Each is followed by a normalisation and a ReLU.
+    Each is followed by a normalization and a ReLU.
 
     Args:
         channels: Of the student's map.
@@ -129,14 +130,14 @@ def projector(channels: int, wide: int, factor: int = 2) -> nn.Sequential:
 
 
 def reuse(
-    student: Tapped,
+    student: FeatureExtractor,
     teacher: Teacher,
     images: Tensor,
     *,
     factor: int = 2,
     tap: str | None = None,
     teacher_tap: str = "avgpool:in",
-) -> Tapped:
+) -> FeatureExtractor:
     """Gives a student its teacher's classifier.
 
     Args:
@@ -149,8 +150,8 @@ def reuse(
             :data:`topkd.models.MODELS` have it under this name.
 
     Returns:
-        A :class:`Reused` network with taps. Its last map is the projected one, its embedding the
-        averages of this, its logits those of the teacher's classifier.
+        A :class:`ReusedClassifierStudent` with taps. Its last map is the projected one, its
+        embedding the averages of this, its logits those of the teacher's classifier.
 
     Raises:
         ValueError: If the teacher's classifier is not one linear layer on the averages of the map,
@@ -161,7 +162,7 @@ def reuse(
     tap = tap or student.maps[-1]
     weight, bias, size = _classifier(teacher, images, teacher_tap)
     channels, dropped = _explored(student, images, tap)
-    network = Reused(
+    network = ReusedClassifierStudent(
         student,
         tap=tap,
         channels=channels,
@@ -179,21 +180,21 @@ def reuse(
     return _tapped(network)
 
 
-def rebuild(student: Tapped, description: Mapping[str, Any]) -> Tapped:
+def rebuild(student: FeatureExtractor, description: Mapping[str, Any]) -> FeatureExtractor:
     """Builds a network as :func:`reuse` made it, but with new weights and without the teacher.
 
     Args:
         student: The same kind of network, new.
-        description: :attr:`Reused.description`, which JSON can hold.
+        description: :attr:`ReusedClassifierStudent.description`, which JSON can hold.
     """
-    return _tapped(Reused(student, **description))
+    return _tapped(ReusedClassifierStudent(student, **description))
 
 
-def _tapped(network: Reused) -> Tapped:
+def _tapped(network: ReusedClassifierStudent) -> FeatureExtractor:
     maps = [f"maps.{place}" for place in range(len(network.maps))]
     before = [f"preactivations.{place}" for place in range(len(network.preactivations))]
     last = len(network.projector) - 1  # its ReLU
-    return Tapped(
+    return FeatureExtractor(
         network, [*maps, "projector"], "classifier", [*before, f"projector.{last}:in"]
     ).train(network.training)
 
@@ -221,7 +222,7 @@ def _classifier(
     return head.weight.flatten(1), head.bias, (height, width)
 
 
-def _explored(student: Tapped, images: Tensor, tap: str) -> tuple[int, list[str]]:
+def _explored(student: FeatureExtractor, images: Tensor, tap: str) -> tuple[int, list[str]]:
     """Finds the channels of a map, and the layers of whose weights it does not depend."""
     body = student.retapped([tap], []).eval().requires_grad_(True)
     weights = dict(body.network.named_parameters())

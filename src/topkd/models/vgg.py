@@ -23,11 +23,11 @@ TAPS: dict[str, Any] = {
     "preactivations": ("block0", "block1", "block2", "block3", "block4"),
     "head": "classifier",
 }
-"""A block ends with a normalisation; the ReLU behind it is a module of its own."""
+"""A block ends with a normalization; the ReLU behind it is a module of its own."""
 
 
 class VGG(nn.Module):
-    r"""A plain network of 3x3 convolutions with batch normalisation, for small images.
+    r"""A plain network of 3x3 convolutions with batch normalization, for small images.
 
     The size is halved behind each of the first three blocks, and for images of 64x64 and more
     behind the fourth as well; the last map is averaged, and one linear layer classifies. Its state
@@ -86,7 +86,7 @@ class VGG(nn.Module):
 
 
 def _block(channels_in: int, channels: int, convolutions: int) -> nn.Sequential:
-    """Convolutions, each with its normalisation and ReLU, without the last ReLU."""
+    """Convolutions, each with its normalization and ReLU, without the last ReLU."""
     layers: list[nn.Module] = []
     for _ in range(convolutions):
         layers.append(nn.Conv2d(channels_in, channels, 3, padding=1))

@@ -12,13 +12,13 @@ TAPS: dict[str, Any] = {
     "preactivations": ("block1.layer.0.bn1", "block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"),
     "head": "fc",
 }
-"""The maps are sums that no ReLU has seen yet: it stands behind the normalisation with which the
+"""The maps are sums that no ReLU has seen yet: it stands behind the normalization with which the
 next part begins, and the outputs of that are the pre-activations. The tap ``relu`` reads the last
-map behind its normalisation and its ReLU, the one whose averages the classifier reads."""
+map behind its normalization and its ReLU, the one whose averages the classifier reads."""
 
 
 class PreactivationBlock(nn.Module):
-    """Two 3x3 convolutions, each behind its normalisation and ReLU, and a shortcut around them."""
+    """Two 3x3 convolutions, each behind its normalization and ReLU, and a shortcut around them."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#A6761D")
-"""Told apart with every kind of colour vision (Okabe & Ito 2008, without its yellow)."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#A6761D")
+"""Told apart with every kind of color vision (Okabe & Ito 2008, without its yellow)."""
 LINES = ("-", "--", "-.", ":")
 TEACHER = "#333333"
 OTHERS = "#c8c8c8"
-CLASS_COLOURS = (*COLOURS, "#6A3D9A", "#B8B000")
-NEIGHBOURS = 15  # of UMAP; fewer points than this have none
+CLASS_COLORS = (*COLORS, "#6A3D9A", "#B8B000")
+NEIGHBORS = 15  # of UMAP; fewer points than this have none
 
 _STYLE: Mapping[str, Any] = {
     "font.family": "sans-serif",
@@ -77,13 +77,13 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def palette(names: Sequence[str]) -> dict[str, str]:
-    """Gives every name a colour, the same for the same names in the same order.
+    """Gives every name a color, the same for the same names in the same order.
 
     Examples:
         >>> palette(["kd", "student"])
         {'kd': '#0072B2', 'student': '#D55E00'}
     """
-    return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+    return {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
 
 
 def curves(
@@ -91,7 +91,7 @@ def curves(
     *,
     title: str,
     ylabel: str,
-    colours: Mapping[str, str] | None = None,
+    colors: Mapping[str, str] | None = None,
     wide: bool = False,
     threshold: float | None = None,
 ) -> Figure:
@@ -101,13 +101,13 @@ def curves(
         runs: Name -> for each seed, a value for each epoch; NaN where there is none.
         title: Above the figure.
         ylabel: What the values are, with their unit.
-        colours: Of the names; from :func:`palette` if not told.
+        colors: Of the names; from :func:`palette` if not told.
         wide: Whether values that span more than a factor of 30 get a logarithmic axis; values
             that are not positive are then left out.
         threshold: Where to draw a dashed line across.
     """
-    colours = colours or palette(list(runs))
-    styles = dict(zip(colours, itertools.cycle(LINES), strict=False))
+    colors = colors or palette(list(runs))
+    styles = dict(zip(colors, itertools.cycle(LINES), strict=False))
     with _style():
         figure = _figure(4.2, 3.0)
         axes = figure.add_subplot(title=title, xlabel="epoch", ylabel=ylabel)
@@ -116,12 +116,12 @@ def curves(
             values = np.array([seed[:length] for seed in seeds], dtype=float)
             epochs = np.arange(1, length + 1)
             if len(values) > 1:
-                axes.plot(epochs, values.T, color=colours[name], linewidth=0.7, alpha=0.35)
+                axes.plot(epochs, values.T, color=colors[name], linewidth=0.7, alpha=0.35)
             mean = values.mean(0)
             axes.plot(
                 epochs,
                 mean,
-                color=colours[name],
+                color=colors[name],
                 linewidth=2,
                 linestyle=styles[name],
                 marker="o" if np.isfinite(mean).sum() == 1 else None,
@@ -151,21 +151,21 @@ def gradient_shares(
     terms: Mapping[str, Sequence[Sequence[float]]],
     *,
     title: str,
-    colours: Mapping[str, str] | None = None,
+    colors: Mapping[str, str] | None = None,
 ) -> Figure:
     """Draws the share of each term in the gradient over the epochs, with a line at 0.1 %.
 
     Args:
         terms: Name of the term -> for each seed, its share (0 to 1) in each epoch.
         title: Above the figure.
-        colours: Of the terms; from :func:`palette` if not told.
+        colors: Of the terms; from :func:`palette` if not told.
     """
     percent = {name: [[100 * v for v in seed] for seed in seeds] for name, seeds in terms.items()}
     return curves(
         percent,
         title=title,
         ylabel="share of the gradient, %",
-        colours=colours,
+        colors=colors,
         wide=True,
         threshold=0.1,
     )
@@ -177,7 +177,7 @@ def barcode(
     title: str,
     end: float | None = None,
     unit: str = "",
-    colour: str = COLOURS[0],
+    color: str = COLORS[0],
 ) -> Figure:
     """Draws an H0 persistence diagram as bars: each lasts until its point joins another.
 
@@ -188,14 +188,14 @@ def barcode(
         title: Above the figure.
         end: Right end of the axis, to compare several; the greatest death if not told.
         unit: Of the deaths.
-        colour: Of the bars.
+        color: Of the bars.
     """
     lengths = np.sort(np.asarray(deaths, dtype=float))[::-1]
     with _style():
         figure = _figure(3.2, 3.0)
         axes = figure.add_subplot(title=title, ylabel="bars, longest at the bottom")
         axes.set_xlabel(f"distance{unit and f', {unit}'}")
-        axes.hlines(np.arange(1, len(lengths) + 1), 0, lengths, color=colour, linewidth=1.6)
+        axes.hlines(np.arange(1, len(lengths) + 1), 0, lengths, color=color, linewidth=1.6)
         axes.set_xlim(0, 1.03 * (end or max(lengths.max(initial=0), 1e-12)))
         axes.grid(visible=False, axis="y")
     return figure
@@ -218,10 +218,10 @@ def filtration(points: ArrayLike, lengths: Sequence[float]) -> Figure:
             near = apart <= length
             for i, j, k in itertools.combinations(range(len(cloud)), 3):
                 if near[i, j] and near[j, k] and near[i, k]:
-                    axes.fill(*cloud[[i, j, k]].T, color=COLOURS[4], alpha=0.25, linewidth=0)
+                    axes.fill(*cloud[[i, j, k]].T, color=COLORS[4], alpha=0.25, linewidth=0)
             for i, j in itertools.combinations(range(len(cloud)), 2):
                 if near[i, j]:
-                    axes.plot(*cloud[[i, j]].T, color=COLOURS[0], linewidth=0.9)
+                    axes.plot(*cloud[[i, j]].T, color=COLORS[0], linewidth=0.9)
             axes.plot(*cloud.T, "o", color=TEACHER, markersize=4)
             axes.set_title(f"length {length:g}")
             axes.set_aspect("equal")
@@ -237,7 +237,7 @@ def diagram(bars: Mapping[str, ArrayLike], *, title: str) -> Figure:
         bars: Name, as of a dimension -> births and deaths, (bars, 2).
         title: Above the figure.
     """
-    colours = palette(list(bars))
+    colors = palette(list(bars))
     named = {name: np.asarray(each, dtype=float).reshape(-1, 2) for name, each in bars.items()}
     with _style():
         figure = _figure(3.4, 3.2)
@@ -245,7 +245,7 @@ def diagram(bars: Mapping[str, ArrayLike], *, title: str) -> Figure:
         end = 1.05 * max(np.max(each, initial=1e-12) for each in named.values())
         axes.plot([0, end], [0, end], color=OTHERS, linewidth=1)
         for (name, each), marker in zip(named.items(), itertools.cycle("osD^"), strict=False):
-            axes.plot(*each.T, marker, color=colours[name], label=name, alpha=0.8)
+            axes.plot(*each.T, marker, color=colors[name], label=name, alpha=0.8)
         axes.set_aspect("equal")
         axes.legend(fontsize=9, loc="lower right")
     return figure
@@ -256,7 +256,7 @@ def sorted_deaths(
     *,
     title: str,
     unit: str = "",
-    colours: Mapping[str, str] | None = None,
+    colors: Mapping[str, str] | None = None,
 ) -> Figure:
     """Draws the sorted deaths of several H0 diagrams over each other.
 
@@ -267,10 +267,10 @@ def sorted_deaths(
         diagrams: Name -> where the bars end, (bars,).
         title: Above the figure.
         unit: Of the deaths.
-        colours: Of the names; from :func:`palette` if not told.
+        colors: Of the names; from :func:`palette` if not told.
     """
-    colours = colours or palette(list(diagrams))
-    styles = dict(zip(colours, itertools.cycle(LINES), strict=False))
+    colors = colors or palette(list(diagrams))
+    styles = dict(zip(colors, itertools.cycle(LINES), strict=False))
     with _style():
         figure = _figure(3.2, 3.0)
         axes = figure.add_subplot(title=title, xlabel="bars, shortest first")
@@ -278,7 +278,7 @@ def sorted_deaths(
         for name, deaths in diagrams.items():
             values = np.sort(np.asarray(deaths, dtype=float))
             bars = np.arange(1, len(values) + 1)
-            axes.plot(bars, values, styles[name], color=colours[name], linewidth=1.8, label=name)
+            axes.plot(bars, values, styles[name], color=colors[name], linewidth=1.8, label=name)
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=9, handlelength=2.4)
     return figure
@@ -326,7 +326,7 @@ def persistence_images(
 
 def _draw_image(axes: Axes, value: NDArray[Any], resolution: int, low: float, high: float) -> None:
     if len(value) == resolution:
-        axes.bar(range(resolution), value, width=0.9, color=COLOURS[0])
+        axes.bar(range(resolution), value, width=0.9, color=COLORS[0])
         axes.set_ylim(low, high * 1.02 or 1.0)
         return
     pixels = value.reshape(resolution, resolution)  # a row for each persistence, least first
@@ -353,7 +353,7 @@ def project(points: ArrayLike, *, seed: int = 0) -> tuple[NDArray[Any], str]:
     x = np.asarray(points, dtype=np.float64)
     if x.ndim != 2 or len(x) < 2:
         raise ValueError(f"at least two points (n, d) are needed, got {x.shape}")
-    if len(x) <= NEIGHBOURS:
+    if len(x) <= NEIGHBORS:
         left, scale, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
         places = np.zeros((len(x), 2))
         places[:, : min(2, len(scale))] = (left * scale)[:, :2]
@@ -362,32 +362,32 @@ def project(points: ArrayLike, *, seed: int = 0) -> tuple[NDArray[Any], str]:
         warnings.simplefilter("ignore")  # of packages it could use, and of clusters far apart
         import umap
 
-        reducer = umap.UMAP(n_neighbors=NEIGHBOURS, random_state=seed, n_jobs=1)
+        reducer = umap.UMAP(n_neighbors=NEIGHBORS, random_state=seed, n_jobs=1)
         return np.asarray(reducer.fit_transform(x), dtype=np.float64), "UMAP"
 
 
-def class_colours(target: Sequence[int]) -> dict[int, str]:
-    """Gives the ten most frequent classes a colour.
+def class_colors(target: Sequence[int]) -> dict[int, str]:
+    """Gives the ten most frequent classes a color.
 
     Args:
         target: The class of each image.
 
     Returns:
-        Class -> colour, by class.
+        Class -> color, by class.
 
     Examples:
-        >>> list(class_colours([3, 1, 1, 2]))
+        >>> list(class_colors([3, 1, 1, 2]))
         [1, 2, 3]
     """
     ranked = sorted(Counter(target).items(), key=lambda item: (-item[1], item[0]))
-    chosen = sorted(number for number, _ in ranked[: len(CLASS_COLOURS)])
-    return dict(zip(chosen, CLASS_COLOURS, strict=False))
+    chosen = sorted(number for number, _ in ranked[: len(CLASS_COLORS)])
+    return dict(zip(chosen, CLASS_COLORS, strict=False))
 
 
 def scatter(
     places: ArrayLike, target: Sequence[int], *, title: str, names: Mapping[int, str] | None = None
 ) -> Figure:
-    """Draws points in the plane, coloured by class; all but the ten most frequent are grey.
+    """Draws points in the plane, colored by class; all but the ten most frequent are gray.
 
     Args:
         places: (n, 2), of :func:`project`.
@@ -401,18 +401,18 @@ def scatter(
     spots, classes = np.asarray(places, dtype=float), np.asarray(target)
     if spots.shape != (len(classes), 2):
         raise ValueError(f"places must be (n, 2) for n classes, got {spots.shape}, {classes.shape}")
-    colours = class_colours(classes.tolist())
+    colors = class_colors(classes.tolist())
     with _style():
         figure = _figure(3.4, 3.4 if names is None else 4.0)
         axes = figure.add_subplot(title=title)
-        grey = ~np.isin(classes, list(colours))
-        if grey.any():
-            x, y = spots[grey].T
+        gray = ~np.isin(classes, list(colors))
+        if gray.any():
+            x, y = spots[gray].T
             axes.scatter(x, y, 8, OTHERS, linewidths=0, label="others")
-        for number, colour in colours.items():
+        for number, color in colors.items():
             label = (names or {}).get(number, str(number))
             x, y = spots[classes == number].T
-            axes.scatter(x, y, 10, colour, linewidths=0, alpha=0.85, label=label)
+            axes.scatter(x, y, 10, color, linewidths=0, alpha=0.85, label=label)
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
         axes.spines[["left", "bottom"]].set_visible(False)

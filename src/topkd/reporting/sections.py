@@ -47,7 +47,7 @@ class Chapter:
     warnings: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
     missing: Sequence[str] = ()  # what is left out, and why
-    legend: Mapping[str, str] = field(default_factory=dict)  # what -> colour
+    legend: Mapping[str, str] = field(default_factory=dict)  # what -> color
 
 
 def training(study: Study) -> Chapter:
@@ -59,20 +59,20 @@ def training(study: Study) -> Chapter:
     runs = {arm: histories for arm, histories in runs.items() if histories}
     if not runs:
         return Chapter("training", missing=[NO_METRICS])
-    colours, judged_on = plots.palette(list(study.arms)), study.first.result.judged_on
+    colors, judged_on = plots.palette(list(study.arms)), study.first.result.judged_on
     accuracies = {
         arm: [[entry[f"{judged_on}_top1"] for entry in history] for history in histories]
         for arm, histories in runs.items()
     }
     figure = plots.curves(
-        accuracies, title="Accuracy", ylabel=f"{judged_on} accuracy, %", colours=colours
+        accuracies, title="Accuracy", ylabel=f"{judged_on} accuracy, %", colors=colors
     )
     pictures = [Picture(figure, f"{judged_on} accuracy over the epochs of {', '.join(runs)}")]
     losses = {arm: _over_epochs(histories, "losses") for arm, histories in runs.items()}
     for term in dict.fromkeys(term for terms in losses.values() for term in terms):
         values = {arm: terms[term] for arm, terms in losses.items() if term in terms}
         figure = plots.curves(
-            values, title=term, ylabel="loss, unweighted", colours=colours, wide=True
+            values, title=term, ylabel="loss, unweighted", colors=colors, wide=True
         )
         pictures.append(Picture(figure, f"loss {term} over the epochs of {', '.join(values)}"))
     return Chapter("training", pictures=pictures)
@@ -124,14 +124,14 @@ def gradients(study: Study) -> Chapter | None:
     for arm in shares:
         histories = [run.history for run in study.arms[arm].values() if run.history]
         over_epochs[arm] = _over_epochs(histories, "gradient_share")
-    colours = plots.palette(list({term: None for terms in over_epochs.values() for term in terms}))
+    colors = plots.palette(list({term: None for terms in over_epochs.values() for term in terms}))
     pictures, sentences = [], []
     for arm, last in shares.items():
         listed = ", ".join(f"{term} {percent(share.mean)}" for term, share in last.items())
         seeds = count(len(study.arms[arm]), "seed")
         sentences.append(f"{arm}, last epoch, mean of {seeds}: {listed}.")
         if terms := over_epochs[arm]:
-            figure = plots.gradient_shares(terms, title=arm, colours=colours)
+            figure = plots.gradient_shares(terms, title=arm, colors=colors)
             alt = f"share of the gradient of {', '.join(terms)} in {arm}"
             pictures.append(Picture(figure, alt))
     missing = [] if pictures else [NO_METRICS]
@@ -184,16 +184,16 @@ def shape(study: Study) -> Chapter | None:
         cloud = _clouds(embedding, size)[0]
         deaths[name] = metrics.relative_diagrams(cloud, size).deaths[0].numpy()
     end = max(float(values.max()) for values in deaths.values())
-    colours = dict(zip(deaths, (plots.TEACHER, *plots.COLOURS), strict=False))
+    colors = dict(zip(deaths, (plots.TEACHER, *plots.COLORS), strict=False))
     unit = "mean = 1"
     pictures = [
         Picture(
-            plots.barcode(values, title=name, end=end, unit=unit, colour=colours[name]),
+            plots.barcode(values, title=name, end=end, unit=unit, color=colors[name]),
             f"bars of the H0 diagram of {name}, {size} test images",
         )
         for name, values in deaths.items()
     ]
-    together = plots.sorted_deaths(deaths, title="Together", unit=unit, colours=colours)
+    together = plots.sorted_deaths(deaths, title="Together", unit=unit, colors=colors)
     pictures.append(Picture(together, f"sorted bar lengths of {', '.join(deaths)}"))
     return Chapter("shape", sentences, pictures=pictures)
 
@@ -296,14 +296,14 @@ def _guesses(study: Study, approximation: Approximation) -> list[Picture]:
     with torch.no_grad():
         exact = approximation.exact(clouds)
         guess = approximation.network(clouds)
-    resolution = approximation.exact.vectorisation.resolution
+    resolution = approximation.exact.vectorization.resolution
     figure = plots.persistence_images(exact.numpy(), guess.numpy(), resolution=resolution)
     alt = f"exact persistence images of {len(clouds)} clouds above those that are guessed"
     return [Picture(figure, alt, raster=True)]
 
 
 def maps(study: Study) -> Chapter | None:
-    """Lays the embeddings of teacher, control and student out in the plane, coloured by class."""
+    """Lays the embeddings of teacher, control and student out in the plane, colored by class."""
     if study.first.result.teacher is None:
         return None
     found = _embeddings(study)
@@ -322,12 +322,12 @@ def maps(study: Study) -> Chapter | None:
     run = next(iter(_shown(study).values()))
     weights = run.folder / "student.safetensors"
     names = checkpoint.read_about(weights).get("classes", []) if weights.exists() else []
-    colours = plots.class_colours(classes)
+    colors = plots.class_colors(classes)
     legend = {
-        str(names[number]) if number < len(names) else f"class {number}": colour
-        for number, colour in colours.items()
+        str(names[number]) if number < len(names) else f"class {number}": color
+        for number, color in colors.items()
     }
-    if len(set(classes)) > len(colours):
+    if len(set(classes)) > len(colors):
         legend["other classes"] = plots.OTHERS
     return Chapter("maps", pictures=pictures, legend=legend)
 

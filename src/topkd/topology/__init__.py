@@ -49,7 +49,7 @@ from topkd.topology.matched import (
 from topkd.topology.rips import Diagrams, rips
 from topkd.topology.ripsnet import RipsNet
 from topkd.topology.scaling import length_unit
-from topkd.topology.serialization import VectorisationLayer, lost_mass
+from topkd.topology.serialization import VectorizationLayer, lost_mass
 
 __all__ = [
     "Approximation",
@@ -65,7 +65,7 @@ __all__ = [
     "RipsNet",
     "Silhouette",
     "Training",
-    "VectorisationLayer",
+    "VectorizationLayer",
     "bottleneck",
     "edge_lengths",
     "edge_matching",

@@ -2,7 +2,7 @@
 
 Edges are added one after the other, and for every H1 class that is alive one cocycle is kept: a
 symmetric matrix of bits, bit w of row v being its value on the edge vw. Adding the edge uv also
-adds every triangle uvw with w in its lune, the common neighbours of u and v so far:
+adds every triangle uvw with w in its lune, the common neighbors of u and v so far:
 
 * an empty lune adds no triangle: two components merge, or an H1 class is born;
 * otherwise every cocycle is extended to uv by what the first triangle demands of it; one XOR and

@@ -16,10 +16,10 @@ from topkd.topology.compiled import compiled
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# Sums may be re-associated, so that they vectorise. Never fastmath=True: it also assumes that there
+# Sums may be re-associated, so that they vectorize. Never fastmath=True: it also assumes that there
 # is neither NaN nor infinity, and these kernels are what finds them.
 SUMS = {"reassoc", "contract"}
-FINITE = SUMS | {"nnan", "nsz"}  # for what has been checked, so that minima vectorise too
+FINITE = SUMS | {"nnan", "nsz"}  # for what has been checked, so that minima vectorize too
 TILE = 4  # distances that are summed side by side
 
 

@@ -19,7 +19,7 @@ from topkd.topology.distancenet import DistanceNet
 from topkd.topology.rips import rips
 from topkd.topology.ripsnet import Pooling, RipsNet
 from topkd.topology.scaling import Unit, length_unit, told_in
-from topkd.topology.serialization import Vectorisation, from_json, to_json
+from topkd.topology.serialization import Vectorization, from_json, to_json
 
 Approximator = RipsNet | DistanceNet
 Name = Literal["ripsnet", "distancenet"]
@@ -29,12 +29,12 @@ NETWORKS: dict[Name, type[Approximator]] = {"ripsnet": RipsNet, "distancenet": D
 
 @dataclass(frozen=True)
 class Exact:
-    """What an approximator stands for: a vectorisation of the exact diagram of one dimension."""
+    """What an approximator stands for: a vectorization of the exact diagram of one dimension."""
 
-    vectorisation: Vectorisation
+    vectorization: Vectorization
     dimension: int = 0
     unit: Unit = "none"
-    """Of all lengths, before any of the vectorisation's own: a statistic of the deaths of H0, which
+    """Of all lengths, before any of the vectorization's own: a statistic of the deaths of H0, which
     loops, few as they are, are better told in."""
 
     def __call__(self, points: Tensor) -> Tensor:
@@ -42,12 +42,12 @@ class Exact:
         diagrams = rips(points, max_dim=self.dimension)
         if self.unit != "none":
             diagrams = told_in(diagrams, length_unit(diagrams.of(0), self.unit))
-        return self.vectorisation(diagrams.of(self.dimension))
+        return self.vectorization(diagrams.of(self.dimension))
 
     @property
     def sees_scale(self) -> bool:
         """Whether a cloud and a larger copy of it differ."""
-        return self.unit == self.vectorisation.unit == "none"
+        return self.unit == self.vectorization.unit == "none"
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,13 @@ class Training:
             ValueError: If pooling is told to a network that has no choice.
         """
         _, n, width = clouds.shape
-        outputs = exact.vectorisation.size
+        outputs = exact.vectorization.size
         if network == "ripsnet":
             return RipsNet(width, outputs, pooling=self.pooling or "mean")
         if self.pooling is not None:
             raise ValueError(f"pooling is an option of ripsnet; {network} has no choice")
-        built = DistanceNet(outputs, neighbours=min(16, n - 1), sees_scale=exact.sees_scale)
-        built.standardise(clouds, exact(clouds))
+        built = DistanceNet(outputs, neighbors=min(16, n - 1), sees_scale=exact.sees_scale)
+        built.standardize(clouds, exact(clouds))
         return built
 
 
@@ -203,7 +203,7 @@ def fidelity(network: nn.Module, exact: Exact, clouds: Tensor, held_out: Tensor)
 
     over held-out clouds, where V is exact and :math:`\bar V` its mean over training clouds; and
     the cosine between the gradients of :math:`\mathrm{MSE}(R(X), R(Y))` and of
-    :math:`\mathrm{MSE}(V(X), V(Y))` with respect to the points of Y, for neighbouring X and Y.
+    :math:`\mathrm{MSE}(V(X), V(Y))` with respect to the points of Y, for neighboring X and Y.
 
     Args:
         network: The approximator R.
@@ -223,12 +223,12 @@ def fidelity(network: nn.Module, exact: Exact, clouds: Tensor, held_out: Tensor)
     )
     guessed, true = (torch.autograd.grad(loss, moved)[0].flatten(1).double() for loss in losses)
     lengths = guessed.norm(dim=1) * true.norm(dim=1)
-    heard = lengths > 0
-    cosines = (guessed * true).sum(1)[heard] / lengths[heard]
+    active = lengths > 0
+    cosines = (guessed * true).sum(1)[active] / lengths[active]
     low, median = (
         cosines.quantile(torch.tensor([0.1, 0.5]).double()).tolist() if len(cosines) else (0.0, 0.0)
     )
-    return Fidelity(r2.item(), median, low, len(held_out), int((~heard).sum()))
+    return Fidelity(r2.item(), median, low, len(held_out), int((~active).sum()))
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class Approximation:
         description = {
             "network": name,
             "settings": self.network.settings,
-            "vectorisation": to_json(self.exact.vectorisation),
+            "vectorization": to_json(self.exact.vectorization),
             "dimension": self.exact.dimension,
             "unit": self.exact.unit,
             "cloud_size": self.cloud_size,
@@ -269,8 +269,8 @@ class Approximation:
             size = int.from_bytes(content[:8], "little")
             header = json.loads(content[8 : 8 + size])
             about = json.loads(header["__metadata__"]["approximation"])
-            vectorisation = from_json(about["vectorisation"])
-            exact = Exact(vectorisation, about["dimension"], about.get("unit", "none"))
+            vectorization = from_json(about["vectorization"])
+            exact = Exact(vectorization, about["dimension"], about.get("unit", "none"))
             network = NETWORKS[about["network"]](**about["settings"])
             network.load_state_dict(load(content))
             judged = Fidelity(**about["fidelity"])

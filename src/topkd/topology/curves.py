@@ -315,7 +315,7 @@ class EntropyCurve(BettiCurve):
         \qquad q_k = p_k \Big/ \sum_j p_j
 
     Its gradient sees how long bars are, but when they are born and die only if it is smoothed.
-    GUDHI's is this one, not normalised. Parameters and ``fit`` are those of :class:`BettiCurve`.
+    GUDHI's is this one, not normalized. Parameters and ``fit`` are those of :class:`BettiCurve`.
 
     References:
         On the stability of persistent entropy and new summary functions (Atienza et al., 2020)

@@ -19,11 +19,11 @@ class DistanceNet(nn.Module):
     where :math:`s_x` are the distances from a point to its k nearest, in order and in units of the
     mean distance to the nearest; :math:`\phi` has two layers, :math:`\psi` three, with ReLU in
     between. Clouds of any width and number of points can be told, and a cloud and its image under
-    an isometry are the same to it. All goes in and out standardised, see :meth:`standardise`.
+    an isometry are the same to it. All goes in and out standardized, see :meth:`standardize`.
 
     Args:
         outputs: How many numbers describe a cloud.
-        neighbours: How many distances of each point are looked at, k.
+        neighbors: How many distances of each point are looked at, k.
         hidden: Width of the layers of :math:`\phi`; those of :math:`\psi` are twice as wide.
         sees_scale: Whether it is also told the logarithm of the unit. What it then learns is no
             longer the same for a cloud and for a larger copy of it.
@@ -49,14 +49,14 @@ class DistanceNet(nn.Module):
     answer_std: Tensor
 
     def __init__(
-        self, outputs: int, *, neighbours: int = 16, hidden: int = 64, sees_scale: bool = False
+        self, outputs: int, *, neighbors: int = 16, hidden: int = 64, sees_scale: bool = False
     ) -> None:
         super().__init__()
-        self.outputs, self.neighbours, self.hidden = outputs, neighbours, hidden
+        self.outputs, self.neighbors, self.hidden = outputs, neighbors, hidden
         self.sees_scale = sees_scale
-        pooled = 2 * hidden + neighbours + sees_scale
+        pooled = 2 * hidden + neighbors + sees_scale
         self.each = nn.Sequential(
-            nn.Linear(neighbours, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+            nn.Linear(neighbors, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
         )
         self.whole = nn.Sequential(
             nn.Linear(pooled, 2 * hidden),
@@ -65,7 +65,7 @@ class DistanceNet(nn.Module):
             nn.ReLU(),
             nn.Linear(2 * hidden, outputs),
         )
-        for name, width in (("each", neighbours), ("spread", neighbours + 1), ("answer", outputs)):
+        for name, width in (("each", neighbors), ("spread", neighbors + 1), ("answer", outputs)):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_std", torch.ones(width))
 
@@ -74,13 +74,13 @@ class DistanceNet(nn.Module):
         """What makes a network of this shape again."""
         return {
             "outputs": self.outputs,
-            "neighbours": self.neighbours,
+            "neighbors": self.neighbors,
             "hidden": self.hidden,
             "sees_scale": self.sees_scale,
         }
 
     @torch.no_grad()
-    def standardise(self, clouds: Tensor, vectors: Tensor) -> None:
+    def standardize(self, clouds: Tensor, vectors: Tensor) -> None:
         """Chooses what goes in and out to have mean 0 and standard deviation 1 on such clouds.
 
         Args:
@@ -100,11 +100,11 @@ class DistanceNet(nn.Module):
         """Guesses for one cloud (n, d) or several (clouds, n, d).
 
         Raises:
-            ValueError: If a cloud has no more points than it looks at neighbours.
+            ValueError: If a cloud has no more points than it looks at neighbors.
         """
-        if points.shape[-2] <= self.neighbours:
+        if points.shape[-2] <= self.neighbors:
             raise ValueError(
-                f"this network looks at {self.neighbours} neighbours of every point, so that "
+                f"this network looks at {self.neighbors} neighbors of every point, so that "
                 f"clouds need more points than that, got {points.shape[-2]}"
             )
         if points.ndim == 2:
@@ -112,13 +112,13 @@ class DistanceNet(nn.Module):
         distances, spread = self._look(points)
         seen = self.each((distances - self.each_mean) / self.each_std)
         spread = (spread - self.spread_mean) / self.spread_std
-        pooled = [seen.mean(1), _deviation(seen), spread[:, : self.neighbours + self.sees_scale]]
+        pooled = [seen.mean(1), _deviation(seen), spread[:, : self.neighbors + self.sees_scale]]
         return self.answer_mean + self.answer_std * self.whole(torch.cat(pooled, dim=1))
 
     def _look(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """(clouds, n, k) distances in units of the cloud; their spread and the log of the unit."""
         distances = torch.cdist(points, points)
-        nearest = distances.topk(self.neighbours + 1, largest=False).values[..., 1:]
+        nearest = distances.topk(self.neighbors + 1, largest=False).values[..., 1:]
         unit = nearest[..., 0].mean(1).clamp(min=FLOOR)[:, None]
         nearest = nearest / unit[..., None]
         return nearest, torch.cat([_deviation(nearest), unit.log()], dim=1)

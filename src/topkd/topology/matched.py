@@ -47,7 +47,7 @@ def edge_matching(
     cloud. It costs O(n² d) time a cloud, and memory for 4 n lengths.
 
     The released code of the paper divides the input's lengths by their maximum and those of the
-    latent space by a learnt scalar, and has no ½: ``edge_matching(latent / scalar, input,
+    latent space by a learned scalar, and has no ½: ``edge_matching(latent / scalar, input,
     unit="none", teacher_unit="max")``, twice.
 
     Args:

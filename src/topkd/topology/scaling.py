@@ -1,4 +1,4 @@
-"""What all vectorisations share: units of length, and checks of their parameters."""
+"""What all vectorizations share: units of length, and checks of their parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from topkd.topology.gradient import in_units
 from topkd.topology.rips import Diagrams
 
-MARGIN = 3  # cells or steps beyond what a vectorisation was fitted on
+MARGIN = 3  # cells or steps beyond what a vectorization was fitted on
 
 Unit = Literal["none", "mean", "median", "max"]
 
@@ -94,30 +94,30 @@ def detached(diagrams: Diagrams) -> Diagrams:
     )
 
 
-def check_positive(vectorisation: object, *names: str) -> None:
+def check_positive(vectorization: object, *names: str) -> None:
     """Refuses parameters that are not positive and finite."""
     for name in names:
-        value = getattr(vectorisation, name)
+        value = getattr(vectorization, name)
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be positive, got {value}")
 
 
-def check_not_negative(vectorisation: object, name: str) -> None:
+def check_not_negative(vectorization: object, name: str) -> None:
     """Refuses a parameter that is negative or not finite."""
-    value = getattr(vectorisation, name)
+    value = getattr(vectorization, name)
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be 0 or more, got {value}")
 
 
-def check_range(vectorisation: object, name: str) -> None:
+def check_range(vectorization: object, name: str) -> None:
     """Refuses a parameter that is not two finite numbers, the lower first."""
-    low, high = getattr(vectorisation, name)
+    low, high = getattr(vectorization, name)
     if not (low < high and math.isfinite(high - low)):
         raise ValueError(f"{name} must be a range, low then high, got {(low, high)}")
 
 
-def check_choice(vectorisation: object, name: str, known: Collection[str]) -> None:
+def check_choice(vectorization: object, name: str, known: Collection[str]) -> None:
     """Refuses a parameter that is none of the names that are known."""
-    value = getattr(vectorisation, name)
+    value = getattr(vectorization, name)
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

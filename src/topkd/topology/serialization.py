@@ -1,4 +1,4 @@
-"""Vectorisations as data: described without remainder, read again, and part of a ``state_dict``."""
+"""Vectorizations as data: described without remainder, read again, and part of a ``state_dict``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from topkd.topology.rips import Diagrams
 WARN_ABOVE = 0.1  # share of the mass that lies outside
 
 Form = Literal["image", "vector"]
-Vectorisation = PersistenceImage | PersistenceVector | Curve
+Vectorization = PersistenceImage | PersistenceVector | Curve
 """Anything that makes numbers of diagrams and can be stored."""
 
 FORMS: Mapping[Form, type[PersistenceImage] | type[PersistenceVector]] = {
@@ -27,7 +27,7 @@ FORMS: Mapping[Form, type[PersistenceImage] | type[PersistenceVector]] = {
 }
 """What a recipe may ask for."""
 
-VECTORISATIONS: Mapping[str, type[Vectorisation]] = {
+VECTORIZATIONS: Mapping[str, type[Vectorization]] = {
     "image": PersistenceImage,
     "vector": PersistenceVector,
     "betti": BettiCurve,
@@ -38,42 +38,42 @@ VECTORISATIONS: Mapping[str, type[Vectorisation]] = {
 """All that can be stored, by the name it is stored under."""
 
 
-def to_json(vectorisation: Vectorisation) -> dict[str, Any]:
-    """Describes a fitted vectorisation, so that :func:`from_json` makes the same again."""
-    kinds = {kind: form for form, kind in VECTORISATIONS.items()}
-    return {"form": kinds[type(vectorisation)]} | asdict(vectorisation)
+def to_json(vectorization: Vectorization) -> dict[str, Any]:
+    """Describes a fitted vectorization, so that :func:`from_json` makes the same again."""
+    kinds = {kind: form for form, kind in VECTORIZATIONS.items()}
+    return {"form": kinds[type(vectorization)]} | asdict(vectorization)
 
 
-def from_json(description: Mapping[str, Any]) -> Vectorisation:
-    """Makes the vectorisation that :func:`to_json` described.
+def from_json(description: Mapping[str, Any]) -> Vectorization:
+    """Makes the vectorization that :func:`to_json` described.
 
     Raises:
         ValueError: If the form is unknown, or its parameters are not these.
     """
     form = str(description.get("form"))
-    if form not in VECTORISATIONS:
-        raise ValueError(f"form must be one of {', '.join(VECTORISATIONS)}, got {form!r}")
+    if form not in VECTORIZATIONS:
+        raise ValueError(f"form must be one of {', '.join(VECTORIZATIONS)}, got {form!r}")
     parameters: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in description.items()
         if key != "form"
     }
     try:
-        return VECTORISATIONS[form](**parameters)
+        return VECTORIZATIONS[form](**parameters)
     except TypeError as error:
         raise ValueError(f"these are not the parameters of the form {form!r}: {error}") from error
 
 
-def lost_mass(vectorisation: Vectorisation, diagrams: Diagrams) -> Tensor:
-    """Computes the share of the mass of diagrams that lies outside the range of a vectorisation.
+def lost_mass(vectorization: Vectorization, diagrams: Diagrams) -> Tensor:
+    """Computes the share of the mass of diagrams that lies outside the range of a vectorization.
 
-    There a vectorisation does not see bars, and gives them no gradient, but for those that are
+    There a vectorization does not see bars, and gives them no gradient, but for those that are
     nearer to the range than some sigma. Of an image or vector, the mass is the weight of the bars,
     each within or without as a whole. Of a curve, it is their length, of which a part may lie
     within.
 
     Args:
-        vectorisation: Whose range it is.
+        vectorization: Whose range it is.
         diagrams: Of one or several clouds.
 
     Returns:
@@ -86,66 +86,66 @@ def lost_mass(vectorisation: Vectorisation, diagrams: Diagrams) -> Tensor:
         >>> [round(lost_mass(image, rips(k * clouds)).item(), 2) for k in (1, 1.5, 3)]
         [0.0, 0.12, 0.97]
     """
-    all_of_it, inside = (mass.sum() for mass in vectorisation.masses(diagrams))
+    all_of_it, inside = (mass.sum() for mass in vectorization.masses(diagrams))
     return (1 - inside / all_of_it.where(all_of_it > 0, 1)).where(all_of_it > 0, 0).clamp(min=0)
 
 
-class VectorisationLayer(nn.Module):
-    """A vectorisation as a module, so that its parameters are part of a ``state_dict``.
+class VectorizationLayer(nn.Module):
+    """A vectorization as a module, so that its parameters are part of a ``state_dict``.
 
     They are stored as the JSON of :func:`to_json` in a tensor of bytes, which
-    ``torch.load(weights_only=True)`` and safetensors read, too. Loading replaces the vectorisation
-    by the stored one, of whatever form. Nothing is learnt.
+    ``torch.load(weights_only=True)`` and safetensors read, too. Loading replaces the vectorization
+    by the stored one, of whatever form. Nothing is learned.
 
     It warns, once, when more than a tenth of the mass of the diagrams that it sees lies outside the
     range (:func:`lost_mass`): at calls 1, 2, 4, 8 and so on, so that watching costs nothing in
     a loop, and never while compiling.
 
     Args:
-        vectorisation: What it computes.
+        vectorization: What it computes.
 
     Examples:
         >>> from topkd.topology import rips
         >>> clouds = torch.randn(10, 64, 8, generator=torch.Generator().manual_seed(0))
-        >>> layer = VectorisationLayer(PersistenceVector.fit(rips(clouds)))
-        >>> again = VectorisationLayer(PersistenceVector((0.0, 1.0), sigma=1.0))
+        >>> layer = VectorizationLayer(PersistenceVector.fit(rips(clouds)))
+        >>> again = VectorizationLayer(PersistenceVector((0.0, 1.0), sigma=1.0))
         >>> again.load_state_dict(layer.state_dict())
         <All keys matched successfully>
-        >>> again.vectorisation == layer.vectorisation
+        >>> again.vectorization == layer.vectorization
         True
     """
 
-    def __init__(self, vectorisation: Vectorisation) -> None:
+    def __init__(self, vectorization: Vectorization) -> None:
         super().__init__()
-        self.vectorisation = vectorisation
+        self.vectorization = vectorization
         self._calls, self._has_warned = 0, False
 
     def forward(self, diagrams: Diagrams) -> Tensor:
         if not torch.compiler.is_compiling():
             self._watch(diagrams)
-        return self.vectorisation(diagrams)
+        return self.vectorization(diagrams)
 
     @torch.no_grad()
     def _watch(self, diagrams: Diagrams) -> None:
         self._calls += 1
         if self._has_warned or self._calls & (self._calls - 1) != 0:
             return
-        lost = lost_mass(self.vectorisation, diagrams).item()
+        lost = lost_mass(self.vectorization, diagrams).item()
         if lost > WARN_ABOVE:
             self._has_warned = True
             warnings.warn(
                 f"{lost:.0%} of the mass of these diagrams lies outside the range of "
-                f"{type(self.vectorisation).__name__}, where nothing is seen and no gradient is "
+                f"{type(self.vectorization).__name__}, where nothing is seen and no gradient is "
                 "left; fit it on clouds of this scale, or in a unit",
                 stacklevel=2,
             )
 
     def get_extra_state(self) -> Tensor:
-        content = json.dumps(to_json(self.vectorisation)).encode()
+        content = json.dumps(to_json(self.vectorization)).encode()
         return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.vectorisation = from_json(json.loads(bytes(state.tolist())))
+        self.vectorization = from_json(json.loads(bytes(state.tolist())))
 
     def extra_repr(self) -> str:
-        return repr(self.vectorisation)
+        return repr(self.vectorization)

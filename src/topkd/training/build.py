@@ -12,11 +12,11 @@ from topkd._runtime import processes
 from topkd.config.recipe import DataSection, Recipe, StudentSection, TeacherSection
 from topkd.config.validation import RecipeError, parse_options
 from topkd.data import DATA, Augmentation, Data, refuse_few, with_augmentation
-from topkd.features import Tapped
+from topkd.features import FeatureExtractor
 from topkd.models import factory
 
 
-def network_of(section: StudentSection, data: Data, size: int | None = None) -> Tapped:
+def network_of(section: StudentSection, data: Data, size: int | None = None) -> FeatureExtractor:
     """Builds a network for the images of a data set, or for those of another size.
 
     Raises:
@@ -41,7 +41,7 @@ def taking(model: str, size: int) -> Iterator[None]:
         raise ValueError(f"{model} cannot take images of {size} px: {reason}") from error
 
 
-def evaluate_once(network: Tapped, size: int, model: str, data: Data) -> None:
+def evaluate_once(network: FeatureExtractor, size: int, model: str, data: Data) -> None:
     """Evaluates a network on a black image.
 
     Raises:

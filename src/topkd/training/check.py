@@ -108,10 +108,10 @@ def told(where: str) -> Iterator[None]:
 
 def _check_term(term: Term, where: str, recipe: Recipe) -> None:
     named(LOSSES, term.name, f"{where}.name")
-    loss = LOSSES[term.name].loss
+    loss = LOSSES[term.name]
     if loss.needs_teacher and recipe.teacher is None:
         raise RecipeError(f"{where}: {term.name} cannot be computed without a teacher")
-    options = options_of(term, where)
+    configured(term, where)
     cached = recipe.teacher is not None and recipe.teacher.cache
     if cached and (loss.reads_maps or term.taps.teacher != View()):
         raise RecipeError(
@@ -120,35 +120,34 @@ def _check_term(term: Term, where: str, recipe: Recipe) -> None:
         )
     if loss.replaces_classifier and recipe.student.classifier != "teacher":
         raise RecipeError(f"{where}: {term.name} needs student.classifier=teacher")
-    if not _is_built_from_features(loss):
-        try:
-            loss(**options)
-        except ValueError as error:
-            raise RecipeError(f"{where}: {error}") from error
 
 
-def options_of(term: Term, where: str) -> dict[str, Any]:
-    """Parses the options of a term by the signature of what takes them."""
-    loss = LOSSES[term.name].loss
-    names_them = "options" not in inspect.signature(loss.between).parameters
-    function = loss.between if names_them else loss.__init__
-    options: dict[str, Any] = parse_options(function, term.options, where)
-    return options
+def configured(term: Term, where: str) -> Loss:
+    """Constructs the loss of a term, which validates its options.
+
+    Args:
+        term: Of a recipe.
+        where: Its place in the recipe, for messages.
+
+    Raises:
+        RecipeError: If an option is unknown or invalid.
+    """
+    loss = LOSSES[term.name]
+    options = parse_options(loss.__init__, term.options, where)
+    try:
+        return loss(**options)
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
-def _is_built_from_features(loss: type[Loss]) -> bool:
-    """Tells whether a loss needs features to be built, so that it cannot be tried before."""
-    return loss.between.__func__ is not Loss.between.__func__  # type: ignore[attr-defined]
-
-
-def named(catalogue: Mapping[str, Any], name: str, where: str) -> None:
-    """Makes sure that a catalogue has a name.
+def named(catalog: Mapping[str, Any], name: str, where: str) -> None:
+    """Makes sure that a catalog has a name.
 
     Raises:
         RecipeError: If it has not; the message tells the nearest one.
     """
-    if name not in catalogue:
-        raise RecipeError(f"{where}: there is no {name!r}{near(name, list(catalogue))}")
+    if name not in catalog:
+        raise RecipeError(f"{where}: there is no {name!r}{near(name, list(catalog))}")
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:

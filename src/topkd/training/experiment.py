@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ from topkd._io.progress import Progress
 from topkd._runtime import processes
 from topkd._runtime.environment import environment
 from topkd.config import recipe as recipes
-from topkd.config.recipe import STUDENT, DataSection, Recipe, Term, View
+from topkd.config.recipe import STUDENT, DataSection, Recipe, Term
 from topkd.config.validation import RecipeError
 from topkd.data import DATA, Data, same_order, training_batches
 from topkd.data.trust import changed
 from topkd.evaluation import metrics
 from topkd.evaluation.results import finished
-from topkd.features import Batch, Features, Tapped, Teacher
-from topkd.losses import LOSSES, Loss, Source
+from topkd.features import Batch, FeatureExtractor, Features, Teacher
+from topkd.losses.base import LossContext, LossTerm, located, needed_taps
 from topkd.models import checkpoint, factory
-from topkd.models.reused import Reused, rebuild, reuse
+from topkd.models.reused import ReusedClassifierStudent, rebuild, reuse
 from topkd.training.build import (
     evaluate_once,
     load_data,
@@ -36,10 +36,9 @@ from topkd.training.build import (
     side,
     taking,
 )
-from topkd.training.check import check, named, options_of, teacher_recipe, told
-from topkd.training.objective import Weighted, blamed, seen, taps, where
-from topkd.training.precision import Device
-from topkd.training.teacher_cache import Answers
+from topkd.training.check import check, configured, named, teacher_recipe, told
+from topkd.training.precision import Runtime
+from topkd.training.teacher_cache import TeacherCache
 from topkd.training.trainer import Trainer
 
 RUN_FILES = ("student.safetensors", "metrics.jsonl", "examples.safetensors")
@@ -71,9 +70,9 @@ class Experiment:
         return load_data(self.recipe.data)
 
     @cached_property
-    def device(self) -> Device:
+    def device(self) -> Runtime:
         """Where and in which numbers networks are computed."""
-        return Device.of(self.recipe, len(self.data.train.target))
+        return Runtime.of(self.recipe, len(self.data.train.target))
 
     @cached_property
     def teacher(self) -> Teacher | None:
@@ -109,7 +108,7 @@ class Experiment:
         teacher = Teacher(network, *own, *shown, size=section.size)
         return teacher.to(self.device.device)
 
-    def _say_where(self, network: Tapped, role: str) -> None:
+    def _say_where(self, network: FeatureExtractor, role: str) -> None:
         """Says where a network is read if that was found by a trial."""
         if network.found:
             self.progress.say(f"{network.found}; {role}.head and {role}.maps overrule it")
@@ -137,7 +136,7 @@ class Experiment:
             return None
         return metrics.predict(self.teacher, self.data.test, self.device.device)
 
-    def losses(self, arm: str, student: Tapped, seed: int) -> list[Weighted]:
+    def losses(self, arm: str, student: FeatureExtractor, seed: int) -> list[LossTerm]:
         """Builds the losses of one run, learning from the teacher what they need.
 
         Args:
@@ -145,46 +144,32 @@ class Experiment:
             student: The network that will learn.
             seed: Of the weights that losses bring; they do not touch the student's random numbers.
         """
-        return self.build(self.recipe.arms[arm], self.source(student), seed)
+        return self.build(self.recipe.arms[arm], self.context(student), seed)
 
-    def build(self, terms: Sequence[Term], source: Source, seed: int) -> list[Weighted]:
-        """Builds some losses; :meth:`losses` tells the rest."""
+    def build(self, terms: Sequence[Term], context: LossContext, seed: int) -> list[LossTerm]:
+        """Configures some losses and binds them to the networks; see :meth:`losses`."""
         shown = torch.arange(self.recipe.batch_size).repeat(self.recipe.data.views)
         images = self.data.train.read(shown, None)  # as many as a batch of training has
         images = images.to(self.device.device)
-        student, teacher = source.student, source.teacher
+        student, teacher = context.student, context.teacher
         for term in terms:
-            student.also(taps(term.taps.student))
+            student.also(needed_taps(term.taps.student))
             if teacher is not None:
-                teacher.network.also(taps(term.taps.teacher))
+                teacher.network.also(needed_taps(term.taps.teacher))
         with torch.no_grad():
             made = student.to(self.device.device).eval()(images)
             answer = made if teacher is None else teacher(images)
+        built = []
         with torch.random.fork_rng():
             torch.manual_seed(seed + 1)
-            return [Weighted(term, self._loss(term, made, answer, source)) for term in terms]
+            for term in terms:
+                built.append(LossTerm(term, configured(term, located(term.title))))
+                built[-1].setup(made, answer, context)
+        return built
 
-    def _loss(self, term: Term, made: Features, answer: Features, source: Source) -> Loss:
-        loss, options = LOSSES[term.name].loss, options_of(term, where(term.title))
-        views = term.taps
-        source = replace(source, taps=views)
-        if views.teacher != View():  # what a loss learns, it learns of what it will see
-            told = source.teacher_hash + views.teacher.model_dump_json()
-            source = replace(
-                source,
-                answers=lambda epoch: (
-                    (batch, seen(answer, views.teacher)) for batch, answer in self.answers(epoch)
-                ),
-                teacher_hash=files.sha256(told.encode()),
-            )
-        with blamed(term):
-            return loss.between(
-                seen(made, views.student), seen(answer, views.teacher), source, **options
-            )
-
-    def source(self, student: Tapped) -> Source:
+    def context(self, student: FeatureExtractor) -> LossContext:
         """Gathers what losses may ask for before a student is trained."""
-        return Source(
+        return LossContext(
             self.answers,
             self.data.train.target,
             student,
@@ -202,7 +187,7 @@ class Experiment:
                 answer = self.teacher(batch.images.to(self.device.device))
             yield batch, answer.apply(lambda t: t.float().cpu())
 
-    def new_student(self) -> Tapped:
+    def new_student(self) -> FeatureExtractor:
         """Builds the student, untrained."""
         student = network_of(self.recipe.student, self.data)
         if self.recipe.student.classifier == "own":
@@ -300,7 +285,7 @@ class Experiment:
         taught = {} if self.teacher is None else {"teacher": self._teacher_hash[:12]}
         return {"recipe": self.recipe.hash} | taught
 
-    def _kept_answers(self, seed: int) -> Answers | None:
+    def _kept_answers(self, seed: int) -> TeacherCache | None:
         """Where the teacher's answers are kept, if the recipe says so."""
         section, data = self.recipe.teacher, self.recipe.data
         if section is None or not section.cache:
@@ -310,13 +295,13 @@ class Experiment:
         drawn = seed if data.augmentation_seed is None else data.augmentation_seed
         about = {
             "teacher": self._teacher_hash,
-            "normalisation": [self.teacher.mean, self.teacher.std],
+            "normalization": [self.teacher.mean, self.teacher.std],
             "seen": section.model_dump(include={"size", "head"}),
             "images": data.model_dump(mode="json", exclude={"workers"}),
             "augmentation_seed": drawn,
             "precision": str(self.device.dtype),
         }
-        return Answers(
+        return TeacherCache(
             self.out / "answers",
             about,
             images=len(self.data.train.target),
@@ -324,9 +309,13 @@ class Experiment:
             width=self._teacher_predictions.embedding.shape[1],
         )
 
-    def _about(self, student: Tapped) -> dict[str, Any]:
+    def _about(self, student: FeatureExtractor) -> dict[str, Any]:
         """What is needed to use the weights of a student."""
-        reused = student.network.description if isinstance(student.network, Reused) else None
+        reused = (
+            student.network.description
+            if isinstance(student.network, ReusedClassifierStudent)
+            else None
+        )
         return {
             "reused": reused,
             "model": self.recipe.student.model,
@@ -343,7 +332,7 @@ class Experiment:
         arm: str,
         seed: int,
         predictions: metrics.Predictions,
-        losses: list[Weighted],
+        losses: list[LossTerm],
         history: list[dict[str, Any]],
     ) -> dict[str, Any]:
         recipe, judged_on = self.recipe, self.data.judged_on
@@ -363,7 +352,7 @@ class Experiment:
             "mean_of_last_10": sum(accuracies[-10:]) / len(accuracies[-10:]),
             "best": {"epoch": best + 1, "top1": accuracies[best]},
             "gradient_share": history[-1]["gradient_share"],
-            "facts": {w.term.title: w.loss.facts() for w in losses if w.loss.facts()},
+            "facts": {term.title: term.loss.metadata() for term in losses if term.loss.metadata()},
             "faults": self.data.faults.facts(),
             "train_seconds": round(sum(entry["seconds"] for entry in history), 1),
             "processes": processes.count(),

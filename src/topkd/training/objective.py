@@ -2,105 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from topkd._runtime.memory_format import formatted, memory_format
-from topkd.config.recipe import Term, View
-from topkd.features import Batch, Features, Tapped
-from topkd.losses import Loss
+from topkd.config.recipe import Term
+from topkd.features import FeatureExtractor, Features
+from topkd.losses.base import located
 
 SMOOTHING = 0.9  # share of the old in the running mean of a gradient's norm
 SILENT = 0.001  # share of the gradient below which a term cannot be noticed
 SAME = 0.99  # cosine of two gradients above which two terms ask for the same
 
 
-def seen(features: Features, view: View) -> Features:
-    """Chooses what a term sees of one network.
-
-    Raises:
-        ValueError: If a tap that stands for maps did not read one.
-    """
-    maps, before, embedding = features.maps, features.preactivations, features.embedding
-    if view.maps is not None:
-        maps = [_map(features, tap) for tap in view.maps]
-    if view.preactivations is not None:
-        before = [_map(features, tap) for tap in view.preactivations]
-    if view.embedding is not None:
-        embedding = features.others[view.embedding]
-        embedding = embedding.mean((2, 3)) if embedding.ndim == 4 else embedding.flatten(1)
-    return replace(features, maps=maps, preactivations=before, embedding=embedding)
-
-
-def _map(features: Features, tap: str) -> Tensor:
-    read = features.others[tap]
-    if read.ndim != 4:
-        raise ValueError(f"the tap {tap!r} reads {tuple(read.shape)}, which is no map")
-    return read
-
-
-def taps(view: View) -> tuple[str, ...]:
-    """Lists the taps that a view needs beyond those that all terms read."""
-    embedding = [view.embedding] if view.embedding else []
-    return (*(view.maps or ()), *(view.preactivations or ()), *embedding)
-
-
-def where(title: str) -> str:
-    """Names a term as recipes do."""
-    return f"losses.{title}"
-
-
-@contextmanager
-def blamed(term: Term) -> Iterator[None]:
-    """Says in an error of a loss which term it comes from: losses do not know what they are called.
-
-    Raises:
-        ValueError: If one is raised inside.
-    """
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{where(term.title)}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """A summand of the loss."""
-
-    term: Term
-    loss: Loss
-
-    def counts(self, epoch: int, epochs: int) -> bool:
-        """Tells whether it is a summand in this epoch, of so many."""
-        return self.term.schedule(epoch, epochs) > 0
-
-    def begin(self, epoch: int) -> None:
-        """Tells the loss of an epoch, counted from 1, before its first batch."""
-        with blamed(self.term):
-            self.loss.begin(epoch)
-
-    def value(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        """Computes the loss, of what the term sees of both networks.
-
-        Raises:
-            ValueError: If the loss cannot be computed; the message names the term.
-        """
-        views, layout = self.term.taps, memory_format(self.loss)
-        with blamed(self.term):
-            features = [seen(student, views.student), seen(teacher, views.teacher)]
-            if layout is not torch.channels_last:  # else its convolutions take maps as they come
-                features = [each.apply(lambda t: formatted(t, layout)) for each in features]
-            value: Tensor = self.loss(*features, batch)
-        return value
-
-
 @dataclass
-class Balance:
+class GradientBalancer:
     r"""What the terms weigh, where some are to carry a share of the gradient.
 
     With :math:`g_i` the norm of the gradient of term i at the student's embedding, F the sum of
@@ -132,8 +51,8 @@ class Balance:
         for term in sharing:
             if term.title not in self.norms:
                 raise ValueError(
-                    f"{where(term.title)}: its gradient does not pass the student's embedding, so "
-                    "that it cannot have a share of it; give it a weight"
+                    f"{located(term.title)}: its gradient does not pass the student's embedding, "
+                    "so that it cannot have a share of it; give it a weight"
                 )
             own = max(self.norms[term.title], 1e-12)
             weights[term.title] = schedule[term.title] * (term.share or 0) * fixed / (rest * own)
@@ -141,7 +60,7 @@ class Balance:
 
 
 def gradients(
-    values: Mapping[str, Tensor], features: Features, student: Tapped
+    values: Mapping[str, Tensor], features: Features, student: FeatureExtractor
 ) -> dict[str, Tensor]:
     """Computes the gradient of every term at the student's embedding.
 

@@ -16,7 +16,7 @@ LONG = 500_000  # training images from which compiling pays for itself
 
 
 @dataclass(frozen=True)
-class Device:
+class Runtime:
     """Device, precision and compilation of networks."""
 
     device: torch.device
@@ -24,7 +24,7 @@ class Device:
     compile: bool
 
     @classmethod
-    def of(cls, recipe: Recipe, images: int) -> Device:
+    def of(cls, recipe: Recipe, images: int) -> Runtime:
         """Chooses what the recipe leaves open.
 
         Args:

@@ -21,10 +21,11 @@ from topkd.config.recipe import Recipe, Term
 from topkd.data import Images, Subset, training_batches, with_crop
 from topkd.evaluation import metrics
 from topkd.evaluation.metrics import Predictions
-from topkd.features import Tapped, Teacher
+from topkd.features import FeatureExtractor, Teacher
+from topkd.losses.base import LossTerm
 from topkd.models import checkpoint
 from topkd.training.experiment import Experiment
-from topkd.training.objective import Weighted, warnings
+from topkd.training.objective import warnings
 from topkd.training.optim import learning_rate
 from topkd.training.tracking import Sums
 from topkd.training.trainer import Trainer
@@ -123,8 +124,8 @@ def _data(experiment: Experiment) -> Iterator[Finding]:
     own_mean, own_std = torch.tensor(data.mean), torch.tensor(data.std)
     right = _settings("data", (mean * own_std + own_mean).tolist(), (std * own_std).tolist())
     yield Finding(
-        "normalisation",
-        f"normalised images have mean {_spaced(mean)} and deviation {_spaced(std)}",
+        "normalization",
+        f"normalized images have mean {_spaced(mean)} and deviation {_spaced(std)}",
         "good" if usual else "look",
         "" if usual else f"they should be near 0 and 1, which they are by {right}",
     )
@@ -166,7 +167,7 @@ def _judge(experiment: Experiment, teacher: Teacher) -> Iterator[Finding]:
         said, least = f"recorded is {recorded:.2f} %", recorded - _noise(predictions)
     causes: list[Finding] = []
     if recorded is None or top1 < least:
-        causes, teacher, best = _normalisations(experiment, teacher, images, predictions)
+        causes, teacher, best = _normalizations(experiment, teacher, images, predictions)
         found, best = _crops(experiment, teacher, images, best)
         causes += [*found, *_class_order(best, data.classes)]
     verdict: Verdict = "wrong" if top1 < least else "good" if recorded is not None else "look"
@@ -197,7 +198,7 @@ def _recorded(experiment: Experiment) -> float | None:
     return checkpoint.read_accuracy(path)
 
 
-def _normalisations(
+def _normalizations(
     experiment: Experiment, teacher: Teacher, images: Images, predictions: Predictions
 ) -> tuple[list[Finding], Teacher, Predictions]:
     """Tries a teacher with other means and deviations, and tells if one suits it better.
@@ -220,9 +221,9 @@ def _normalisations(
     top1 = metrics.top_k(tried[best], 1)
     if top1 <= metrics.top_k(predictions, 1) + _noise(predictions):
         return [], teacher, predictions
-    found = f"of images normalised {best} it is right on {top1:.2f} %"
+    found = f"of images normalized {best} it is right on {top1:.2f} %"
     advice = f"set {_settings('teacher', *known[best])}"
-    finding = Finding("teacher's normalisation", found, "wrong", advice)
+    finding = Finding("teacher's normalization", found, "wrong", advice)
     return [finding], others[best], tried[best]
 
 
@@ -321,9 +322,9 @@ def _run(experiment: Experiment, arm: str) -> tuple[list[Finding], float | None]
     if tried is None:
         return findings, None
     sums, seconds = tried
-    names = ", ".join(weighted.term.title for weighted in losses)
+    names = ", ".join(weighted.title for weighted in losses)
     findings.append(Finding(part, f"{names}: the taps give what they need"))
-    weighing = {w.term.title for w in losses if w.term.weight or w.term.share}
+    weighing = {w.title for w in losses if w.settings.weight or w.settings.share}
     shares = {t: share for t, share in sums.means("share/").items() if t in weighing}
     for line in warnings(shares, sums.means("cosine/")):
         found, _, advice = line.rpartition("; ")
@@ -332,11 +333,11 @@ def _run(experiment: Experiment, arm: str) -> tuple[list[Finding], float | None]
 
 
 def _losses(
-    experiment: Experiment, arm: str, student: Tapped
-) -> tuple[list[Finding], list[Weighted]]:
+    experiment: Experiment, arm: str, student: FeatureExtractor
+) -> tuple[list[Finding], list[LossTerm]]:
     """Builds the losses of a run, as far as that takes no learning."""
-    part, findings, built = f"losses of {arm}", list[Finding](), list[Weighted]()
-    source = replace(experiment.source(student), progress=_NoLearning(quiet=True))
+    part, findings, built = f"losses of {arm}", list[Finding](), list[LossTerm]()
+    source = replace(experiment.context(student), progress=_NoLearning(quiet=True))
     for term in experiment.recipe.arms[arm]:
         try:
             built += experiment.build([term], source, 0)
@@ -351,7 +352,7 @@ def _losses(
             found = str(error) if isinstance(error, ValueError) else f"{term.title}: {error}"
             findings.append(Finding(part, found, "wrong", "other taps or options, or another loss"))
             continue
-        fidelity = built[-1].loss.facts().get("fidelity")
+        fidelity = built[-1].loss.metadata().get("fidelity")
         if fidelity is not None:
             poor = fidelity["r2"] < 0.5
             found = (
@@ -365,7 +366,7 @@ def _losses(
 
 
 def _train(
-    experiment: Experiment, student: Tapped, losses: Sequence[Weighted]
+    experiment: Experiment, student: FeatureExtractor, losses: Sequence[LossTerm]
 ) -> tuple[Sums, float] | None:
     """Trains a few steps of a run, with each term in one of them at least.
 
@@ -374,7 +375,7 @@ def _train(
         no term with a weight.
     """
     recipe, data, device = experiment.recipe, experiment.data, experiment.device
-    terms = [weighted.term for weighted in losses]
+    terms = [weighted.settings for weighted in losses]
     fullest = _fullest(terms, recipe.epochs)
     if not _counting(terms, fullest, recipe.epochs):
         return None
@@ -389,7 +390,7 @@ def _train(
     batches = training_batches(data.train, recipe.batch_size, 0, 1)
     for step, (epoch, batch) in enumerate(zip(epochs, batches, strict=False)):
         for weighted in losses:
-            weighted.begin(epoch)
+            weighted.on_epoch_start(epoch)
         rate = learning_rate(recipe.optimizer, step / trainer.steps, recipe.epochs)
         for group in trainer.optimizer.param_groups:
             group["lr"] = rate

@@ -18,7 +18,7 @@ from topkd._io import files
 from topkd.features import Batch, Features
 
 
-class Answers:
+class TeacherCache:
     r"""Keeps logits and embeddings by (epoch, index), in bfloat16.
 
     What a teacher answers depends on the image as it was augmented, and augmentation is a pure
@@ -41,7 +41,7 @@ class Answers:
     Examples:
         >>> from tempfile import mkdtemp
         >>> ask = lambda images: Features(images.mean((2, 3)), images[:, :2, 0, 0])
-        >>> answers = Answers(Path(mkdtemp()), {}, images=8, classes=3, width=2)
+        >>> answers = TeacherCache(Path(mkdtemp()), {}, images=8, classes=3, width=2)
         >>> batch = Batch(torch.ones(4, 3, 2, 2), torch.zeros(4).long(), torch.arange(4))
         >>> answers(batch, 1, ask).embedding.shape, answers.computed
         (torch.Size([4, 2]), 4)

@@ -22,11 +22,12 @@ from topkd._runtime.sync_batchnorm import synchronize
 from topkd.config.recipe import Recipe
 from topkd.data import Data, training_batches
 from topkd.evaluation import metrics
-from topkd.features import Batch, Features, Tapped, Teacher
+from topkd.features import Batch, FeatureExtractor, Features, Teacher
+from topkd.losses.base import LossTerm, located
 from topkd.training import optim
-from topkd.training.objective import Balance, Weighted, cosines, gradients, warnings, where
-from topkd.training.precision import Device
-from topkd.training.teacher_cache import Answers
+from topkd.training.objective import GradientBalancer, cosines, gradients, warnings
+from topkd.training.precision import Runtime
+from topkd.training.teacher_cache import TeacherCache
 from topkd.training.tracking import Sums, summary, tensorboard, write_scalars
 
 MEASURED = 8  # steps of an epoch at which the gradient of each term is measured
@@ -56,15 +57,15 @@ class Trainer:
 
     def __init__(
         self,
-        student: Tapped,
+        student: FeatureExtractor,
         teacher: Teacher | None,
-        losses: Sequence[Weighted],
+        losses: Sequence[LossTerm],
         data: Data,
         recipe: Recipe,
         seed: int,
-        device: Device,
+        device: Runtime,
         progress: Progress,
-        answers: Answers | None = None,
+        answers: TeacherCache | None = None,
         identity: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.answers = answers
@@ -74,7 +75,7 @@ class Trainer:
         if recipe.sync_batchnorm:
             synchronize(self.student)
         self.teacher = None if teacher is None else teacher.to(device.device)
-        self.losses = [Weighted(w.term, w.loss.to(device.device)) for w in losses]
+        self.losses = [LossTerm(w.settings, w.loss.to(device.device)) for w in losses]
         self.adapters = nn.ModuleList(w.loss for w in self.losses)
         self.reads_maps = any(w.loss.reads_maps for w in self.losses)
         self.data, self.recipe, self.seed = data, recipe, seed
@@ -85,7 +86,7 @@ class Trainer:
         self.optimizer = optim.build(recipe.optimizer, self.weights)
         self.steps = len(data.train.target) // (recipe.batch_size * self.accelerator.num_processes)
         self.history: list[dict[str, Any]] = []
-        self.balance = Balance()
+        self.balance = GradientBalancer()
         learner = self.accelerator.prepare(student)  # data parallel where there are processes
         self.learner: Callable[[Tensor], Features] = self._compiled(learner)
         self.answerer = None if teacher is None else self._compiled(teacher)
@@ -142,8 +143,8 @@ class Trainer:
         torch.manual_seed(self.seed * 1_000_003 + epoch)  # for networks that draw, as by dropout
         self.student.train()
         for weighted in self.losses:
-            weighted.begin(epoch)
-        often = BALANCED if any(w.term.share for w in self.losses) else MEASURED
+            weighted.on_epoch_start(epoch)
+        often = BALANCED if any(w.settings.share for w in self.losses) else MEASURED
         measured = {round(i * self.steps / often) for i in range(often)}
         batches = training_batches(
             self.data.train,
@@ -230,7 +231,7 @@ class Trainer:
         """Computes every term that counts in this epoch, at weight 1."""
         values, own = {}, (features, answer, batch)
         gathered = own
-        if processes.count() > 1 and any(w.term.batch == "gathered" for w in self.losses):
+        if processes.count() > 1 and any(w.settings.batch == "gathered" for w in self.losses):
             soft = None if batch.soft is None else processes.gather(batch.soft)
             # The pixels stay where they are: no loss looks at them, and they are many.
             labels = Batch(
@@ -238,23 +239,25 @@ class Trainer:
             )
             gathered = features.apply(processes.gather), answer.apply(processes.gather), labels
         for weighted in self.losses:
-            title = weighted.term.title
-            if not weighted.counts(epoch, self.recipe.epochs):
+            title = weighted.title
+            if not weighted.is_active(epoch, self.recipe.epochs):
                 continue
             try:
-                value = weighted.value(*(gathered if weighted.term.batch == "gathered" else own))
+                value = weighted.value(
+                    *(gathered if weighted.settings.batch == "gathered" else own)
+                )
             except ValueError as error:
                 raise Diverged(f"epoch {epoch}, {error}") from error
             if not value.isfinite():
                 raise Diverged(
-                    f"epoch {epoch}, {where(title)}: the loss is {value.item()}; "
+                    f"epoch {epoch}, {located(title)}: the loss is {value.item()}; "
                     "try a smaller optim.lr, or gradient_clip=1"
                 )
             values[title] = value
         return values
 
     def _weights(self, epoch: int) -> dict[str, float]:
-        terms = [weighted.term for weighted in self.losses]
+        terms = [weighted.settings for weighted in self.losses]
         return self.balance.weights(terms, epoch, self.recipe.epochs)
 
     def _measure(
@@ -372,7 +375,7 @@ class Trainer:
         self.adapters.load_state_dict(own, strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = list(state["history"])
-        self.balance = Balance(dict(state["norms"]))
+        self.balance = GradientBalancer(dict(state["norms"]))
 
 
 def _carry_back(made: Features, features: Features) -> None:

@@ -22,7 +22,7 @@ def doctor(
 ) -> None:
     """Try a recipe for a minute, and tell what to change before hours are spent on it.
 
-    Does the teacher reach its recorded accuracy on these images? Are they normalised and
+    Does the teacher reach its recorded accuracy on these images? Are they normalized and
     cropped as it knows them, and its classes in the same order? Do the taps give every loss what it
     needs, and is a term too light to matter? How good is an approximator? How long does an epoch
     take here, in how much memory?

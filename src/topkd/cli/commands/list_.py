@@ -8,19 +8,19 @@ from typing import Annotated, Literal
 import typer
 
 from topkd.cli.options import AsJson
-from topkd.cli.printing import catalogue
+from topkd.cli.printing import catalog
 
 PANEL = "Recipes"
 
 
 def list_(
     what: Annotated[
-        Literal["recipes", "models", "losses", "data"], typer.Argument(help="Which catalogue.")
+        Literal["recipes", "models", "losses", "data"], typer.Argument(help="Which catalog.")
     ],
     as_json: AsJson = False,
 ) -> None:
     """List what recipes can name."""
-    entries = catalogue(what)
+    entries = catalog(what)
     if as_json:
         typer.echo(json.dumps(entries, indent=2))
         return

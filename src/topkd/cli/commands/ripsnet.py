@@ -28,4 +28,4 @@ def ripsnet(
             "`via: distancenet`, or learns from its teacher first in another way"
         )
     for path in made:
-        typer.echo(f"learnt from the teacher: {path}")
+        typer.echo(f"learned from the teacher: {path}")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from topkd.data.base import Data, Faults, InMemory
-from topkd.data.pictures import Frame, OnError, Pictures
+from topkd.data.base import Data, DataIssues, InMemory
+from topkd.data.pictures import CropConfig, OnError, Pictures
 from topkd.data.shards import listing, numbered, refuse_gaps
 from topkd.data.sources.parquet import Rows, labels_of, schema
 
@@ -24,7 +24,7 @@ class _Kind:
     name: str
     classes: int
     label: str  # column of the parquet files
-    mean: tuple[float, float, float]  # as the public benchmark normalises
+    mean: tuple[float, float, float]  # as the public benchmark normalizes
     std: tuple[float, float, float]
 
 
@@ -79,7 +79,7 @@ def cifar100(
 
 
 def _load(kind: _Kind, root: Path, download: bool, on_error: OnError) -> Data:
-    faults = Faults()
+    faults = DataIssues()
     shards = {part: sorted(root.rglob(f"{part}-*.parquet")) for part in ("train", "test")}
     if any(shards.values()):
         missing = [part for part, files in shards.items() if not files]
@@ -130,7 +130,7 @@ class _Rows(Rows):
 
 
 def _parquet(
-    kind: _Kind, files: Sequence[Path], on_error: OnError, faults: Faults
+    kind: _Kind, files: Sequence[Path], on_error: OnError, faults: DataIssues
 ) -> tuple[InMemory, Sequence[str]]:
     names: Sequence[str] = [str(label) for label in range(kind.classes)]
     for file in files:
@@ -147,6 +147,6 @@ def _parquet(
     if foreign is not None:
         raise ValueError(f"{files[0].parent}: {kind.label} needs whole numbers, got {foreign!r}")
     rows = _Rows(files, image, buffer=0)  # read once, in order
-    classes, (target,) = numbered([labels], names, [rows], str(files[0].parent), Faults())
-    pictures = Pictures(rows, target, Frame(32, padding=0), on_error, faults)
+    classes, (target,) = numbered([labels], names, [rows], str(files[0].parent), DataIssues())
+    pictures = Pictures(rows, target, CropConfig(32, padding=0), on_error, faults)
     return _images(kind, pictures.read_bytes(torch.arange(len(target)), None), target), classes

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from topkd._runtime.imports import imported
-from topkd.data.base import Data, Faults
-from topkd.data.pictures import MEAN, STD, Frame, OnError, StorageError, picture_data
+from topkd.data.base import Data, DataIssues
+from topkd.data.pictures import MEAN, STD, CropConfig, OnError, StorageError, picture_data
 from topkd.data.shards import numbered
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def from_dataset(
 ) -> Data:
     """Makes data of two data sets of torch or alike.
 
-    They give pictures before normalisation and without augmentation, which is ours: a PIL image, an
+    They give pictures before normalization and without augmentation, which is ours: a PIL image, an
     array (h, w, 3) of bytes, or a tensor (1 or 3, h, w) of bytes or of floats in [0, 1]. Pictures
     become squares as with :func:`topkd.data.sources.folder.folder`. Several threads ask at a time.
 
@@ -80,8 +80,8 @@ def from_dataset(
         crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
             but as many pixels as networks see where a picture has them.
         flip: Whether pictures may be mirrored in training.
-        mean: By which each channel is normalised, of values in [0, 1].
-        std: By which each channel is normalised.
+        mean: By which each channel is normalized, of values in [0, 1].
+        std: By which each channel is normalized.
         on_error: Whether a training picture that cannot be read stops the work or is replaced by
             the next of its class. A picture to judge by always stops it.
 
@@ -94,7 +94,7 @@ def from_dataset(
         >>> data.classes, data.test.read(torch.arange(2), None).shape
         (['0', '1'], torch.Size([2, 3, 8, 8]))
     """
-    faults, frame = Faults(), Frame(size, padding, flip, mean, std, crop)
+    faults, frame = DataIssues(), CropConfig(size, padding, flip, mean, std, crop)
     names = classes or getattr(train, "classes", None)
     origins = [f"{part} {type(d).__name__}" for part, d in (("train", train), ("test", test))]
     labels = [_labels(d, origin) for d, origin in zip((train, test), origins, strict=True)]
@@ -128,8 +128,8 @@ def dataset(
         crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
             but as many pixels as networks see where a picture has them.
         flip: Whether pictures may be mirrored in training.
-        mean: By which each channel is normalised, of values in [0, 1].
-        std: By which each channel is normalised.
+        mean: By which each channel is normalized, of values in [0, 1].
+        std: By which each channel is normalized.
         on_error: Whether a training picture that cannot be read stops the work or is replaced by
             the next of its class. A picture to judge by always stops it.
 
@@ -202,7 +202,7 @@ def _picture(image: Any, where: str) -> Image.Image:
             if not (image.min() >= 0 and image.max() <= 1):
                 raise StorageError(
                     f"{where}: floats must be in [0, 1], got {image.min():.4g} to "
-                    f"{image.max():.4g}; leave normalising to data.mean and data.std"
+                    f"{image.max():.4g}; leave normalizing to data.mean and data.std"
                 )
             image = (image * 255).round().to(torch.uint8)
         image = image.expand(3, -1, -1).permute(1, 2, 0).numpy()

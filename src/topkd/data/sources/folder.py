@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from topkd.data.base import Data, Faults, refuse_clashes, stratified_split
+from topkd.data.base import Data, DataIssues, refuse_clashes, stratified_split
 from topkd.data.pictures import (
     EXTENSIONS,
     FORMATS,
     MEAN,
     STD,
-    Frame,
+    CropConfig,
     Names,
     OnError,
     is_hidden,
@@ -84,8 +84,8 @@ def folder(
         crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
             but as many pixels as networks see where a picture has them.
         flip: Whether pictures may be mirrored in training.
-        mean: By which each channel is normalised, of values in [0, 1].
-        std: By which each channel is normalised.
+        mean: By which each channel is normalized, of values in [0, 1].
+        std: By which each channel is normalized.
         on_error: Whether a training picture that cannot be read stops the work or is replaced by
             the next of its class. A picture to judge by always stops it.
 
@@ -98,8 +98,8 @@ def folder(
         Going Deeper with Convolutions (Szegedy et al., CVPR 2015), for the random part
         https://arxiv.org/abs/1409.4842
     """
-    frame = Frame(size, padding, flip, mean, std, crop)
-    top, faults = Path(root).expanduser(), Faults()
+    frame = CropConfig(size, padding, flip, mean, std, crop)
+    top, faults = Path(root).expanduser(), DataIssues()
     if split is None:
         trees = _trees(top)
         classes, judged = (_classes(tree, faults) for tree in trees)
@@ -149,7 +149,7 @@ def _whole(top: Path) -> Path:
     return top / "train" if folders == ["train"] else top
 
 
-def _classes(tree: Path, faults: Faults) -> list[str]:
+def _classes(tree: Path, faults: DataIssues) -> list[str]:
     folders, others = _inside(str(tree), faults)
     faults.left_out += [os.path.join(tree, name) for name in others]
     if not folders:
@@ -159,7 +159,7 @@ def _classes(tree: Path, faults: Faults) -> list[str]:
     return classes
 
 
-def _pictures(tree: Path, classes: list[str], faults: Faults) -> tuple[list[str], torch.Tensor]:
+def _pictures(tree: Path, classes: list[str], faults: DataIssues) -> tuple[list[str], torch.Tensor]:
     paths: list[str] = []
     target: list[int] = []
     places: dict[str, str] = {}
@@ -181,7 +181,7 @@ def _pictures(tree: Path, classes: list[str], faults: Faults) -> tuple[list[str]
     return paths, torch.tensor(target)
 
 
-def _walk(top: str, classes: Sequence[str], faults: Faults) -> list[tuple[str, list[str]]]:
+def _walk(top: str, classes: Sequence[str], faults: DataIssues) -> list[tuple[str, list[str]]]:
     """Lists the files of every folder in a class; links lead out of the classes, not back.
 
     Args:
@@ -209,7 +209,7 @@ def _overlap(one: str, other: str) -> bool:
     return Path(one).is_relative_to(other) or Path(other).is_relative_to(one)
 
 
-def _inside(place: str, faults: Faults) -> tuple[list[str], list[str]]:
+def _inside(place: str, faults: DataIssues) -> tuple[list[str], list[str]]:
     """Lists the paths of the folders in a folder, and the names of the files."""
     folders, files = [], []
     for name in sorted(entry.name for entry in os.scandir(place)):

@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from topkd.data.base import Blocks, Data, Faults
-from topkd.data.pictures import MEAN, STD, Frame, OnError, StorageError, open_bytes, picture_data
+from topkd.data.base import Data, DataIssues, ReadGroups
+from topkd.data.pictures import (
+    MEAN,
+    STD,
+    CropConfig,
+    OnError,
+    StorageError,
+    open_bytes,
+    picture_data,
+)
 from topkd.data.shards import listing, numbered, splits
 
 if TYPE_CHECKING:
@@ -57,9 +65,9 @@ class Rows:
         self._begin()
 
     @property
-    def blocks(self) -> Blocks:
+    def blocks(self) -> ReadGroups:
         """The row group of each picture."""
-        return Blocks(self._blocks, self.buffer)
+        return ReadGroups(self._blocks, self.buffer)
 
     def name(self, index: int) -> str:
         """The file and the row in it, counted from 0."""
@@ -135,8 +143,8 @@ def parquet(
         crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
             but as many pixels as networks see where a picture has them.
         flip: Whether pictures may be mirrored in training.
-        mean: By which each channel is normalised, of values in [0, 1].
-        std: By which each channel is normalised.
+        mean: By which each channel is normalized, of values in [0, 1].
+        std: By which each channel is normalized.
         buffer: Pictures that are mixed, and kept in memory as they are stored. A set that is no
             larger is shuffled as a whole.
         on_error: Whether a training picture that cannot be read stops the work or is replaced by
@@ -146,8 +154,8 @@ def parquet(
         FileNotFoundError: If there are no files to train on or to judge by, or one is missing.
         ValueError: If a file cannot be read, or has no such columns, or labels that are no classes.
     """
-    frame = Frame(size, padding, flip, mean, std, crop)
-    top, faults = Path(root).expanduser(), Faults()
+    frame = CropConfig(size, padding, flip, mean, std, crop)
+    top, faults = Path(root).expanduser(), DataIssues()
     parts = splits(top, ".parquet")
     image, label, names = _columns(parts[0][0], image, label)
     _refuse_unlike(parts[0] + parts[1], image, label, names)

@@ -17,12 +17,12 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from topkd._io import files
-from topkd.data.base import Blocks, Data, Faults
+from topkd.data.base import Data, DataIssues, ReadGroups
 from topkd.data.pictures import (
     EXTENSIONS,
     MEAN,
     STD,
-    Frame,
+    CropConfig,
     Names,
     OnError,
     StorageError,
@@ -60,7 +60,7 @@ class Shard:
         return self.place
 
 
-class Shelf:
+class ShardCache:
     """Opens shards; those from elsewhere are fetched to a folder first, and the oldest go again.
 
     Args:
@@ -133,7 +133,7 @@ class Members:
     """
 
     def __init__(
-        self, shards: Sequence[Shard], entries: Sequence[Sequence[Entry]], shelf: Shelf
+        self, shards: Sequence[Shard], entries: Sequence[Sequence[Entry]], shelf: ShardCache
     ) -> None:
         self.shards, self.shelf = shards, shelf
         every = [entry for samples in entries for entry in samples]
@@ -144,12 +144,12 @@ class Members:
         self._largest = max(sizes, default=0)
 
     @property
-    def blocks(self) -> Blocks | None:
+    def blocks(self) -> ReadGroups | None:
         """The shard of each picture, where not all shards can be kept here."""
         keep = self.shelf.keep
         if keep is None or not any(shard.is_remote for shard in self.shards):
             return None
-        return Blocks(self._shard, (keep - 2) * self._largest)
+        return ReadGroups(self._shard, (keep - 2) * self._largest)
 
     def name(self, index: int) -> str:
         """The shard and the file in it."""
@@ -210,8 +210,8 @@ def webdataset(
         crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
             but as many pixels as networks see where a picture has them.
         flip: Whether pictures may be mirrored in training.
-        mean: By which each channel is normalised, of values in [0, 1].
-        std: By which each channel is normalised.
+        mean: By which each channel is normalized, of values in [0, 1].
+        std: By which each channel is normalized.
         on_error: Whether a training picture that cannot be read stops the work or is replaced by
             the next of its class. A picture to judge by always stops it.
 
@@ -223,15 +223,15 @@ def webdataset(
     References:
         https://github.com/webdataset/webdataset
     """
-    frame = Frame(size, padding, flip, mean, std, crop)
-    top, faults = Path(root).expanduser(), Faults()
+    frame = CropConfig(size, padding, flip, mean, std, crop)
+    top, faults = Path(root).expanduser(), DataIssues()
     parts = _shards(top, train, test)
     if any(shard.is_remote for part in parts for shard in part) and cache is None:
         raise ValueError("shards from elsewhere need data.cache, a folder to fetch them to")
     if keep is not None and keep < 3:
         raise ValueError(f"data.keep must be 3 or more, got {keep}")
     folder = None if cache is None else Path(cache).expanduser()
-    shelf = Shelf(folder, keep)
+    shelf = ShardCache(folder, keep)
     entries = [[_entries(shard, label, shelf) for shard in part] for part in parts]
     labels = [_parsed([e.label for samples in part for e in samples]) for part in entries]
     names = None
@@ -285,7 +285,7 @@ def _parsed(labels: list[str]) -> list[int | str]:
     return list(labels)
 
 
-def _entries(shard: Shard, label: str, shelf: Shelf) -> list[Entry]:
+def _entries(shard: Shard, label: str, shelf: ShardCache) -> list[Entry]:
     """Looks through a shard, or recalls what was found when it was."""
     key = [shard.place, label]
     if not shard.is_remote:
@@ -320,7 +320,7 @@ def _look_through(file: IO[bytes], shard: str, label: str) -> list[Entry]:
                     raise StorageError(
                         f"{shard}: {member.name} is sparse; store it as a plain file"
                     )
-                if not samples or samples[-1][0] != name:  # neighbours of one name are a sample
+                if not samples or samples[-1][0] != name:  # neighbors of one name are a sample
                     samples.append((name, {}))
                 if samples[-1][1].setdefault(rest.lower(), member) is not member:
                     raise StorageError(f"{shard}: {member.name} is there twice")

@@ -43,8 +43,8 @@ def test_edge_matching_is_the_paper_in_plain_loops(clouds, edges, scale, symmetr
     assert loss(*clouds, batch()).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_edge_matching_by_a_learnt_scale_is_the_released_code(clouds):
-    loss, points = EdgeMatching(scale="learnt").double(), in_lists(clouds)
+def test_edge_matching_by_a_learned_scale_is_the_released_code(clouds):
+    loss, points = EdgeMatching(scale="learned").double(), in_lists(clouds)
     assert [name for name, _ in loss.named_parameters()] == ["log_scale"]
     trees, greatest = trees_of("persistent", points), reference.scale_of("max", points[1])
     for scale in (1.0, 2.5):

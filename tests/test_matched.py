@@ -1,4 +1,4 @@
-"""Labelled comparisons: against plain loops, scipy and gudhi, known cases, and their laws."""
+"""Labeled comparisons: against plain loops, scipy and gudhi, known cases, and their laws."""
 
 import itertools
 import math
