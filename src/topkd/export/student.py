@@ -344,7 +344,7 @@ def card(student: Student, config: Mapping[str, Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("topkd"),
+        loader=jinja2.PackageLoader("topkd.export"),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
         autoescape=False,  # noqa: S701  (Markdown)

@@ -303,7 +303,7 @@ def html(folder: Path, progress: Progress | None = None) -> str:
                 advance(1, "")
             pages.append(_section(study, [c for c in written if c is not None]))
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("topkd"),
+        loader=jinja2.PackageLoader("topkd.reporting"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
