@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -74,3 +76,24 @@ def _available() -> list[str]:
         return [] if widest is None else [widest]
     flags = torch.cpu.get_capabilities()
     return [name for name, flag in _SETS.items() if flags.get(flag)]
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Limits the CPU threads of PyTorch inside a ``with`` block; None leaves them as they are.
+
+    Examples:
+        >>> before = torch.get_num_threads()
+        >>> with cpu_threads(1):
+        ...     torch.get_num_threads()
+        1
+        >>> torch.get_num_threads() == before
+        True
+    """
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

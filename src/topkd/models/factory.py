@@ -138,6 +138,45 @@ def build(
     return FeatureExtractor(model.network(classes=classes), **{**model.taps, **own})
 
 
+def wrap(
+    network: nn.Module,
+    name: str | None = None,
+    size: int | None = None,
+    *,
+    maps: Sequence[str] | None = None,
+    head: str | None = None,
+    preactivations: Sequence[str] | None = None,
+) -> FeatureExtractor:
+    """Wraps any classifier to read its embedding and feature maps.
+
+    Networks of a known family are read where that family is read; of others, the classifier and
+    the maps are found by running the network once.
+
+    Args:
+        network: The classifier. A :class:`~topkd.features.FeatureExtractor` is returned as it is.
+        name: Name for messages. Defaults to the name of its class.
+        size: Pixels on a side of its images. Defaults to the first usual size that it takes.
+        maps: Modules to read as feature maps, shallow to deep.
+        head: The module that computes the logits; its input is the embedding.
+        preactivations: Modules to read as maps before their activation.
+
+    Raises:
+        ValueError: If the network has no module of one of the names, or no head is found.
+        RuntimeError: If it has to be run, and cannot take images of this size.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        ...                         nn.Flatten(), nn.Linear(4, 10))
+        >>> wrap(network, size=8).maps
+        ('1',)
+    """
+    if isinstance(network, FeatureExtractor):
+        return network
+    given = {"maps": maps, "head": head, "preactivations": preactivations}
+    own: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    return _tapped(name or type(network).__name__, network, size, own)
+
+
 def published(name: str) -> Published:
     """Tells of the weights that come with a network.
 

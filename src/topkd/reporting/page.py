@@ -310,7 +310,7 @@ def html(folder: Path, progress: Progress | None = None) -> str:
         lstrip_blocks=True,
     )
     template = environment.get_template("report.html")
-    return template.render(sections=sections, headings=HEADINGS, element=_element)
+    return template.render(sections=pages, headings=HEADINGS, element=_element)
 
 
 def _section(study: Study, written: list[Chapter]) -> _Section:

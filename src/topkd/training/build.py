@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from topkd._runtime import processes
 from topkd.config.recipe import DataSection, Recipe, StudentSection, TeacherSection
 from topkd.config.validation import RecipeError, parse_options
 from topkd.data import DATA, Augmentation, Data, refuse_few, with_augmentation
 from topkd.features import FeatureExtractor
+from topkd.losses.base import Loss
 from topkd.models import factory
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Python objects that stand in for names in a recipe."""
+
+    data: Data | None = None
+    student: Callable[[int], nn.Module] | None = None
+    """Number of classes -> a new student."""
+    teacher: nn.Module | None = None
+    losses: Mapping[str, Loss] = field(default_factory=dict)
+    """Title of a term -> its loss, configured; every run binds a copy."""
+
+
+NO_OBJECTS = Objects()
 
 
 def network_of(section: StudentSection, data: Data, size: int | None = None) -> FeatureExtractor:
@@ -86,15 +103,22 @@ def refuse_large_batches(recipe: Recipe, data: Data) -> None:
     refuse_few(len(data.train.target), recipe.batch_size * processes.count())
 
 
-def load_data(section: DataSection) -> Data:
+def load_data(section: DataSection, given: Data | None = None) -> Data:
     """Loads the images of a recipe.
+
+    Args:
+        section: The recipe's ``data``.
+        given: Data in place of the source that the section names; its own options still apply.
 
     Raises:
         FileNotFoundError: If a file or folder is missing.
         ValueError: If a file or an image cannot be read, or a label is out of range.
     """
-    options = parse_options(DATA[section.name], section.options, "data")
-    data = DATA[section.name](**options)
+    if given is None:
+        options = parse_options(DATA[section.name], section.options, "data")
+        data = DATA[section.name](**options)
+    else:
+        data = given
     if section.validation:
         data = data.with_validation(section.validation)
     if section.limit is not None:

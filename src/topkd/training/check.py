@@ -15,21 +15,28 @@ from topkd.config.validation import RecipeError, near, parse_options
 from topkd.data import DATA, TRAINING_IMAGES, refuse_few
 from topkd.losses import LOSSES, Loss
 from topkd.models import factory
+from topkd.training.build import NO_OBJECTS, Objects
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, objects: Objects = NO_OBJECTS) -> None:
     """Checks every name and option of a recipe before any work is done.
+
+    Args:
+        recipe: The recipe.
+        objects: Objects that stand in for names, which are then not looked up.
 
     Raises:
         RecipeError: If one is wrong; the message says where, what was got and what would be right.
     """
-    named(DATA, recipe.data.name, "data.name")
-    parse_options(DATA[recipe.data.name], recipe.data.options, "data")
-    _check_network(recipe.student, "student")
+    if objects.data is None:
+        named(DATA, recipe.data.name, "data.name")
+        parse_options(DATA[recipe.data.name], recipe.data.options, "data")
+    if objects.student is None:
+        _check_network(recipe.student, "student")
     for arm, terms in recipe.arms.items():
         place = "losses" if arm == STUDENT else f"controls.{arm}"
         for number, term in enumerate(terms):
-            _check_term(term, f"{place}[{number}]", recipe)
+            _check_term(term, f"{place}[{number}]", recipe, objects.losses.get(term.title))
     if recipe.teacher is None and recipe.student.classifier == "teacher":
         raise RecipeError("student.classifier: there is no teacher to take it from")
     if recipe.teacher is not None:
@@ -40,7 +47,8 @@ def check(recipe: Recipe) -> None:
                 "teacher.cache: answers are kept image by image, which mixed images and two views "
                 "are not; leave out data.mixup, data.cutmix and data.views, or the cache"
             )
-        _check_network(recipe.teacher, "teacher")
+        if objects.teacher is None:
+            _check_network(recipe.teacher, "teacher")
         if recipe.teacher.checkpoint is None and not recipe.teacher.pretrained:
             teacher_recipe(recipe)
 
@@ -106,12 +114,14 @@ def told(where: str) -> Iterator[None]:
         raise RecipeError(f"{where}: {error}") from error
 
 
-def _check_term(term: Term, where: str, recipe: Recipe) -> None:
-    named(LOSSES, term.name, f"{where}.name")
-    loss = LOSSES[term.name]
+def _check_term(term: Term, where: str, recipe: Recipe, given: Loss | None) -> None:
+    if given is None:
+        named(LOSSES, term.name, f"{where}.name")
+    loss = given or LOSSES[term.name]
     if loss.needs_teacher and recipe.teacher is None:
         raise RecipeError(f"{where}: {term.name} cannot be computed without a teacher")
-    configured(term, where)
+    if given is None:
+        configured(term, where)
     cached = recipe.teacher is not None and recipe.teacher.cache
     if cached and (loss.reads_maps or term.taps.teacher != View()):
         raise RecipeError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from topkd._io import files
 from topkd._io.progress import Progress
 from topkd._runtime import processes
 from topkd._runtime.environment import environment
+from topkd._runtime.processor import cpu_threads
 from topkd.config import recipe as recipes
 from topkd.config.recipe import STUDENT, DataSection, Recipe, Term
 from topkd.config.validation import RecipeError
@@ -28,6 +30,8 @@ from topkd.losses.base import LossContext, LossTerm, located, needed_taps
 from topkd.models import checkpoint, factory
 from topkd.models.reused import ReusedClassifierStudent, rebuild, reuse
 from topkd.training.build import (
+    NO_OBJECTS,
+    Objects,
     evaluate_once,
     load_data,
     network_of,
@@ -46,67 +50,77 @@ SHOWN = 1000  # test images whose embeddings are kept for pictures
 
 
 class Experiment:
-    """One recipe and the folder in which its runs are kept.
+    """The stages of a recipe: teacher, fitted losses, students. Completed stages are skipped.
+
+    Nothing is computed by the constructor: call :meth:`train_teacher`, :meth:`fit_losses`,
+    :meth:`train_student`, or :meth:`run` for all of them in order.
 
     Args:
-        recipe: What to run.
-        out: Above the folder, which is called like the recipe.
-        progress: Tells the user.
+        recipe: The recipe.
+        out: Parent of the folder of the runs, which is named after the recipe.
+        progress: Shows progress and messages.
+        objects: Objects in place of names in the recipe.
 
     Raises:
-        RecipeError: If the recipe names or asks for what there is not.
+        RecipeError: If a name or an option in the recipe is invalid.
     """
 
-    def __init__(self, recipe: Recipe, out: Path, progress: Progress) -> None:
-        check(recipe)
-        self.recipe, self.out, self.progress = recipe, out, progress
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
+    def __init__(
+        self, recipe: Recipe, out: Path, progress: Progress, objects: Objects = NO_OBJECTS
+    ) -> None:
+        check(recipe, objects)
+        self.recipe, self.out, self.progress, self.objects = recipe, out, progress, objects
         self.folder = out / recipe.name
 
     @cached_property
     def data(self) -> Data:
-        """The images, loaded once."""
-        return load_data(self.recipe.data)
+        """The data set, loaded once."""
+        return load_data(self.recipe.data, self.objects.data)
 
     @cached_property
     def device(self) -> Runtime:
-        """Where and in which numbers networks are computed."""
+        """Device, autocast dtype and compilation settings."""
         return Runtime.of(self.recipe, len(self.data.train.target))
 
     @cached_property
     def teacher(self) -> Teacher | None:
-        """The teacher, trained first where its recipe has not been run; None if there is none."""
+        """The teacher, loaded once; None if the recipe has none.
+
+        Raises:
+            FileNotFoundError: If its weights are missing; :meth:`train_teacher` trains them.
+        """
         section = self.recipe.teacher
         if section is None:
             return None
         own = shown = self.data.mean, self.data.std
         if section.pretrained:
-            told = published_for(section, self.data)
-            own = told.mean, told.std
-        network = network_of(section, self.data, section.size)
-        if section.recipe is not None and section.checkpoint is None:
-            Experiment(teacher_recipe(self.recipe), self.out, self.progress).student(STUDENT, 0)
-        if not section.pretrained:
-            path = self.teacher_file
-            weights, noted = processes.by_first(
-                lambda: (checkpoint.load_weights(path), checkpoint.read_about(path))
-            )
-            said = checkpoint.fill(network.network, weights, str(path), section.weights)
-            if said:
-                self.progress.say(f"teacher: {said} (teacher.weights)")
-            about: dict[str, Any] = {
-                "mean": shown[0],
-                "std": shown[1],
-                "classes": self.data.classes,
-            }
-            about |= noted  # a file of ours knows how it was trained
-            same_order(self.data.classes, about["classes"], str(path))
-            own = about["mean"], about["std"]
+            known = published_for(section, self.data)
+            own = known.mean, known.std
+        if self.objects.teacher is not None:
+            size = section.size or side(self.data)
+            network = factory.wrap(self.objects.teacher, section.model, size, **section.taps)
+        else:
+            network = network_of(section, self.data, section.size)
+        if self.objects.teacher is None and not section.pretrained:
+            noted = self._fill_teacher(network)
+            own = noted.get("mean", shown[0]), noted.get("std", shown[1])
         own = section.mean or own[0], section.std or own[1]
         self._say_where(network, "teacher")
         teacher = Teacher(network, *own, *shown, size=section.size)
         return teacher.to(self.device.device)
+
+    def _fill_teacher(self, network: FeatureExtractor) -> dict[str, Any]:
+        """Fills a teacher with the weights in its file, and returns the file's metadata."""
+        section, path = self.recipe.teacher, self.teacher_file
+        assert section is not None
+        weights, noted = processes.by_first(
+            lambda: (checkpoint.load_weights(path), checkpoint.read_about(path))
+        )
+        said = checkpoint.fill(network.network, weights, str(path), section.weights)
+        if said:
+            self.progress.say(f"teacher: {said} (teacher.weights)")
+        same_order(self.data.classes, noted.get("classes", self.data.classes), str(path))
+        return noted
 
     def _say_where(self, network: FeatureExtractor, role: str) -> None:
         """Says where a network is read if that was found by a trial."""
@@ -136,6 +150,24 @@ class Experiment:
             return None
         return metrics.predict(self.teacher, self.data.test, self.device.device)
 
+    def train_teacher(self) -> Path | None:
+        """Trains the teacher by its recipe, unless that is done or its weights are given.
+
+        Returns:
+            The file of its weights; None if there is no teacher, or it comes without a file.
+        """
+        section = self.recipe.teacher
+        if section is None or section.pretrained or self.objects.teacher is not None:
+            return None
+        if section.recipe is not None and section.checkpoint is None:
+            recipe, objects = teacher_recipe(self.recipe), Objects(data=self.objects.data)
+            is_new = not self.teacher_file.exists()
+            training = Experiment(recipe, self.out, self.progress, objects)
+            result = training.train_student(STUDENT, 0)
+            if is_new:
+                self.progress.say(f"teacher: {section.model}, top-1 {result['last']['top1']:.2f} %")
+        return self.teacher_file
+
     def losses(self, arm: str, student: FeatureExtractor, seed: int) -> list[LossTerm]:
         """Builds the losses of one run, learning from the teacher what they need.
 
@@ -163,7 +195,9 @@ class Experiment:
         with torch.random.fork_rng():
             torch.manual_seed(seed + 1)
             for term in terms:
-                built.append(LossTerm(term, configured(term, located(term.title))))
+                given = self.objects.losses.get(term.title)
+                loss = deepcopy(given) or configured(term, located(term.title))
+                built.append(LossTerm(term, loss))
                 built[-1].setup(made, answer, context)
         return built
 
@@ -189,8 +223,13 @@ class Experiment:
 
     def new_student(self) -> FeatureExtractor:
         """Builds the student, untrained."""
-        student = network_of(self.recipe.student, self.data)
-        if self.recipe.student.classifier == "own":
+        learner = self.recipe.student
+        if self.objects.student is None:
+            student = network_of(learner, self.data)
+        else:
+            network = self.objects.student(len(self.data.classes))
+            student = factory.wrap(network, learner.model, side(self.data), **learner.taps)
+        if learner.classifier == "own":
             return student
         assert self.teacher is not None
         images = self.data.test.read(torch.arange(2), None).to(self.device.device)
@@ -201,27 +240,31 @@ class Experiment:
         tap = named[-1] if named else "avgpool:in"
         return reuse(student.to(self.device.device), self.teacher, images, teacher_tap=tap)
 
-    def prepare(self) -> None:
-        """Carries out everything that comes before the first student is trained.
+    def fit_losses(self) -> None:
+        """Fits every loss that needs it to the teacher, such as a RipsNet.
 
         Raises:
             ValueError: If the folder holds runs of another recipe, or a batch has more images than
                 the training set.
         """
-        refuse_large_batches(self.recipe, self.data)
-        self._claim_folder()
-        for arm in self.recipe.arms:
-            self.losses(arm, self.new_student(), 0)
+        with cpu_threads(self.recipe.threads):
+            self.train_teacher()
+            refuse_large_batches(self.recipe, self.data)
+            self._claim_folder()
+            for arm in self.recipe.arms:
+                self.losses(arm, self.new_student(), 0)
 
-    def student(self, arm: str, seed: int) -> dict[str, Any]:
-        """Trains and evaluates one student, or reads the result where that is done.
+    def train_student(self, arm: str, seed: int) -> dict[str, Any]:
+        """Trains and evaluates one student, or reads its result if that is done.
+
+        The teacher is trained first, where its recipe has not been run.
 
         Args:
-            arm: Which of the recipe's runs: a control, or ``"student"`` for its own losses.
+            arm: Name of the run: a control, or ``"student"`` for the recipe's own losses.
             seed: Of the weights, the order of the images and their augmentation.
 
         Returns:
-            What ``result.json`` holds.
+            The content of ``result.json``.
 
         Raises:
             RecipeError: If the recipe has no such run.
@@ -230,9 +273,13 @@ class Experiment:
         named(self.recipe.arms, arm, "arm")
         self._claim_folder()
         folder = self.folder / arm / f"seed{seed}"
-        with self._working_alone(folder):
+        with self._working_alone(folder), cpu_threads(self.recipe.threads):
             done = processes.by_first(lambda: finished(folder))
             return self._train_student(arm, seed, folder) if done is None else done
+
+    def run(self, seeds: Iterable[int]) -> list[dict[str, Any]]:
+        """Carries out all stages: the teacher, fitted losses, and every run with every seed."""
+        return [self.train_student(arm, seed) for seed in seeds for arm in self.recipe.arms]
 
     @contextmanager
     def _working_alone(self, folder: Path) -> Iterator[None]:
@@ -246,7 +293,8 @@ class Experiment:
 
     def _train_student(self, arm: str, seed: int, folder: Path) -> dict[str, Any]:
         refuse_large_batches(self.recipe, self.data)
-        teacher = self.teacher  # trained before the student's random numbers begin
+        self.train_teacher()
+        teacher = self.teacher  # loaded before the student's random numbers begin
         torch.manual_seed(seed)
         student = self.new_student()
         losses = self.losses(arm, student, seed)

@@ -20,7 +20,7 @@ def ripsnet(
     of factor transfer.
     """
     experiment = experiment_of(recipe, changes, out, quiet)
-    experiment.prepare()
+    experiment.fit_losses()
     made = sorted(experiment.folder.glob("*-*.safetensors"))
     if not made:
         raise ValueError(

@@ -38,9 +38,7 @@ def run(
     from topkd.reporting.page import write_report
 
     experiment = experiment_of(recipe, changes, out, quiet)
-    results = [
-        experiment.student(arm, seed) for seed in numbers(seeds) for arm in experiment.recipe.arms
-    ]
+    results = experiment.run(numbers(seeds))
     if not is_first_process():
         return
     page = experiment.folder / "report.html"

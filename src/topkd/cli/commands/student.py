@@ -34,6 +34,6 @@ def student(
 ) -> None:
     """Train and evaluate the student of a recipe without its controls, or one control."""
     experiment = experiment_of(recipe, changes, out, quiet)
-    results = [experiment.student(arm, seed) for seed in numbers(seeds)]
+    results = [experiment.train_student(arm, seed) for seed in numbers(seeds)]
     if is_first_process():
         print_results(results)

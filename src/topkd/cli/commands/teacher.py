@@ -17,9 +17,11 @@ def teacher(
     """Train the teacher of a recipe, and nothing else."""
     experiment = experiment_of(recipe, changes, out, quiet)
     section = experiment.recipe.teacher
-    if section is not None and section.pretrained:
+    if section is None:
+        raise ValueError(f"{experiment.recipe.name} has no teacher; `topkd run` trains its network")
+    path = experiment.train_teacher()
+    if path is None:
         typer.echo(f"teacher: {section.model}, with its published weights; nothing to train")
         return
-    if experiment.teacher is None:
-        raise ValueError(f"{experiment.recipe.name} has no teacher; `topkd run` trains its network")
-    typer.echo(f"teacher: {experiment.teacher_file}")
+    assert experiment.teacher is not None  # its weights can be read
+    typer.echo(f"teacher: {path}")
