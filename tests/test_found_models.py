@@ -163,7 +163,7 @@ def test_what_is_found_is_what_the_family_has(name):
     side, stages, shapes = FAMILIES[name]
     options = {"image_size": side} if name == "vit_b_16" else {}
     plain = models.get_model(name, num_classes=7, **options).eval()
-    found = taps_by_running(wrapped(plain), side)
+    found = taps_by_running(wrapped(plain), (3, side, side))
     known = factory.build(f"torchvision:{name}", 7, side)
     assert f"net.{known._embedding}" == f"{found['head']}:in"
     network = FeatureExtractor(wrapped(plain), **found).eval()
@@ -184,7 +184,7 @@ def test_what_is_found_is_what_the_family_has(name):
 def test_what_is_found_of_timm_is_its_head_and_its_last_map(name):
     timm = pytest.importorskip("timm")
     plain = timm.create_model(name, num_classes=7).eval()
-    found = taps_by_running(wrapped(plain), 64)
+    found = taps_by_running(wrapped(plain), (3, 64, 64))
     known = factory.build(f"timm:{name}", 7, 64).eval()
     assert f"net.{known._embedding}" == f"{found['head']}:in"
     made = FeatureExtractor(wrapped(plain), **found).eval()(images(64))
@@ -211,7 +211,7 @@ ENDS = {
 
 @pytest.mark.parametrize(("end", "head"), ENDS.values(), ids=ENDS)
 def test_the_head_is_what_the_network_answers_with(end, head):
-    assert taps_by_running(layers(*end), 8).get("head") == head
+    assert taps_by_running(layers(*end), (3, 8, 8)).get("head") == head
 
 
 def test_a_trial_changes_nothing():
@@ -238,7 +238,7 @@ def test_what_is_overwritten_is_no_map():
             shown = torch.relu_(self.first(shown))
             return self.head(torch.relu(self.second(shown)).mean((2, 3)))
 
-    assert taps_by_running(Overwriting(), 16) == {
+    assert taps_by_running(Overwriting(), (3, 16, 16)) == {
         "maps": ("second",),
         "preactivations": (),
         "head": "head",

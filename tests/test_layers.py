@@ -13,6 +13,7 @@ ROOT = Path(topkd.__file__).parent
 LEVELS = {  # an import points to a lower number
     "cli": 8,
     "export": 7,
+    "studies": 7,
     "training": 6,
     "reporting": 6,
     "losses": 5,
@@ -25,7 +26,7 @@ LEVELS = {  # an import points to a lower number
     "topology": 1,
     "_io": 1,
 }
-FREE = {"topkd", "topkd.__main__"}  # the version, and the way in
+FREE = {"topkd", "topkd.__main__"}  # the front door, and the command line
 # Licenses that ours does not go with, and libraries that are only here to be compared with.
 FORBIDDEN = {
     "gudhi",

@@ -269,6 +269,7 @@ class Teacher(nn.Module):
     Args:
         network: The trained network.
         mean: Mean of the images it was trained on, a channel each, as used to normalize them.
+            Together with ``std``, it defaults to taking images as they are.
         std: Their standard deviation.
         seen_mean: Mean with which the images that it will be shown were normalized; the same
             as ``mean`` if not given.
@@ -280,8 +281,8 @@ class Teacher(nn.Module):
     def __init__(
         self,
         network: FeatureExtractor,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
         seen_mean: Sequence[float] | None = None,
         seen_std: Sequence[float] | None = None,
         size: int | None = None,

@@ -1,93 +1,55 @@
-"""The networks, by the name that recipes use."""
+"""Networks of this package, of torchvision, of timm and of the user, by name or as modules."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from __future__ import annotations
+
+import builtins
 
 from torch import nn
 
-from topkd.features import FeatureExtractor
-from topkd.models import mobilenet, resnet, shufflenet, vgg, wide_resnet
+from topkd.models.factory import Foreign, find, wrap
+from topkd.models.registry import MODELS, Model
+
+__all__ = ["MODELS", "Model", "create", "list", "wrap"]
 
 
-@dataclass(frozen=True)
-class Model:
-    """How to build a network and where to read it."""
+def create(
+    name: str, *, classes: int, size: int | None = None, pretrained: bool = False
+) -> nn.Module:
+    """Creates a classifier.
 
-    network: Callable[..., nn.Module]  # takes the number of classes
-    taps: Mapping[str, Any]  # maps, preactivations and head, as Tapped takes them
-    about: str = ""
+    Args:
+        name: A name from :func:`list`; ``torchvision:NAME`` or ``timm:NAME``, with a dot and the
+            name of certain weights if these are wanted; or ``module:callable`` for code of yours.
+        classes: Number of classes.
+        size: Pixels on a side of the images, for networks that are built for one size.
+        pretrained: Whether to download the weights that torchvision or timm publish.
 
-    def build(self, classes: int) -> FeatureExtractor:
-        """Builds the network, new, with its taps."""
-        return FeatureExtractor(self.network(classes=classes), **self.taps)
+    Returns:
+        A module that takes normalized images (n, 3, size, size) and returns logits (n, classes).
 
+    Raises:
+        ValueError: If there is no such network, or it has no published weights.
+        OSError: If weights cannot be downloaded.
 
-def _resnet(depth: int, *widths: int) -> Model:
-    """A CIFAR ResNet; the widths are those of the stem and of the three stages."""
-    about = f"CIFAR ResNet of {depth} layers, {widths[-1]} wide at the end"
-    return Model(partial(resnet.ResNet, depth, widths), resnet.taps(depth), about)
-
-
-def _wide_resnet(depth: int, width: int) -> Model:
-    about = f"wide ResNet of {depth} layers, {64 * width} wide at the end"
-    return Model(partial(wide_resnet.WideResNet, depth, width), wide_resnet.TAPS, about)
-
-
-def _vgg(depth: int) -> Model:
-    about = f"VGG of depth {depth} with batch normalization, 512 wide at the end"
-    return Model(partial(vgg.VGG, depth), vgg.TAPS, about)
-
-
-def _mobilenetv2(width: float) -> Model:
-    about = f"MobileNetV2 of width {width} for 32x32 images, 1280 wide at the end"
-    return Model(partial(mobilenet.MobileNetV2, width), mobilenet.TAPS_V2, about)
-
-
-def _shufflev2(times: str, *widths: int) -> Model:
-    about = f"ShuffleNetV2 {times} for 32x32 images, {widths[-1]} wide at the end"
-    return Model(partial(shufflenet.ShuffleNetV2, widths), shufflenet.TAPS, about)
+    Examples:
+        >>> import torch
+        >>> create("resnet20", classes=10)(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
+    """
+    model = find(name)
+    if isinstance(model, Foreign):
+        network: nn.Module = model.network(classes, size, pretrained)
+        return network
+    if pretrained:
+        raise ValueError(f"no weights come with {name!r}; they do with torchvision's and timm's")
+    return model.create(classes)
 
 
-MODELS: Mapping[str, Model] = {
-    "resnet8x0.25": _resnet(8, 4, 4, 8, 16),
-    "resnet8": _resnet(8, 16, 16, 32, 64),
-    "resnet14": _resnet(14, 16, 16, 32, 64),
-    "resnet20": _resnet(20, 16, 16, 32, 64),
-    "resnet32": _resnet(32, 16, 16, 32, 64),
-    "resnet44": _resnet(44, 16, 16, 32, 64),
-    "resnet56": _resnet(56, 16, 16, 32, 64),
-    "resnet110": _resnet(110, 16, 16, 32, 64),
-    "resnet8x4": _resnet(8, 32, 64, 128, 256),
-    "resnet32x4": _resnet(32, 32, 64, 128, 256),
-    "resnet50": Model(
-        resnet.ResNet50, resnet.taps_50(), "ResNet-50 for 32x32 images, 2048 wide at the end"
-    ),
-    "wrn_16_1": _wide_resnet(16, 1),
-    "wrn_16_2": _wide_resnet(16, 2),
-    "wrn_40_1": _wide_resnet(40, 1),
-    "wrn_40_2": _wide_resnet(40, 2),
-    "vgg8": _vgg(8),
-    "vgg11": _vgg(11),
-    "vgg13": _vgg(13),
-    "vgg16": _vgg(16),
-    "vgg19": _vgg(19),
-    "mobilenetv2": _mobilenetv2(0.5),
-    "mobilenetv2_1_0": _mobilenetv2(1.0),
-    "shufflev1": Model(
-        shufflenet.ShuffleNetV1,
-        shufflenet.TAPS,
-        "ShuffleNet with 3 groups for 32x32 images, 960 wide at the end",
-    ),
-    "shufflev2": _shufflev2("x1", 116, 232, 464, 1024),
-    "shufflev2_1_5": _shufflev2("x1.5", 176, 352, 704, 1024),
-    "mobilenetv1": Model(
-        mobilenet.MobileNetV1, mobilenet.TAPS_V1, "MobileNetV1 for ImageNet, 1024 wide at the end"
-    ),
-}
-"""Name -> how to build it and where to read it.
+def list() -> builtins.list[str]:
+    """Lists the names of this package's own networks.
 
-Every network has a module ``avgpool``, so that the tap ``avgpool:in`` reads the map whose averages
-the classifier reads, whatever stands before it.
-"""
+    Examples:
+        >>> "resnet20" in list()
+        True
+    """
+    return [*MODELS]

@@ -13,9 +13,9 @@ from torch import nn
 
 from topkd._runtime.imports import imported
 from topkd.features import FeatureExtractor
-from topkd.models import MODELS, Model
 from topkd.models.feature_info import taps_of
 from topkd.models.found import taps_by_running
+from topkd.models.registry import MODELS, Model
 
 _ORIGINS = ("torchvision", "timm")
 _WIDTHS = ("classes", "num_classes", "n_classes", "nb_classes", "num_class")  # that callables take
@@ -134,14 +134,15 @@ def build(
     if pretrained:
         published(name)
     if isinstance(model, Foreign):
-        return _tapped(name, model.network(classes, size, pretrained), size, own)
+        shape = None if size is None else (3, size, size)
+        return _tapped(name, model.network(classes, size, pretrained), shape, own)
     return FeatureExtractor(model.network(classes=classes), **{**model.taps, **own})
 
 
 def wrap(
     network: nn.Module,
     name: str | None = None,
-    size: int | None = None,
+    shape: Sequence[int] | None = None,
     *,
     maps: Sequence[str] | None = None,
     head: str | None = None,
@@ -149,13 +150,15 @@ def wrap(
 ) -> FeatureExtractor:
     """Wraps any classifier to read its embedding and feature maps.
 
-    Networks of a known family are read where that family is read; of others, the classifier and
-    the maps are found by running the network once.
+    Networks of a known family are read where that family is read. A network may also have an
+    attribute ``taps``, a mapping with ``head``, ``maps`` and ``preactivations``. Of others, the
+    classifier and the maps are found by running the network once.
 
     Args:
         network: The classifier. A :class:`~topkd.features.FeatureExtractor` is returned as it is.
         name: Name for messages. Defaults to the name of its class.
-        size: Pixels on a side of its images. Defaults to the first usual size that it takes.
+        shape: Channels, height and width of its images. Defaults to three channels and the first
+            usual size that it takes.
         maps: Modules to read as feature maps, shallow to deep.
         head: The module that computes the logits; its input is the embedding.
         preactivations: Modules to read as maps before their activation.
@@ -167,14 +170,14 @@ def wrap(
     Examples:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
         ...                         nn.Flatten(), nn.Linear(4, 10))
-        >>> wrap(network, size=8).maps
+        >>> wrap(network, shape=(3, 8, 8)).maps
         ('1',)
     """
     if isinstance(network, FeatureExtractor):
         return network
     given = {"maps": maps, "head": head, "preactivations": preactivations}
     own: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    return _tapped(name or type(network).__name__, network, size, own)
+    return _tapped(name or type(network).__name__, network, shape, own)
 
 
 def published(name: str) -> Published:
@@ -190,11 +193,11 @@ def published(name: str) -> Published:
 
 
 def _tapped(
-    name: str, network: nn.Module, size: int | None, own: dict[str, Any]
+    name: str, network: nn.Module, shape: Sequence[int] | None, own: dict[str, Any]
 ) -> FeatureExtractor:
-    taps = {**taps_of(network), **own}
+    taps = {**taps_of(network), **getattr(network, "taps", {}), **own}
     missing = [key for key in ("head", "maps") if key not in taps]
-    found = _found(name, network, size, missing) if missing else {}
+    found = _found(name, network, shape, missing) if missing else {}
     if "maps" in taps:  # the pre-activations that were found belong to other maps
         found.pop("preactivations", None)
     taps = {"maps": (), **found, **taps}
@@ -214,12 +217,12 @@ def _tapped(
 
 
 def _found(
-    name: str, network: nn.Module, size: int | None, missing: Sequence[str]
+    name: str, network: nn.Module, shape: Sequence[int] | None, missing: Sequence[str]
 ) -> dict[str, Any]:
     try:
-        return taps_by_running(network, size)
+        return taps_by_running(network, shape)
     except (RuntimeError, AssertionError) as error:
-        if size is not None:
+        if shape is not None:
             raise
         if "head" in missing:
             raise ValueError(

@@ -39,7 +39,7 @@ class _Trace:
             self.seen[name] = _Seen(module, output, output._version)
 
 
-def taps_by_running(network: nn.Module, size: int | None) -> dict[str, Any]:
+def taps_by_running(network: nn.Module, shape: Sequence[int] | None) -> dict[str, Any]:
     """Finds the classifier of a network and its maps, by what it makes of two images of noise.
 
     The classifier is the linear layer, or convolution of 1x1, whose output is what the network
@@ -50,7 +50,8 @@ def taps_by_running(network: nn.Module, size: int | None) -> dict[str, Any]:
 
     Args:
         network: Of which nothing is changed, but for layers that take their shape from the images.
-        size: Of the images, in pixels on a side; if not told, the first usual one that it takes.
+        shape: Channels, height and width of its images. Defaults to the first usual size that it
+            takes, with three channels.
 
     Returns:
         ``head``, ``maps`` and ``preactivations``, arguments of
@@ -63,14 +64,15 @@ def taps_by_running(network: nn.Module, size: int | None) -> dict[str, Any]:
     Examples:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
         ...                         nn.Flatten(), nn.Linear(4, 10))
-        >>> taps_by_running(network, 8)
+        >>> taps_by_running(network, (3, 8, 8))
         {'maps': ('1',), 'preactivations': ('1:in',), 'head': '4'}
     """
-    for number, side in enumerate(_SIZES if size is None else (size,), start=1):
+    shapes = [(3, side, side) for side in _SIZES] if shape is None else [shape]
+    for number, tried in enumerate(shapes, start=1):
         try:
-            trace, answer = _run(network, side)
+            trace, answer = _run(network, tried)
         except (RuntimeError, AssertionError):  # torch's, and those of transformers
-            if size is not None or number == len(_SIZES):
+            if number == len(shapes):
                 raise
         else:
             break
@@ -80,9 +82,9 @@ def taps_by_running(network: nn.Module, size: int | None) -> dict[str, Any]:
     return taps if head is None else taps | {"head": head}
 
 
-def _run(network: nn.Module, size: int) -> tuple[_Trace, Any]:
+def _run(network: nn.Module, shape: Sequence[int]) -> tuple[_Trace, Any]:
     trace = _Trace({module: name for name, module in network.named_modules() if name})
-    noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     weight = next(iter(network.parameters()), noise)
     with _left_as_it_is(network, trace), torch.no_grad():
         answer = network.eval()(noise.to(weight.device, weight.dtype))

@@ -97,8 +97,9 @@ class Experiment:
             known = published_for(section, self.data)
             own = known.mean, known.std
         if self.objects.teacher is not None:
-            size = section.size or side(self.data)
-            network = factory.wrap(self.objects.teacher, section.model, size, **section.taps)
+            pixels = section.size or side(self.data)
+            shape = (3, pixels, pixels)
+            network = factory.wrap(self.objects.teacher, section.model, shape, **section.taps)
         else:
             network = network_of(section, self.data, section.size)
         if self.objects.teacher is None and not section.pretrained:
@@ -228,7 +229,8 @@ class Experiment:
             student = network_of(learner, self.data)
         else:
             network = self.objects.student(len(self.data.classes))
-            student = factory.wrap(network, learner.model, side(self.data), **learner.taps)
+            shape = (3, side(self.data), side(self.data))
+            student = factory.wrap(network, learner.model, shape, **learner.taps)
         if learner.classifier == "own":
             return student
         assert self.teacher is not None

@@ -1,0 +1,191 @@
+"""The pipeline as one Python call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from topkd._io.progress import Progress
+from topkd.config import recipe as recipes
+from topkd.data import Data, from_dataset
+from topkd.data.sources.dataset import Indexed
+from topkd.losses import Loss
+from topkd.losses.base import LossTerm
+from topkd.models import MODELS, checkpoint
+from topkd.studies.study import Study
+from topkd.training.build import Objects
+from topkd.training.experiment import Experiment
+
+Network = str | Path | nn.Module
+Losses = Sequence[Loss | LossTerm]
+
+
+def distill(
+    student: str | nn.Module | Callable[[], nn.Module],
+    teacher: Network | tuple[str, str | Path] | None,
+    data: str | Mapping[str, Any] | Data | tuple[Indexed, Indexed],
+    losses: Losses,
+    *,
+    controls: Mapping[str, Losses] | None = None,
+    epochs: int = 20,
+    seeds: Iterable[int] = (0,),
+    out: str | Path = "runs/distilled",
+    batch_size: int = 64,
+    optimizer: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Study:
+    """Trains students with a teacher, evaluates them and leaves the folder of a recipe's runs.
+
+    Completed stages are skipped: the same call resumes.
+
+    Args:
+        student: A network by name (``topkd list models``), a module, whose weights every seed
+            starts from, or a function that creates a module.
+        teacher: A trained network: a module; a weights file, which names its network or is named
+            after it (``resnet20.pth``); ``(name, file)``; ``torchvision:NAME`` or ``timm:NAME``
+            with published weights; None if no loss needs a teacher.
+        data: A data set by name, a recipe's ``data`` section, or ``(train, test)`` data sets of
+            pairs (picture, label).
+        losses: Losses, or terms such as ``2 * KD()`` and ``TopKD().term(share=0.1)``.
+        controls: Name -> losses of other students, with which the first are compared.
+        epochs: Length of the training of each student.
+        seeds: One run for each seed.
+        out: The folder of the runs. Its last part names the recipe.
+        batch_size: Images in a batch.
+        optimizer: The recipe's ``optimizer``. Defaults to SGD with a cosine schedule.
+        settings: Other keys of a recipe, such as ``precision`` or ``threads``.
+        quiet: Whether no progress is shown.
+
+    Returns:
+        The finished runs.
+
+    Raises:
+        ValueError: If an argument is invalid; the message names it.
+        FileNotFoundError: If a file is missing.
+
+    Examples:
+        >>> from tempfile import mkdtemp
+        >>> from topkd.losses import CE, KD
+        >>> from topkd.models import create
+        >>> study = distill(
+        ...     "resnet8x0.25", create("resnet8x0.25", classes=10), "digits", [CE(), 2 * KD()],
+        ...     epochs=1, out=f"{mkdtemp()}/example", quiet=True,
+        ... )
+        >>> study.results()[0]["epochs"]
+        1
+    """
+    terms = {recipes.STUDENT: _terms(losses)}
+    terms |= {name: _terms(each) for name, each in (controls or {}).items()}
+    taught, teacher_network = _teacher(teacher)
+    data_section, data_object = _data(data)
+    student_section, student_object = _student(student)
+    folder = Path(out)
+    tree = {
+        "name": folder.name,
+        "data": data_section,
+        "student": student_section,
+        "losses": [term.settings for term in terms[recipes.STUDENT]],
+        "controls": {
+            name: [term.settings for term in each]
+            for name, each in terms.items()
+            if name != recipes.STUDENT
+        },
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "optimizer": {"schedule": "cosine"} if optimizer is None else dict(optimizer),
+        **({} if taught is None else {"teacher": taught}),
+        **(settings or {}),
+    }
+    objects = Objects(
+        data=data_object,
+        student=student_object,
+        teacher=teacher_network,
+        losses={term.title: term.loss for each in terms.values() for term in each},
+    )
+    recipe = recipes.parse(_plain(tree))
+    Experiment(recipe, folder.parent, Progress(quiet=quiet), objects).run(seeds)
+    return Study(folder)
+
+
+def _terms(losses: Losses) -> list[LossTerm]:
+    return [each if isinstance(each, LossTerm) else each.term() for each in losses]
+
+
+def _plain(tree: Any) -> Any:
+    """Turns sections into plain values, with no setting that was left to its default."""
+    if isinstance(tree, Mapping):
+        return {key: _plain(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_plain(each) for each in tree]
+    if isinstance(tree, recipes.Term):
+        return tree.model_dump(mode="json", exclude_unset=True)
+    return tree
+
+
+def _object(thing: object) -> str:
+    """Names an object in a recipe, which cannot find it again."""
+    name = getattr(thing, "__name__", type(thing).__name__)
+    return f"object:{name.strip('<>')}"
+
+
+def _student(
+    student: str | nn.Module | Callable[[], nn.Module],
+) -> tuple[dict[str, Any], Callable[[int], nn.Module] | None]:
+    if isinstance(student, str):
+        return {"model": student}, None
+    section = {"model": _object(student)}
+    if isinstance(student, nn.Module):
+        return section, lambda classes: copy.deepcopy(student)
+    return section, lambda classes: student()
+
+
+def _teacher(
+    teacher: Network | tuple[str, str | Path] | None,
+) -> tuple[dict[str, Any] | None, nn.Module | None]:
+    if teacher is None:
+        return None, None
+    if isinstance(teacher, nn.Module):
+        return {"model": _object(teacher), "checkpoint": "object"}, teacher
+    if isinstance(teacher, tuple):
+        return {"model": teacher[0], "checkpoint": str(teacher[1])}, None
+    path = Path(teacher).expanduser()
+    if not path.is_file() and str(teacher).startswith(("torchvision:", "timm:")):
+        return {"model": str(teacher), "pretrained": True}, None
+    path = checkpoint.weights_file(path)
+    model = checkpoint.read_about(path).get("model") or path.name.partition(".")[0]
+    if model not in MODELS:
+        raise ValueError(
+            f"teacher: {path} does not name its network; give (name, {str(path)!r}), with a name "
+            "from `topkd list models`"
+        )
+    return {"model": model, "checkpoint": str(path)}, None
+
+
+def _data(
+    data: str | Mapping[str, Any] | Data | tuple[Indexed, Indexed],
+) -> tuple[dict[str, Any], Data | None]:
+    if isinstance(data, str):
+        return {"name": data}, None
+    if isinstance(data, Mapping):
+        return dict(data), None
+    if isinstance(data, Data):
+        return {"name": f"object:{data.name}"}, data
+    train, test = data
+    return {"name": _object(train)}, from_dataset(train, test, size=_side(train[0][0]))
+
+
+def _side(picture: Any) -> int:
+    """Side of the images that networks get: the shorter side of a picture, at most 224 pixels."""
+    if isinstance(picture, Tensor):  # (channels, height, width)
+        sides = picture.shape[-2:]
+    elif isinstance(picture, np.ndarray):  # (height, width, channels)
+        sides = picture.shape[:2]
+    else:  # an image of PIL
+        sides = picture.size
+    return min(*sides, 224)

@@ -1,0 +1,73 @@
+"""The runs in a folder as one object: results, table, report and trained networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topkd._io.progress import Progress
+from topkd.config.recipe import STUDENT
+from topkd.evaluation import results
+from topkd.evaluation.loading import Classifier, load
+from topkd.reporting import page
+
+
+@dataclass(frozen=True)
+class Study:
+    """Finished runs of one recipe, below one folder.
+
+    Args:
+        folder: The folder that is named after the recipe, e.g. ``runs/digits``.
+
+    Examples:
+        >>> study = Study(Path("runs/digits"))
+        >>> study.report("page.html")  # doctest: +SKIP
+    """
+
+    folder: Path
+
+    def results(self) -> list[dict[str, Any]]:
+        """Returns the content of every ``result.json``, verified against its hash.
+
+        Raises:
+            ValueError: If there is no finished run, or a file was altered.
+        """
+        paths = sorted(self.folder.glob("*/seed*"))
+        found = [results.finished(path) for path in paths]
+        done = [each for each in found if each is not None]
+        if not done:
+            raise ValueError(f"{self.folder} has no finished run")
+        return done
+
+    def table(self) -> str:
+        """Returns all runs as a Markdown table, with means, deviations and comparisons.
+
+        Raises:
+            ValueError: If there is no finished run, or a file was altered.
+        """
+        return page.markdown(self.folder)
+
+    def report(self, path: str | Path) -> Path:
+        """Writes a self-contained HTML page with tables and plots.
+
+        Args:
+            path: The file to write.
+
+        Raises:
+            ValueError: If there is no finished run, or a file was altered.
+        """
+        page.write_report(self.folder, Path(path), Progress())
+        return Path(path)
+
+    def network(self, seed: int = 0, variant: str = STUDENT) -> Classifier:
+        """Loads a trained student.
+
+        Args:
+            seed: Seed of its run.
+            variant: Name of its run.
+
+        Raises:
+            FileNotFoundError: If there is no such run.
+        """
+        return load(self.folder / variant / f"seed{seed}")

@@ -1,0 +1,236 @@
+"""The Python front door: a distiller for any loop, and the whole pipeline in one call."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import topkd
+from topkd.losses import AT, CE, CRD, KD, Loss, TopKD
+from topkd.models import create, wrap
+
+CLASSES = 4
+
+
+@pytest.fixture
+def images():
+    return torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def target():
+    return torch.arange(16) % CLASSES
+
+
+def networks():
+    torch.manual_seed(0)
+    return create("resnet8x0.25", classes=CLASSES), create("resnet8", classes=CLASSES)
+
+
+def small(classes=CLASSES):
+    """A network of no known family."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, classes),
+    )
+
+
+def test_all_names_are_there_and_load_nothing_before_their_use():
+    assert set(dir(topkd)) >= {"distill", "Distiller", "load", "Recipe", "Study"}
+    for name in topkd.__all__:
+        assert getattr(topkd, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'distil'"):
+        topkd.distil  # noqa: B018
+    code = "import sys, topkd; dir(topkd); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_distiller_is_the_sum_of_its_weighted_terms(images, target):
+    student, teacher = networks()
+    distiller = topkd.Distiller(student, teacher, [CE(), 2 * KD(temperature=3.0)]).setup(images)
+    distiller.eval()
+    out = distiller(images, target)
+    with torch.no_grad():
+        z, t = student(images), teacher(images)
+    soft = F.kl_div((z / 3).log_softmax(1), (t / 3).softmax(1), reduction="batchmean") * 9
+    expected = F.cross_entropy(z, target) + 2 * soft
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(out.logits, z)
+    assert out.weights == {"ce": 1.0, "kd": 2.0}
+
+
+def test_the_teacher_learns_nothing_and_is_not_saved(images, target):
+    student, teacher = networks()
+    before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
+    distiller = topkd.Distiller(student, teacher, [CE(), KD(), 100 * AT()]).setup(images)
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+    distiller.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        distiller(images, target).loss.backward()
+        optimizer.step()
+    assert all(torch.equal(weight, before[name]) for name, weight in teacher.state_dict().items())
+    assert not teacher.training
+    own = sum(weight.numel() for weight in student.parameters())
+    assert sum(weight.numel() for weight in distiller.parameters()) == own
+    assert len(distiller.state_dict()) == len(student.state_dict())
+
+
+def test_a_share_is_that_of_the_gradient_at_the_embedding(images, target):
+    student, teacher = networks()
+    distiller = topkd.Distiller(student, teacher, [CE(), KD(), TopKD().term(share=0.25)]).setup(
+        images
+    )
+    out = distiller(images, target)
+    made = distiller.student(images)
+    answer = distiller.teacher(images)
+    from topkd.features import Batch
+
+    batch = Batch(images, target, torch.arange(16))
+    norms = {}
+    for term in distiller.terms:
+        (slope,) = torch.autograd.grad(
+            term.value(made, answer, batch), made.embedding, retain_graph=True
+        )
+        norms[term.title] = out.weights[term.title] * slope.norm().item()
+    assert norms["topkd"] / sum(norms.values()) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_schedules_follow_the_epoch(images, target):
+    student, teacher = networks()
+    late = KD().term(start=2, warmup=2)
+    distiller = topkd.Distiller(student, teacher, [CE(), late], epochs=4).setup(images)
+    seen = []
+    for epoch in (1, 2, 3):
+        distiller.on_epoch_start(epoch)
+        seen.append(distiller(images, target).weights.get("kd"))
+    assert seen == [0.0, 0.5, 1.0]
+
+
+def test_networks_of_no_family_are_read_where_a_trial_shows(images, target):
+    torch.manual_seed(0)
+    distiller = topkd.Distiller(small(), small(), [CE(), AT(skip=0)]).setup(images)
+    assert distiller(images, target).values["at"].isfinite()
+    assert wrap(small(), shape=(3, 8, 8)).maps == ("1",)
+
+
+def test_a_network_says_itself_where_it_is_read(images):
+    network = small()
+    network.taps = {"head": "4", "maps": ("0",)}
+    assert wrap(network, shape=(3, 8, 8)).maps == ("0",)
+
+
+def test_a_memory_takes_the_labels_of_all_images(images, target):
+    student, teacher = networks()
+    labels = torch.arange(100) % CLASSES
+    distiller = topkd.Distiller(student, teacher, [CE(), CRD(size=8, negatives=16)])
+    distiller.setup((images, target), labels=labels)
+    out = distiller(images, target, index=torch.arange(40, 56))
+    out.loss.backward()
+    assert out.values["crd"].isfinite()
+
+
+def test_a_loss_of_ones_own_is_a_term(images, target):
+    class Mean(Loss):
+        def forward(self, student, teacher, batch):
+            return (student.logits.mean() - teacher.logits.mean()).square()
+
+    student, teacher = networks()
+    distiller = topkd.Distiller(student, teacher, [CE(), 3 * Mean()]).setup(images)
+    assert distiller(images, target).weights["mean"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ([KD(), KD()], "kd appears twice; give a label"),
+        ([AT(skip=4)], r"losses\.at: skip leaves out the first 4 of 4 maps"),
+    ],
+)
+def test_what_cannot_be_distilled_is_one_line(images, losses, message):
+    student, teacher = networks()
+    with pytest.raises(ValueError, match=message):
+        topkd.Distiller(student, teacher, losses).setup(images)
+
+
+def test_setup_and_teacher_are_asked_for(images, target):
+    student, teacher = networks()
+    with pytest.raises(ValueError, match=r"call setup\(sample\) once"):
+        topkd.Distiller(student, teacher, [CE()])(images, target)
+    with pytest.raises(ValueError, match="kd cannot be computed without a teacher"):
+        topkd.Distiller(student, None, [KD()])
+
+
+def pairs(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(count, 3, 8, 8, generator=generator)
+    return [(picture, number % CLASSES) for number, picture in enumerate(pixels)]
+
+
+def test_modules_and_data_sets_are_distilled_into_a_folder_of_runs(tmp_path):
+    torch.manual_seed(0)
+    teacher, student = small(), small()
+    study = topkd.distill(
+        student=student,
+        teacher=teacher,
+        data=(pairs(64, 0), pairs(32, 1)),
+        losses=[CE(), 2 * KD(temperature=4.0), TopKD().term(share=0.1)],
+        controls={"kd": [CE(), 2 * KD(temperature=4.0)]},
+        epochs=2,
+        seeds=range(2),
+        out=tmp_path / "mine",
+        batch_size=16,
+        quiet=True,
+    )
+    results = study.results()
+    assert len(results) == 4
+    assert {(r["seed"], r["epochs"]) for r in results} == {(0, 2), (1, 2)}
+    assert "| kd" in study.table()
+    assert (tmp_path / "mine/recipe.yaml").exists()
+    again = topkd.distill(
+        student,
+        teacher,
+        (pairs(64, 0), pairs(32, 1)),
+        [CE(), 2 * KD(temperature=4.0), TopKD().term(share=0.1)],
+        controls={"kd": [CE(), 2 * KD(temperature=4.0)]},
+        epochs=2,
+        seeds=[0],
+        out=tmp_path / "mine",
+        batch_size=16,
+        quiet=True,
+    )
+    assert again.results() == results  # nothing was trained again
+
+
+def test_names_are_distilled_as_a_recipe_of_them_is(tmp_path):
+    from topkd._io.progress import Progress
+    from topkd.config import recipe
+    from topkd.models import checkpoint
+    from topkd.models.registry import MODELS
+    from topkd.training.experiment import Experiment
+
+    path = tmp_path / "resnet8.safetensors"
+    torch.manual_seed(0)
+    checkpoint.save_weights(path, MODELS["resnet8"].build(10).network, {})
+    study = topkd.distill(
+        "resnet8x0.25",
+        path,
+        {"name": "digits", "limit": 128},
+        [CE(), 2 * KD()],
+        epochs=1,
+        out=tmp_path / "python/same",
+        quiet=True,
+    )
+    written = recipe.load(str(tmp_path / "python/same/recipe.yaml"))
+    Experiment(written, tmp_path / "yaml", Progress(quiet=True)).run([0])
+    place = "same/student/seed0/student.safetensors"
+    one, other = (checkpoint.load_weights(tmp_path / part / place) for part in ("python", "yaml"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    network = study.network(seed=0)
+    assert len(network.classes) == 10
