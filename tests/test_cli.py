@@ -119,8 +119,8 @@ def test_catalogs(call):
         assert name in [entry["name"] for entry in json.loads(out)]
     _, out, _ = call("list", "losses")
     (line,) = [line for line in out.splitlines() if line.startswith("pkt ")]
-    entry = LOSSES["pkt"]
-    for told in (entry.compares, entry.paper, entry.cost):
+    info = LOSSES["pkt"].info
+    for told in (info.compares, info.paper, info.cost):
         assert told in line
     _, out, _ = call("list", "models")
     for kind in ("torchvision:NAME", "timm:NAME", "MODULE:CALLABLE"):
@@ -245,7 +245,7 @@ def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("topkd.training.experiment.Experiment.student", interrupt)
+    monkeypatch.setattr("topkd.training.experiment.Experiment.train_student", interrupt)
     status, _, err = call("student", "tiny.yaml")
     assert status == 130
     assert "the same command goes on from the last epoch" in err
@@ -272,7 +272,7 @@ def test_a_folder_that_is_deleted_meanwhile_is_one_line(call, tmp_path, monkeypa
             shutil.rmtree(folder)
         entry = train_epoch(self, number, advance)
         if number == 2 and when == "after the last":
-            monkeypatch.setattr("topkd.training.experiment.evaluate.predict", deleting)
+            monkeypatch.setattr("topkd.training.experiment.metrics.predict", deleting)
         return entry
 
     def deleting(*words):

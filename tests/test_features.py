@@ -32,7 +32,7 @@ def small():
     return MODELS["resnet8x0.25"].build(10)
 
 
-# --- Tapped --------------------------------------------------------------------------------------
+# --- FeatureExtractor ----------------------------------------------------------------------------
 
 
 def test_a_network_of_torchvision_is_read_unchanged(resnet18):

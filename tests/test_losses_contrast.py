@@ -1,6 +1,8 @@
 """The contrastive loss: the paper in plain loops, known cases, and a memory that can be resumed."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +16,15 @@ from topkd.losses.functional import contrast
 TARGET = torch.arange(IMAGES) % CLASSES
 
 
+def contrasting(target=TARGET, **options):
+    """The loss between a student of 3 numbers and a teacher of more, for images of these labels."""
+    context = replace(source_in(Path()), target=target)
+    return bound(CRD, features(3, seed=1), features(WIDTH, seed=2), context, **options)
+
+
 def contrastive(seed=0, **options):
     torch.manual_seed(seed)
-    return CRD(3, WIDTH, TARGET, **{"size": 4, "temperature": 0.5, **options}).double()
+    return contrasting(**{"size": 4, "temperature": 0.5, **options}).double()
 
 
 def shown(index):
@@ -104,7 +112,7 @@ def test_first_batch_fixes_z_and_no_other_does():
 
 
 def test_z_begins_as_what_the_memory_gives_on_average():
-    loss = CRD(3, WIDTH, torch.arange(20_000) % 2, size=128)
+    loss = contrasting(torch.arange(20_000) % 2, size=128)
     anchor = torch.nn.functional.normalize(torch.randn(8, 128))
     measured = 20_000 * (anchor @ loss.of_teacher.T / 0.07).exp().mean()
     assert loss.log_z.exp()[0].item() == pytest.approx(measured.item(), rel=0.05)
@@ -274,7 +282,7 @@ def test_facts_tell_the_memory(tmp_path):
     student, teacher = features(3, seed=1), features(WIDTH, seed=2)
     loss = bound(CRD, student, teacher, source_in(tmp_path))
     assert loss.metadata() == {"negatives": 36, "positives": "exact", "memory_megabytes": 0.0}
-    large = CRD(3, 5, torch.arange(50_000) % 100, size=128)
+    large = contrasting(torch.arange(50_000) % 100, size=128)
     assert large.metadata() == {"negatives": 16384, "positives": "exact", "memory_megabytes": 51.2}
 
 
@@ -290,12 +298,12 @@ def test_facts_tell_the_memory(tmp_path):
 )
 def test_refuses_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
-        contrastive(**options)
+        CRD(**options)
 
 
 def test_refuses_what_cannot_be_contrasted():
     with pytest.raises(ValueError, match="there is only one class"):
-        CRD(3, 5, torch.zeros(10).long())
+        contrasting(torch.zeros(10).long())
     with pytest.raises(ValueError, match="there is no image 50 among the 48 of the memory"):
         contrastive()(*made([3, 4]), Batch(torch.zeros(2), TARGET[:2], torch.tensor([3, 50])))
     with pytest.raises(ValueError, match=r"\(n, 1 \+ negatives\), got \(4, 1\)"):

@@ -221,7 +221,7 @@ def test_other_answers_are_those_to_the_batch_before(make, case):
     other, own = make(case, target="other"), make(case)
     own.load_state_dict({k: v for k, v in other.state_dict().items() if k != "held"})
     student = features(3, seed=1)
-    before = features(5, seed=2)  # what `between` was shown
+    before = features(5, seed=2)  # what `setup` was shown
     for seed in (10, 11, 12):
         now = features(5, seed=seed)
         found = other(student, now, batch())
@@ -300,7 +300,8 @@ def flat(values):
 @pytest.mark.parametrize("target", ["other", "mean"])
 def test_a_target_that_nobody_found_is_asked_for(target):
     loss = LOSSES["wasserstein"](target=target)
-    with pytest.raises(ValueError, match=rf"target: {target} is found by between\(\)"):
+    needed = rf"target: {target} needs setup\(\) before the first batch"
+    with pytest.raises(ValueError, match=needed):
         loss(features(3, seed=1), features(5, seed=2), batch())
 
 
@@ -328,8 +329,8 @@ def test_labeled_losses_are_controlled_by_permuting(make, case, target):
         ("wasserstein", {"dimension": 1, "target": "mean"}, "target: mean .* use other"),
         ("topkd", {"via": "ripsnet", "edges": "random"}, "edges: random .* use via: exact"),
         ("topkd", {"via": "ripsnet", "target": "permuted"}, "target: permuted .* use other"),
-        ("rtd_lite", {"edges": "all"}, "edges are one of persistent, random, got 'all'"),
-        ("rtd_lite", {"target": "his"}, "target is one of own, permuted, other, mean, got 'his'"),
+        ("rtd_lite", {"edges": "all"}, "edges must be persistent or random, got all"),
+        ("rtd_lite", {"target": "his"}, "target must be own or permuted or other or mean, got his"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, case, options, message):

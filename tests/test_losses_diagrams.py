@@ -124,12 +124,12 @@ def test_pce_is_the_formula_in_plain_loops(form, bandwidth, tolerance, edges):
     ours, theirs = (reference.lifetimes(cloud.embedding.tolist(), tree) for cloud in clouds)
     expected = reference.persistent_cross_entropy(ours, theirs, bandwidth, tolerance, form)
     assert expected > 0
-    loss = PCE(bandwidth, tolerance, form=form, edges=edges).double()
+    loss = PCE(bandwidth=bandwidth, tolerance=tolerance, form=form, edges=edges).double()
     assert loss(*clouds, batch()).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_pce_is_a_divergence():
-    # Of the weights from what they are multiplied by e^(-gaussian_nll); made to sum to 1 in EM-PCE.
+    # Of the weights from what they are multiplied by e^(-gap); made to sum to 1 in EM-PCE.
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.rand(2, 20, dtype=torch.float64, generator=generator)
     options = {"bandwidth": 0.1, "tolerance": 2.0}
@@ -149,7 +149,7 @@ def test_pce_is_a_divergence():
 
 def test_pce_does_not_see_the_size_of_embeddings():
     student, teacher = features(3, seed=1), features(5, seed=2)
-    loss = PCE(0.1, 2.0)
+    loss = PCE(bandwidth=0.1, tolerance=2.0)
     far = student.apply(lambda t: t * torch.arange(1, CLOUD + 1).view(-1, *[1] * (t.ndim - 1)))
     torch.testing.assert_close(loss(far, teacher, batch()), loss(student, teacher, batch()))
 
@@ -159,7 +159,7 @@ def test_pce_is_finite_where_points_coincide_or_have_no_direction(form):
     teacher = features(5, seed=2)
     for scale in (0.0, 1.0):
         flat = torch.full((CLOUD, 3), scale, dtype=torch.float64, requires_grad=True)
-        loss = PCE(0.1, 0.01, form=form)
+        loss = PCE(bandwidth=0.1, tolerance=0.01, form=form)
         for pair in [(flat, teacher.embedding), (flat, flat.detach()), (teacher.embedding, flat)]:
             ours, theirs = (Features(teacher.logits, points) for points in pair)
             value = loss(ours, theirs, batch())
@@ -174,7 +174,7 @@ def test_pce_is_finite_where_points_coincide_or_have_no_direction(form):
 def test_far_students_still_have_a_finite_loss(form):
     ours, theirs = torch.full((20,), 0.5), torch.linspace(0.4, 0.6, 20)
     value = persistent_cross_entropy(ours, theirs, bandwidth=0.1, tolerance=1e-3, form=form)
-    assert value.isfinite()  # e^(-gaussian_nll) itself is 0 for every lifetime
+    assert value.isfinite()  # e^(-gap) itself is 0 for every lifetime
     assert value > 0
 
 

@@ -119,10 +119,9 @@ def test_connectors_stand_where_shapes_differ(source):
     assert same(own, aim, batch()).item() == pytest.approx(expected)
 
 
-def test_margins_that_are_none_are_refused(source):
-    made = features(5, seed=1)
+def test_margins_that_are_none_are_refused():
     with pytest.raises(ValueError, match=r"margin must be positive, got 0\.0"):
-        bound(AB, made, made, source, margin=0.0)
+        AB(margin=0.0)
 
 
 # --- the overhaul --------------------------------------------------------------------------------
@@ -314,7 +313,7 @@ def test_networks_with_other_numbers_of_preactivations_are_refused(source, loss)
     student, teacher = features(5, seed=1), features(5, seed=2)
     fewer = replace(teacher, preactivations=teacher.preactivations[1:])
     with pytest.raises(ValueError, match="the student has 4 pre-activations and the teacher 3"):
-        loss.between(student, fewer, source)
+        bound(loss, student, fewer, source)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from reference import map_loops as loops
 from reference.features import WIDTH, batch, bound, features, source_in
 from torch import nn
 
+from topkd.features import Features
 from topkd.losses import ReviewKD
 from topkd.losses.functional import hierarchical
 
@@ -85,10 +86,18 @@ def test_the_embedding_is_the_deepest_and_the_stem_is_left_out(tmp_path):
     assert loss.fusions[-1].gates is None
 
 
-def test_it_is_as_wide_inside_as_the_students_embedding():
-    assert ReviewKD([8, 16], [8, 32]).fusions[0].enter[0].out_channels == 16
-    assert ReviewKD([8, 1024], [8, 32]).fusions[0].enter[0].out_channels == 512
-    assert ReviewKD([8, 1024], [8, 32], width=64).fusions[0].enter[0].out_channels == 64
+def narrow_but_for_its_embedding(width):
+    maps = [torch.zeros(1, 8, 2, 2)] * 2
+    return Features(torch.zeros(1, 4), torch.zeros(1, width), maps, maps)
+
+
+@pytest.mark.parametrize(
+    ("width", "options", "expected"), [(16, {}, 16), (1024, {}, 512), (1024, {"width": 64}, 64)]
+)
+def test_it_is_as_wide_inside_as_the_students_embedding(tmp_path, width, options, expected):
+    student, teacher = map(narrow_but_for_its_embedding, (width, 32))
+    loss = bound(ReviewKD, student, teacher, source_in(tmp_path), **options)
+    assert loss.fusions[0].enter[0].out_channels == expected
 
 
 def test_refuses_networks_whose_stages_do_not_match(tmp_path):
@@ -102,6 +111,6 @@ def test_refuses_networks_whose_stages_do_not_match(tmp_path):
     with pytest.raises(ValueError, match="the student needs maps of a stem and a stage, it has 1"):
         bound(ReviewKD, replace(student, maps=student.maps[:1]), teacher, source)
     with pytest.raises(ValueError, match="width must be positive, got 0"):
-        bound(ReviewKD, student, teacher, source, width=0)
+        ReviewKD(width=0)
     with pytest.raises(ValueError, match=r"maps differ: student \(1, 2, 4, 4\), teacher \(1, 2, 2"):
         hierarchical(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2, 2))

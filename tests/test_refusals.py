@@ -8,14 +8,26 @@ import pytest
 import torch
 from torch import nn
 
-from topkd import losses
-from topkd.losses import AB, CATKD, CC, CRD, CTKD, DIST, DKD, KD, LOSSES, MLKD, NKD, PCE, TTM
+from topkd.losses import (
+    AB,
+    CATKD,
+    CC,
+    CRD,
+    CTKD,
+    DIST,
+    DKD,
+    FT,
+    KD,
+    LOSSES,
+    MLKD,
+    NKD,
+    PCE,
+    TTM,
+    functional,
+)
+from topkd.topology import PersistenceVector, rips
 
-FUNCTIONS = {
-    name: getattr(losses, name)
-    for name in losses.__all__
-    if inspect.isfunction(getattr(losses, name))
-}
+FUNCTIONS = {name: getattr(functional, name) for name in functional.__all__}
 NAN, INF = math.nan, math.inf
 
 
@@ -25,6 +37,10 @@ def logits(n=4, classes=3):
 
 def maps(n=4, channels=3, side=2):
     return torch.randn(n, channels, side, side, dtype=torch.float64)
+
+
+def described(points):
+    return PersistenceVector((0.0, 3.0), sigma=0.3)(rips(points))
 
 
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -65,6 +81,7 @@ CASES = {
     "similarity_preserving": (BOTH_MAPS, {}),
     "standardized": ({"logits": logits}, {}),
     "gaussian_nll": ({"mean": maps, "teacher": maps}, {"variance": torch.ones(3)}),
+    "topological_distillation": (BOTH_LOGITS, {"describe": described}),
     "transformed_teacher_matching": (BOTH_LOGITS, {}),
 }
 
@@ -101,7 +118,7 @@ def test_whole_numbers_are_refused(name):
 def test_nothing_is_refused(name):
     if name == "persistent_cross_entropy":  # a student without bars is one
         pytest.skip("lifetimes of the student may be none")
-    with pytest.raises(ValueError, match=r"must be .*\(0, |same images, got \(0,"):
+    with pytest.raises(ValueError, match=r"must be .*\(0, |(same images|one point), got \(0,"):
         call(name, lambda make: make(0))
 
 
@@ -109,6 +126,8 @@ def test_nothing_is_refused(name):
 def test_batches_of_two_sizes_are_refused(name):
     if name == "persistent_cross_entropy":
         pytest.skip("there may be more lifetimes of one than of the other")
+    if name == "topological_distillation":
+        pytest.skip("what describes a cloud tells whether clouds may be of two sizes")
     with pytest.raises(ValueError, match=r"differ: |of the same images"):
         call(name, lambda make: make(5))
 
@@ -141,58 +160,33 @@ OPTIONS = [
     ("normalized_distillation", "temperature", TEMPERATURE, NKD),
     ("normalized_distillation", "gamma", WEIGHT, NKD),
     ("multi_level_distillation", "views", {3: "must be 1 or 2"}, MLKD),
-    (
-        "contrast",
-        "temperature",
-        TEMPERATURE,
-        lambda **options: CRD(3, 5, LABELS, **options),
-    ),
+    ("contrast", "temperature", TEMPERATURE, CRD),
     ("contrast", "images", COUNT, None),
-    (
-        "correlation_kernel",
-        "gamma",
-        FINITE,
-        lambda **options: CC(3, 5, form="kernel", **options),
-    ),
-    (
-        "correlation_kernel",
-        "order",
-        COUNT,
-        lambda **options: CC(3, 5, form="kernel", **options),
-    ),
+    ("correlation_kernel", "gamma", FINITE, CC),
+    ("correlation_kernel", "order", COUNT, CC),
     ("probabilistic_transfer", "epsilon", FINITE, None),
-    (
-        "activation_boundaries",
-        "margin",
-        FINITE,
-        lambda **options: AB([], **options),
-    ),
-    (
-        "class_attention",
-        "resolution",
-        {0: "must be at least 1", 1.5: "must be at least 1"},
-        lambda **options: CATKD(None, None, **options),
-    ),
+    ("activation_boundaries", "margin", FINITE, AB),
+    ("class_attention", "resolution", COUNT, CATKD),
     ("attention_transfer", "form", CHOICE, LOSSES["at"]),
-    ("factor_transfer", "form", CHOICE, None),
+    ("factor_transfer", "form", CHOICE, FT),
     ("fsp_matrix", "pooling", CHOICE, LOSSES["fsp"]),
     (
         "persistent_cross_entropy",
         "form",
         CHOICE,
-        lambda **options: PCE(1.0, 1.0, **options),
+        lambda **options: PCE(bandwidth=1.0, tolerance=1.0, **options),
     ),
     (
         "persistent_cross_entropy",
         "bandwidth",
         FINITE,
-        lambda bandwidth: PCE(bandwidth, 1.0),
+        lambda bandwidth: PCE(bandwidth=bandwidth, tolerance=1.0),
     ),
     (
         "persistent_cross_entropy",
         "tolerance",
         FINITE,
-        lambda tolerance: PCE(1.0, tolerance),
+        lambda tolerance: PCE(bandwidth=1.0, tolerance=tolerance),
     ),
 ]
 
@@ -260,7 +254,7 @@ def test_variances_and_margins_are_those_of_the_channels():
         (lambda: CTKD(lowest=1e30), "lowest must be between"),
         (lambda: CTKD(spread=1e30), r"lowest \+ spread must be between"),
         (lambda: CTKD(rise=1.5), "rise must be a whole number, got 1.5"),
-        (lambda: CRD(3, 5, LABELS, size=1.5), "size must be a whole number, got 1.5"),
+        (lambda: CRD(size=1.5), "size must be a whole number, got 1.5"),
         (lambda: LOSSES["ultrametric"](order=INF), "order must be finite, got inf"),
         (lambda: LOSSES["ultrametric"](scale="big"), "scale must be none or mean or"),
         (lambda: LOSSES["rtd_lite"](scale="big"), "scale must be none or mean or"),

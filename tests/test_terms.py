@@ -14,16 +14,9 @@ from torch import multiprocessing, nn
 from topkd.config.recipe import Term, View, parse
 from topkd.config.validation import RecipeError
 from topkd.features import FeatureExtractor, Teacher
-from topkd.losses import CE, KD, LOSSES, Loss, LossContext
-from topkd.training.objective import (
-    GradientBalancer,
-    LossTerm,
-    cosines,
-    gradients,
-    seen,
-    taps,
-    warnings,
-)
+from topkd.losses import CE, KD, LOSSES, Loss, LossContext, LossTerm
+from topkd.losses.base import needed_taps, select
+from topkd.training.objective import GradientBalancer, cosines, gradients, warnings
 from topkd.training.precision import Runtime
 from topkd.training.tracking import Sums
 from topkd.training.trainer import Trainer
@@ -83,7 +76,7 @@ def test_two_terms_of_one_loss_have_labels():
 
 
 class Refusing(Loss):
-    def begin(self, epoch):
+    def on_epoch_start(self, epoch):
         raise ValueError(f"no epoch {epoch}")
 
     def forward(self, student, teacher, batch):
@@ -107,7 +100,7 @@ def test_a_tap_that_reads_no_map_names_its_term():
     made = features(3, seed=1)
     made.others["fc"] = torch.zeros(6, 3)
     with pytest.raises(ValueError, match=r"^losses\.at: the tap 'fc' reads \(6, 3\), which is no"):
-        LossTerm(term, LOSSES["at"].loss()).value(made, made, a_batch())
+        LossTerm(term, LOSSES["at"]()).value(made, made, a_batch())
 
 
 # --- Shares --------------------------------------------------------------------------------------
@@ -239,21 +232,21 @@ def test_a_silent_term_is_told_once_and_recorded_every_epoch(tmp_path):
 def test_a_view_chooses_maps_and_embedding():
     network = tapped(5, seed=1)
     view = View(maps=("stages.3", "stages.0"), embedding="stages.2.0:in")
-    network.also(taps(view))
+    network.also(needed_taps(view))
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     made = network(images)
-    chosen = seen(made, view)
+    chosen = select(made, view)
     assert torch.equal(chosen.maps[0], made.maps[3])
     assert torch.equal(chosen.maps[1], made.maps[0])
     assert torch.equal(chosen.embedding, made.maps[1].mean((2, 3)))
-    assert seen(made, View()).maps is made.maps
+    assert select(made, View()).maps is made.maps
 
 
 def test_a_view_of_no_map_is_refused():
     network = tapped(5, seed=1)
     network.also(["fc"])
     with pytest.raises(ValueError, match=r"the tap 'fc' reads \(2, 4\), which is no map"):
-        seen(network(torch.zeros(2, 3, 8, 8, dtype=torch.float64)), View(maps=("fc",)))
+        select(network(torch.zeros(2, 3, 8, 8, dtype=torch.float64)), View(maps=("fc",)))
 
 
 def test_an_unknown_tap_is_refused_with_what_there_is():

@@ -12,8 +12,8 @@ from topkd.config.recipe import parse
 from topkd.data import Data, InMemory
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 from topkd.losses import CE, KD, Loss
+from topkd.losses.base import LossTerm
 from topkd.models import MODELS
-from topkd.training.objective import LossTerm
 from topkd.training.precision import Runtime
 from topkd.training.tracking import Sums
 from topkd.training.trainer import Diverged, Trainer
@@ -241,7 +241,9 @@ def test_features_that_are_not_numbers_are_named_by_the_term_that_met_them():
     from topkd.topology import rips
 
     term = recipe(losses=[{"name": "topkd"}]).losses[0]
-    weighted = LossTerm(term, TopKD(lambda points: rips(points).deaths))
+    loss = TopKD()
+    loss.describe = lambda points: rips(points).deaths
+    weighted = LossTerm(term, loss)
     broken = Features(torch.zeros(4, 10), torch.full((4, 3), torch.nan))
     batch = Batch(torch.zeros(4, 3, 8, 8), torch.zeros(4).long(), torch.arange(4))
     one = trainer()

@@ -18,8 +18,8 @@ from topkd._io.progress import Progress
 from topkd.config.recipe import Term
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 from topkd.losses import LOSSES, LossContext
+from topkd.losses.base import LossTerm
 from topkd.models import MODELS, factory
-from topkd.training.objective import LossTerm
 
 STEPS = 3
 LAST = torch.channels_last
