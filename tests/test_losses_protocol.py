@@ -1,0 +1,231 @@
+"""The protocol of losses: configured by options, bound to two networks, weighed as terms."""
+
+import copy
+import inspect
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from reference.features import WIDTH, batch, bound, features, source_in
+
+import topkd.losses
+from topkd.config import recipe
+from topkd.config.validation import RecipeError
+from topkd.features import Batch, Features
+from topkd.losses import KD, LOSSES, RKD, Loss, LossTerm, TopKD, functional
+from topkd.training.check import check
+
+PAPERS = (
+    *("KD", "DKD", "NKD", "DIST", "TTM", "WTTM", "CTKD", "MLKD"),
+    *("FitNet", "AT", "NST", "VID", "FSP", "AB", "OFD", "FT", "ReviewKD"),
+    *("SP", "CC", "RKD", "PKT", "CRD"),
+    *("SRRL", "SimKD", "CATKD"),
+    *("TopKD", "RTDLite"),
+)
+INVALID = {
+    "vid": ({"variance": -1.0}, "variance must be above 1e-05, got -1.0"),
+    "crd": ({"momentum": 5.0}, r"momentum must be in \[0, 1\), got 5.0"),
+    "pce": ({"bandwidth": -1.0, "tolerance": 1.0}, "bandwidth must be positive, got -1.0"),
+    "ft": ({"rate": -1.0}, "rate must be positive, got -1.0"),
+    "cat": ({"resolution": 0}, "resolution must be positive, got 0"),
+    "ab": ({"margin": -1.0}, "margin must be positive, got -1.0"),
+    "cc": ({"size": 0}, "size must be positive, got 0"),
+    "at": ({"skip": -9}, "skip must not be negative, got -9"),
+}
+
+
+def recipe_with(name, **options):
+    return recipe.parse(
+        {
+            "data": {"name": "digits"},
+            "teacher": {"model": "resnet20", "checkpoint": "not read here"},
+            "student": {"model": "resnet8"},
+            "losses": [{"name": "ce"}, {"name": name, **options}],
+        }
+    )
+
+
+# --- Options -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_options_are_refused_before_there_are_features(name):
+    options, message = INVALID[name]
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        LOSSES[name](**options)
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_checking_a_recipe_refuses_invalid_options_and_says_where(name):
+    options, message = INVALID[name]
+    with pytest.raises(RecipeError, match=rf"^losses\[1\]: {message}$"):
+        check(recipe_with(name, **options))
+
+
+@pytest.mark.parametrize("given", ["bandwidth", "tolerance"])
+def test_bandwidth_and_tolerance_are_given_together(given):
+    message = "give bandwidth and tolerance, or neither"
+    with pytest.raises(ValueError, match=message):
+        LOSSES["pce"](**{given: -1.0})
+    with pytest.raises(RecipeError, match=rf"^losses\[1\]: {message}"):
+        check(recipe_with("pce", **{given: -1.0}))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_options_are_named_and_have_defaults(name):
+    constructor = LOSSES[name].__init__
+    if constructor is torch.nn.Module.__init__:  # no options
+        with pytest.raises(TypeError):
+            LOSSES[name](1)
+        with pytest.raises(TypeError):
+            LOSSES[name](nonsense=1)
+        return
+    _, *options = inspect.signature(constructor).parameters.values()
+    for option in options:
+        assert option.kind is inspect.Parameter.KEYWORD_ONLY, option
+        assert option.default is not inspect.Parameter.empty, option
+        assert option.annotation is not inspect.Parameter.empty, option
+    assert not LOSSES[name]().options
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_configuring_creates_nothing_that_depends_on_features(name):
+    before = torch.get_rng_state()
+    loss = LOSSES[name]()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert sum(weight.numel() for weight in loss.parameters()) <= 1  # a temperature
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_configured_loss_can_be_copied(name):
+    options = {"temperature": 3.0} if name == "kd" else {}
+    loss = LOSSES[name](**options)
+    for copied in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert copied.options == loss.options == options
+
+
+def test_what_a_loss_was_given_cannot_be_changed():
+    loss = KD(temperature=3.0)
+    with pytest.raises(TypeError):
+        loss.options["temperature"] = 4.0
+
+
+# --- Terms ---------------------------------------------------------------------------------------
+
+
+def test_a_factor_makes_a_term_of_a_loss():
+    loss = KD(temperature=4.0)
+    term = 2 * loss
+    assert isinstance(term, LossTerm)
+    assert term.loss is loss
+    assert (term.settings.name, term.settings.weight) == ("kd", 2.0)
+    assert term.settings.options == {"temperature": 4.0}
+    assert term.title == "kd"
+
+
+def test_a_loss_becomes_a_term_with_settings():
+    term = TopKD().term(share=0.1, start=3)
+    assert (term.settings.share, term.settings.start) == (0.1, 3)
+    assert [term.is_active(epoch, 4) for epoch in (1, 2, 3, 4)] == [False, False, True, True]
+    assert not term.settings.options
+
+
+def test_a_term_of_a_loss_is_the_term_of_a_recipe():
+    term = RKD(angle=0.0).term(weight=0.5, label="distances", warmup=2)
+    same = recipe_with("rkd", angle=0.0, weight=0.5, label="distances", warmup=2).losses[1]
+    assert term.settings == same
+    assert term.title == "distances"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"share": 2.0}, {"start": 0}, {"weight": -1.0}, {"start": 4, "stop": 3}]
+)
+def test_invalid_settings_of_a_term_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        KD().term(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"shaer": 0.1}, {"temperature": 3.0}])
+def test_unknown_settings_of_a_term_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        KD(temperature=2.0).term(**settings)
+
+
+class Means(Loss):
+    """Somebody else's loss, which says nothing about itself."""
+
+    def __init__(self, *, power: float = 2.0) -> None:
+        super().__init__()
+        self.power = power
+
+    def forward(self, student: Features, teacher: Features, batch: Batch) -> torch.Tensor:
+        return (student.logits.mean() - teacher.logits.mean()).abs() ** self.power
+
+
+def test_a_loss_without_info_is_a_term():
+    term = 0.5 * Means(power=3.0)
+    assert (term.title, term.settings.weight) == ("means", 0.5)
+    assert term.settings.options == {"power": 3.0}
+    student, teacher = features(3, seed=1), features(WIDTH, seed=2)
+    term.setup(student, teacher, source_in(Path("nowhere")))
+    term.on_epoch_start(1)
+    expected = (student.logits.mean() - teacher.logits.mean()).abs() ** 3
+    torch.testing.assert_close(term.value(student, teacher, batch()), expected)
+    assert term.loss.metadata() == {}
+    assert "means" not in LOSSES
+
+
+def test_errors_of_setup_name_the_term():
+    term = LOSSES["at"](skip=9).term(label="attention")
+    made = features(3, seed=1)
+    with pytest.raises(ValueError, match=r"^losses\.attention: skip leaves out the first 9 of 4 "):
+        term.setup(made, made, source_in(Path("nowhere")))
+
+
+# --- Names ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_losses_are_called_as_in_their_papers(name):
+    namespace = {}
+    exec(f"from topkd.losses import {name}", namespace)
+    loss = namespace[name]
+    assert issubclass(loss, Loss)
+    assert loss.__name__ == name
+    assert LOSSES[loss.info.name] is loss
+    assert name in topkd.losses.__all__
+
+
+def test_every_loss_can_be_imported_by_the_name_of_its_class():
+    classes = {loss.__name__ for loss in LOSSES.values()}
+    assert len(classes) == len(LOSSES)
+    assert classes <= set(topkd.losses.__all__) <= set(dir(topkd.losses))
+    assert all(getattr(topkd.losses, name) is not None for name in topkd.losses.__all__)
+
+
+def test_names_that_are_not_there_are_said():
+    with pytest.raises(AttributeError, match="topkd.losses.*nonsense"):
+        topkd.losses.nonsense  # noqa: B018
+
+
+def test_functions_can_be_imported():
+    assert sorted(functional.__all__) == functional.__all__
+    assert all(inspect.isfunction(getattr(functional, name)) for name in functional.__all__)
+
+
+# --- Binding -------------------------------------------------------------------------------------
+
+
+def test_topological_distillation_is_the_loss(tmp_path):
+    student, teacher = features(3, seed=1), features(WIDTH, seed=2)
+    loss = bound(TopKD, student, teacher, source_in(tmp_path))
+    expected = functional.topological_distillation(
+        student.embedding, teacher.embedding, loss.describe
+    )
+    torch.testing.assert_close(loss(student, teacher, batch()), expected)
+
+
+def test_topkd_asks_to_be_bound():
+    with pytest.raises(ValueError, match=r"setup\(\) has to fit the vectorization before the"):
+        TopKD()(features(3, seed=1), features(WIDTH, seed=2), batch())
