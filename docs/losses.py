@@ -11,6 +11,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
+from textwrap import dedent
 from typing import Any, Literal
 
 from topkd.config import recipe
@@ -98,8 +99,8 @@ def contents() -> Iterator[str]:
         yield f"\n**[{group}](#{anchor(group)})**\n"
         yield "| | compares | source |\n|---|---|---|"
         for name in names.split():
-            line = LOSSES[name]
-            yield f"| [`{name}`](#{name}) | {line.compares} | [{line.paper}]({line.url}) |"
+            info = LOSSES[name].info
+            yield f"| [`{name}`](#{name}) | {info.compares} | [{info.paper}]({info.url}) |"
     yield "\nThe last group has [controls](#controls)."
 
 
@@ -109,17 +110,17 @@ def anchor(title: str) -> str:
 
 def entry(name: str) -> str:
     """Tells all about one loss."""
-    line = LOSSES[name]
-    paragraphs = [f"### {name}", f"**{line.compares[0].upper()}{line.compares[1:]}**"]
-    paragraphs.append("; ".join(references(line.loss)))
-    paragraphs += [markdown(part) for part in described(line.loss)]
+    loss, info = LOSSES[name], LOSSES[name].info
+    paragraphs = [f"### {name}", f"**{info.compares[0].upper()}{info.compares[1:]}**"]
+    paragraphs.append("; ".join([f"`topkd.losses.{loss.__name__}`", *references(loss)]))
+    paragraphs += [markdown(part) for part in described(loss)]
     for function in explained()[name]:
         first, *rest = described(function)
         paragraphs += [f"`{function.__name__}`: {markdown(first)}", *map(markdown, rest)]
-    paragraphs.append("\n".join(options(line.loss)))
-    zero = "is 0" if line.zero else "is not 0"
-    width = "" if line.any_width else " Student and teacher need the same numbers of channels."
-    facts = f"Cost: {line.cost}. The loss {zero} for a student that equals its teacher.{width}"
+    paragraphs.append("\n".join(options(loss)))
+    zero = "is 0" if info.zero else "is not 0"
+    width = "" if info.any_width else " Student and teacher need the same numbers of channels."
+    facts = f"Cost: {info.cost}. The loss {zero} for a student that equals its teacher.{width}"
     paragraphs += [facts, *recipes_of(name)]
     text = "\n\n".join(part for part in paragraphs if part)
     return re.sub(rf"\[(`\w+`)\]\(#{name}\)", r"\1", text)  # it is here that they are explained
@@ -176,7 +177,7 @@ def explained() -> dict[str, list[Callable[..., Any]]]:
     """Finds for every loss the functions that its docstring names, each where it is named first."""
     seen: set[Callable[..., Any]] = set()
     return {
-        name: list(_named(LOSSES[name].loss, seen))
+        name: list(_named(LOSSES[name], seen))
         for names in GROUPS.values()
         for name in names.split()
     }
@@ -200,28 +201,20 @@ def _named(thing: Any, seen: set[Callable[..., Any]]) -> Iterator[Callable[..., 
 
 def parameters(loss: type[Loss]) -> dict[str, inspect.Parameter]:
     """Lists what a recipe may tell a loss."""
-    given = inspect.signature(takes(loss)).parameters.values()
+    given = inspect.signature(loss.__init__).parameters.values()
     return {p.name: p for p in given if p.kind is p.KEYWORD_ONLY}
 
 
-def takes(loss: type[Loss]) -> Callable[..., Any]:
-    """Finds the signature that recipes read."""
-    is_handed_on = "options" in inspect.signature(loss.between).parameters
-    return loss.__init__ if is_handed_on else loss.between
-
-
 def arguments(loss: type[Loss]) -> dict[str, str]:
-    """Gives what the docstrings of a class, and of its constructor, say of each argument."""
-    found = []
-    for thing in (loss.between, loss):
-        told = inspect.cleandoc(sections(thing).get("Args", ""))
-        found += re.findall(r"^(\w+): (.*(?:\n +.*)*)", told, flags=re.M)
+    """Gives what the docstring of a class says of each argument."""
+    told = dedent(sections(loss).get("Args", ""))
+    found = re.findall(r"^(\w+): (.*(?:\n +.*)*)", told, flags=re.M)
     return {name: " ".join(text.split()) for name, text in found}
 
 
 def options(loss: type[Loss]) -> Iterator[str]:
     """Tells name, type, default and meaning of every option, a line of a table each."""
-    told, hints = arguments(loss), typing.get_type_hints(takes(loss))
+    told, hints = arguments(loss), typing.get_type_hints(loss.__init__)
     for number, (name, parameter) in enumerate(parameters(loss).items()):
         if not number:
             yield "| option | type | default | |\n|---|---|---|---|"
@@ -291,9 +284,10 @@ def controls() -> Iterator[str]:
     yield from (f"| `{option}` | {question} |" for option, question in QUESTIONS.items())
     yield "\nWhat makes no control of a loss is refused, with a line that says why:\n"
     yield "| loss | `edges` | `target` |\n|---|---|---|"
-    for name, line in LOSSES.items():
-        if issubclass(line.loss, Topological):
-            targets = [t for t in typing.get_args(Target) if t not in line.loss.no_control]
+    for name in " ".join(GROUPS.values()).split():
+        loss = LOSSES[name]
+        if issubclass(loss, Topological):
+            targets = [t for t in typing.get_args(Target) if t not in loss.no_control]
             cells = [_kind(Literal[tuple(taken)]) for taken in (typing.get_args(Edges), targets)]
             yield f"| [`{name}`](#{name}) | {' | '.join(cells)} |"
 
