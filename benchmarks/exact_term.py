@@ -11,9 +11,9 @@ from topkd.config.recipe import parse
 from topkd.data import Data, InMemory
 from topkd.features import Batch, Teacher
 from topkd.losses import CE, KD, TopKD
+from topkd.losses.base import LossTerm
 from topkd.models import MODELS
 from topkd.topology import PersistenceVector, rips
-from topkd.training.objective import LossTerm
 from topkd.training.precision import Runtime
 from topkd.training.tracking import Sums
 from topkd.training.trainer import Trainer
@@ -37,8 +37,9 @@ def trainer(*names: str):
     made = {
         "ce": CE(),
         "kd": KD(),
-        "topkd": TopKD(lambda points: vector(rips(points))),
+        "topkd": TopKD(),
     }
+    made["topkd"].describe = lambda points: vector(rips(points))
     losses = [LossTerm(term, made[term.name]) for term in recipe.losses]
     device = Runtime.of(recipe, SIZE)
     built = Trainer(student, teacher, losses, data, recipe, 0, device, Progress())

@@ -87,9 +87,11 @@ def kept_for_backward(loss: Loss) -> int:
 
 
 def built(name: str, folder: Path) -> Loss | None:
-    source = LossContext(answers, memory.target, network, teacher, "", folder, Progress(quiet=True))
+    quiet = Progress(quiet=True)
+    context = LossContext(answers, memory.target, network, teacher, "", folder, quiet)
+    loss = LOSSES[name](**OPTIONS.get(name, {}))
     try:
-        loss = LOSSES[name].loss.between(features, target, source, **OPTIONS.get(name, {}))
+        loss.setup(features, target, context)
     except ValueError as error:
         print(f"{name:14}left out: {error}")
         return None

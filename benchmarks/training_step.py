@@ -52,8 +52,8 @@ def ours(model: str, size: int, *, compiled: bool):
     from topkd.data import Data, InMemory
     from topkd.features import Batch
     from topkd.losses import CE
+    from topkd.losses.base import LossTerm
     from topkd.models import MODELS
-    from topkd.training.objective import LossTerm
     from topkd.training.precision import Runtime
     from topkd.training.tracking import Sums
     from topkd.training.trainer import Trainer

@@ -1,87 +1,83 @@
-"""Distillation in a Hugging Face Trainer: a subclass with a teacher and any losses.
+"""Distillation in a Hugging Face Trainer: the model is a `Distiller`, which returns its loss.
 
 Needs `pip install transformers`. The networks here are small ones made by hand, so that nothing is
-downloaded; with pretrained ones only `Tapped` changes: the names of the modules to read.
+downloaded.
 """
 
 from tempfile import mkdtemp
 
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from topkd.features import Batch, FeatureExtractor, Teacher
-from topkd.losses import DKD, SP, Loss
+from topkd import Distiller
+from topkd.losses import CE, DKD, RKD
 
-
-class Distiller(Trainer):
-    """A Trainer whose model learns from a teacher, too."""
-
-    def __init__(self, *args, teacher: Teacher, losses: dict[Loss, float], **options) -> None:
-        super().__init__(*args, **options)
-        self.teacher, self.losses = teacher.to(self.args.device), losses
-
-    def compute_loss(self, model, inputs, return_outputs=False, **_):
-        images, target = inputs["images"], inputs["labels"]
-        student, teacher = model.tapped(images), self.teacher(images)
-        batch = Batch(images, target, index=inputs["index"])
-        loss = F.cross_entropy(student.logits, target)
-        for method, weight in self.losses.items():
-            loss = loss + weight * method(student, teacher, batch)
-        return (loss, {"logits": student.logits}) if return_outputs else loss
+pixels, target = map(torch.from_numpy, load_digits(return_X_y=True))
+images = (pixels.float() / 16).view(-1, 1, 8, 8)
+rows = [
+    {"images": image, "labels": label, "index": number}
+    for number, (image, label) in enumerate(zip(images, target, strict=True))
+]
+train, test = rows[:1280], rows[1280:]
 
 
-class Classifier(nn.Module):
-    """A network as the Trainer calls it."""
+class Distillation(nn.Module):
+    """A distiller as the Trainer calls it."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, distiller: Distiller) -> None:
         super().__init__()
-        body = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
-        network = nn.Sequential(body, nn.Flatten(), nn.Linear(16 * width, 10))
-        self.tapped = FeatureExtractor(network, maps=["0.1"], head="2")
+        self.distiller = distiller
 
     def forward(self, images: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
-        logits = self.tapped(images).logits
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        out = self.distiller(images, labels, index)
+        return {"loss": out.loss, "logits": out.logits}
 
 
-def settings(epochs: int) -> TrainingArguments:
-    return TrainingArguments(
-        mkdtemp(),
+class Epochs(TrainerCallback):
+    """Gives the distiller the number of each epoch, for terms that have a schedule."""
+
+    def on_epoch_begin(self, args, state, control, model=None, **_) -> None:
+        model.distiller.on_epoch_start(int(state.epoch) + 1)
+
+
+def network(width: int) -> nn.Module:
+    body = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    return nn.Sequential(body, nn.Flatten(), nn.Linear(16 * width, 10))
+
+
+def fit(student: nn.Module, teacher: nn.Module | None, losses: list, epochs: int) -> float:
+    torch.manual_seed(0)
+    model = Distillation(Distiller(student, teacher, losses).setup(images[:64]))
+    settings = TrainingArguments(
+        output_dir=mkdtemp(),
         num_train_epochs=epochs,
         per_device_train_batch_size=64,
+        per_device_eval_batch_size=517,
         learning_rate=1e-2,
+        lr_scheduler_type="cosine",
         report_to=[],
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
-        remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
-        seed=0,
+        use_cpu=True,
     )
+    trainer = Trainer(
+        model,
+        settings,
+        train_dataset=train,
+        eval_dataset=test,
+        callbacks=[Epochs()],
+        compute_metrics=lambda made: {
+            "top1": (made.predictions.argmax(1) == made.label_ids).mean().item()
+        },
+    )
+    trainer.train()
+    return trainer.evaluate()["eval_top1"]
 
 
-pixels, target = load_digits(return_X_y=True)
-digits = [
-    {"images": torch.tensor(p / 16).float().view(1, 8, 8), "labels": int(t), "index": i}
-    for i, (p, t) in enumerate(zip(pixels, target, strict=True))
-]
-torch.manual_seed(0)
-large = Classifier(32)
-Trainer(large, settings(10), train_dataset=digits[:1280]).train()
-small = Classifier(2)
-Distiller(
-    small,
-    settings(10),
-    train_dataset=digits[:1280],
-    teacher=Teacher(large.tapped, mean=[0.0], std=[1.0]),
-    losses={DKD(beta=2.0): 1.0, SP(): 10.0},
-).train()
-for name, network in {"teacher": large, "student": small}.items():
-    images = torch.stack([digit["images"] for digit in digits[1280:]]).to(
-        network.tapped.classifier.weight
-    )
-    right = network.tapped(images).logits.argmax(1).cpu() == torch.tensor(target[1280:])
-    print(f"{name}: {right.float().mean():.1%} of the digits it has not seen")
+teacher = network(16)
+print(f"teacher: {fit(teacher, None, [CE()], epochs=5):.1%}")
+terms = [CE(), DKD(beta=2.0), RKD().term(share=0.1)]
+print(f"student: {fit(network(2), teacher, terms, epochs=5):.1%}")

@@ -1,7 +1,7 @@
 """Two networks of your own, a plain PyTorch loop, and three ways to teach.
 
-Nothing of topkd runs the loop: `Tapped` reads the networks by the names of their modules, `Teacher`
-keeps the large one from learning, and every method is a function of tensors.
+Nothing of topkd runs the loop: `FeatureExtractor` reads the networks by the names of their modules,
+`Teacher` keeps the large one from learning, and every method is a function of tensors.
 """
 
 import torch
