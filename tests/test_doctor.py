@@ -49,7 +49,7 @@ def taught(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("topkd.training.build.DATA", DATA | {"digits": otherwise})
         experiment = Experiment(recipe.parse(tree), out, QUIET)
-        assert experiment.student("student", 0)["last"]["top1"] > 80
+        assert experiment.train_student("student", 0)["last"]["top1"] > 80
     return experiment.folder / "student/seed0/student.safetensors"
 
 
@@ -352,7 +352,7 @@ def test_an_approximator_is_not_trained_but_its_fidelity_is_told(taught, tmp_pat
     (finding,) = told(preflight.examine(experiment), "look")
     assert finding.found.startswith("topkd has to learn from the teacher first")
     assert not [*tmp_path.iterdir()]
-    experiment.prepare()
+    experiment.fit_losses()
     before = everything_in(tmp_path)
     findings = preflight.examine(experiment)
     r2 = experiment.losses("student", experiment.new_student(), 0)[1].loss.metadata()["fidelity"][

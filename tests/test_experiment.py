@@ -64,7 +64,7 @@ def tiny(tmp_path_factory):
     taught_by = {"model": "resnet8", "recipe": str(folder / "taught.yaml")}
     parsed = recipe.parse(TINY | {"teacher": taught_by})
     experiment = Experiment(parsed, folder / "runs", QUIET)
-    results = {arm: experiment.student(arm, 0) for arm in parsed.arms}
+    results = {arm: experiment.train_student(arm, 0) for arm in parsed.arms}
     return experiment, results
 
 
@@ -118,7 +118,7 @@ def test_the_term_is_not_silent_at_its_weight(tiny):
 def test_what_is_done_is_not_done_again(tiny):
     experiment, results = tiny
     again = Experiment(experiment.recipe, experiment.out, QUIET)
-    assert again.student("kd", 0) == results["kd"]
+    assert again.train_student("kd", 0) == results["kd"]
     assert "data" not in vars(again)  # not even the images were loaded
 
 
@@ -126,12 +126,12 @@ def test_a_folder_of_another_recipe_is_refused(tiny):
     experiment, _ = tiny
     other = experiment.recipe.model_copy(update={"epochs": 7})
     with pytest.raises(ValueError, match="another recipe: epochs: 2 there, 7 here; .* name=NAME"):
-        Experiment(other, experiment.out, QUIET).student("kd", 0)
+        Experiment(other, experiment.out, QUIET).train_student("kd", 0)
 
 
 def test_an_unknown_run_is_refused(tiny):
     with pytest.raises(RecipeError, match="there is no 'kdd'; did you mean 'kd'"):
-        tiny[0].student("kdd", 0)
+        tiny[0].train_student("kdd", 0)
 
 
 def test_a_ripsnet_of_another_teacher_is_refused(tiny, tmp_path):
@@ -146,7 +146,7 @@ def test_a_ripsnet_of_another_teacher_is_refused(tiny, tmp_path):
         "controls": {},
     }
     with pytest.raises(ValueError, match="made for another teacher"):
-        Experiment(recipe.parse(tree), tmp_path, QUIET).prepare()
+        Experiment(recipe.parse(tree), tmp_path, QUIET).fit_losses()
 
 
 def test_a_teacher_that_does_not_fit_its_checkpoint_is_refused(tmp_path):
@@ -154,7 +154,7 @@ def test_a_teacher_that_does_not_fit_its_checkpoint_is_refused(tmp_path):
     taught_by = {"model": "resnet8", "checkpoint": str(tmp_path / "w.safetensors")}
     experiment = Experiment(recipe.parse(TINY | {"teacher": taught_by}), tmp_path, QUIET)
     with pytest.raises(ValueError, match="does not fit this network:\n  layer1.1.bn1.bias"):
-        experiment.student("kd", 0)
+        experiment.train_student("kd", 0)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_every_recipe_can_be_trained(name, tmp_path, monkeypatch):
         if any(term.name == "ft" for term in terms):
             changes.append(f"{place}.ft.epochs=1")
     experiment = Experiment(recipe.load(name, changes), tmp_path, QUIET)
-    result = experiment.student("student", 0)
+    result = experiment.train_student("student", 0)
     assert 0 <= result["last"]["top1"] <= 100
     shutil.rmtree(tmp_path / name)
 
@@ -259,7 +259,7 @@ def test_kept_answers_teach_the_same_to_rounding(taught, tmp_path, precision):
         tree = TINY | {"name": f"cache {cache}", "precision": precision, "epochs": 1}
         tree |= {"teacher": taught | {"cache": cache}, "losses": TINY["controls"]["kd"]}
         experiment = Experiment(recipe.parse(tree | {"controls": {}}), tmp_path, QUIET)
-        experiment.student("student", 0)
+        experiment.train_student("student", 0)
         learned[cache] = weights(experiment, "student")
     # In bfloat16 the teacher's answers are rounded already.
     tolerance = {"rtol": 0, "atol": 0 if precision == "bfloat16" else 2e-3}
@@ -281,13 +281,13 @@ def test_a_teacher_is_asked_once_for_all_arms_and_seeds(taught, tmp_path, monkey
         return answer
 
     monkeypatch.setattr(TeacherCache, "__call__", counting)
-    experiment.student("student", 0)
+    experiment.train_student("student", 0)
     assert sum(asked) == len(asked) * 32  # every batch of the first student
     asked.clear()
-    experiment.student("ce", 0)
+    experiment.train_student("ce", 0)
     assert sum(asked) == 0
     asked.clear()
-    experiment.student("student", 1)  # another order: images that were left out may be missing
+    experiment.train_student("student", 1)  # another order: what was left out may be missing
     assert 0 < sum(asked) < len(asked) * 32
 
 
@@ -304,11 +304,10 @@ def test_answers_of_a_teacher_that_sees_otherwise_are_kept_apart(taught, tmp_pat
 def test_a_loss_learns_from_what_it_will_see(taught, tmp_path, monkeypatch):
     asked = {}
 
-    def between(cls, student, teacher, source, **options):
-        asked[len(asked)] = source, teacher
-        return cls(**options)
+    def setup(loss, student, teacher, context):
+        asked[len(asked)] = context, teacher
 
-    monkeypatch.setattr(LOSSES["kd"].loss, "between", classmethod(between))
+    monkeypatch.setattr(LOSSES["kd"], "setup", setup)
     early = {"teacher": {"embedding": "layer1", "maps": ["layer2"]}}
     terms = [{"name": "ce"}, {"name": "kd"}, {"name": "kd", "label": "early", "taps": early}]
     tree = TINY | {"teacher": taught, "controls": {}, "losses": terms}
@@ -327,7 +326,7 @@ def test_a_loss_learns_from_what_it_will_see(taught, tmp_path, monkeypatch):
 def test_a_loss_is_built_for_batches_as_they_are_with_two_views(taught, tmp_path):
     tree = TINY | {"teacher": taught, "controls": {}, "data": TINY["data"] | {"views": 2}}
     experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
-    experiment.prepare()
+    experiment.fit_losses()
     (path,) = experiment.folder.glob("ripsnet-*.safetensors")
     assert (
         Approximation.from_bytes(path.read_bytes()).cloud_size == 2 * experiment.recipe.batch_size
@@ -348,14 +347,14 @@ def test_a_loss_is_built_for_batches_as_they_are_with_two_views(taught, tmp_path
 def test_answers_that_cannot_be_kept_are_refused(taught, tmp_path, changes, message):
     tree = TINY | {"teacher": taught | {"cache": True}, "controls": {}} | changes
     with pytest.raises(RecipeError, match=message):
-        Experiment(recipe.parse(tree), tmp_path, QUIET).student("student", 0)
+        Experiment(recipe.parse(tree), tmp_path, QUIET).train_student("student", 0)
 
 
 def test_a_student_with_its_teachers_classifier_is_evaluated_from_its_file(taught, tmp_path):
     tree = TINY | {"teacher": taught, "losses": [{"name": "simkd"}], "controls": {}}
     tree |= {"student": {"model": "resnet8x0.25", "classifier": "teacher"}, "epochs": 1}
     experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
-    result = experiment.student("student", 0)
+    result = experiment.train_student("student", 0)
     folder = experiment.folder / "student/seed0"
     judged = evaluate_file(folder, None, (), QUIET)
     assert judged["top1"] == pytest.approx(result["last"]["top1"])
@@ -398,7 +397,7 @@ def test_classes_in_another_order_than_the_teachers_are_refused(taught, tiny, tm
     named = [f"digit {name}" for name in names]
     experiment.data = replace(experiment.data, classes=named)
     with pytest.raises(ValueError, match=f"class 0 is '{named[0]}' in the data and '{named[1]}'"):
-        experiment.student("kd", 0)
+        experiment.train_student("kd", 0)
 
 
 @pytest.mark.parametrize(
@@ -443,7 +442,7 @@ def test_a_finished_run_whose_files_were_altered_is_not_done(tiny, tmp_path, nam
     path = tmp_path / "runs" / experiment.recipe.name / "kd/seed0" / name
     altered(path, how)
     with pytest.raises(ValueError, match=rf"{name} (was altered|is missing)"):
-        Experiment(experiment.recipe, tmp_path / "runs", QUIET).student("kd", 0)
+        Experiment(experiment.recipe, tmp_path / "runs", QUIET).train_student("kd", 0)
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut off", "emptied"])
@@ -453,7 +452,7 @@ def test_an_altered_result_is_not_used(tiny, tmp_path, how):
     path = tmp_path / "runs" / experiment.recipe.name / "kd/seed0/result.json"
     altered(path, how)
     with pytest.raises(ValueError, match=r"result\.json (was altered|is not JSON)"):
-        Experiment(experiment.recipe, tmp_path / "runs", QUIET).student("kd", 0)
+        Experiment(experiment.recipe, tmp_path / "runs", QUIET).train_student("kd", 0)
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut off", "emptied"])
@@ -482,7 +481,7 @@ class Stops(Progress):
 def stopped(tree, out):
     experiment = Experiment(recipe.parse(tree), out, Stops(quiet=True))
     with pytest.raises(KeyboardInterrupt):
-        experiment.student("student", 0)
+        experiment.train_student("student", 0)
     return experiment
 
 
@@ -504,9 +503,9 @@ def test_a_run_is_not_resumed_with_another_teacher(tmp_path):
     stopped(tree, tmp_path / "runs")
     with_teacher(tmp_path, seed=1)
     with pytest.raises(ValueError, match=r"was trained with another teacher: \w{12} there and"):
-        Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).student("student", 0)
+        Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).train_student("student", 0)
     with_teacher(tmp_path, seed=0)
-    result = Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).student("student", 0)
+    result = Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).train_student("student", 0)
     assert result["epochs"] == TINY["epochs"]
 
 
@@ -517,7 +516,7 @@ def test_another_version_resumes_with_a_warning(tmp_path, monkeypatch):
     said = []
     progress = Progress(quiet=True)
     monkeypatch.setattr(progress, "say", said.append)
-    Experiment(recipe.parse(tree), tmp_path / "runs", progress).student("student", 0)
+    Experiment(recipe.parse(tree), tmp_path / "runs", progress).train_student("student", 0)
     assert any("was trained by topkd" in line and "99.0" in line for line in said)
 
 
@@ -527,7 +526,7 @@ def test_what_killed_writes_left_is_swept(tmp_path):
     (folder / "checkpoint").mkdir(parents=True)
     for left in (folder / ".result.json.abc.tmp", folder / "checkpoint/.state-1.pt.abc.tmp"):
         left.write_bytes(b"half")
-    Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).student("student", 0)
+    Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).train_student("student", 0)
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -535,11 +534,11 @@ def test_a_command_that_failed_early_does_not_claim_the_folder(tmp_path):
     tree = with_teacher(tmp_path, seed=0)
     typo = tree | {"teacher": tree["teacher"] | {"checkpoint": str(tmp_path / "typo.pth")}}
     with pytest.raises(OSError, match=r"typo\.pth"):
-        Experiment(recipe.parse(typo), tmp_path / "runs", QUIET).student("student", 0)
+        Experiment(recipe.parse(typo), tmp_path / "runs", QUIET).train_student("student", 0)
     stopped(tree, tmp_path / "runs")
     smaller = tree | {"optimizer": tree.get("optimizer", {}) | {"lr": 0.02}}
     with pytest.raises(ValueError, match=r"optimizer\.lr: .* there, 0\.02 here; .*name=NAME"):
-        Experiment(recipe.parse(smaller), tmp_path / "runs", QUIET).student("student", 0)
+        Experiment(recipe.parse(smaller), tmp_path / "runs", QUIET).train_student("student", 0)
 
 
 @pytest.mark.parametrize(

@@ -584,7 +584,7 @@ def test_a_recipe_of_foreign_networks_is_carried_out(own_module, tmp_path, publi
         "teacher": {"model": "timm:test_vit", "checkpoint": str(weights), "size": 32},
     }
     experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
-    result = experiment.student("student", 0)
+    result = experiment.train_student("student", 0)
     assert experiment.teacher.network.network.patch_embed.img_size == (32, 32)
     folder = tmp_path / "foreign/student/seed0"
     about = checkpoint.read_about(folder / "student.safetensors")
@@ -596,10 +596,10 @@ def test_a_recipe_of_foreign_networks_is_carried_out(own_module, tmp_path, publi
 
 def test_a_transformer_is_built_for_the_images_and_evaluated_again(tmp_path, monkeypatch):
     larger = noise_of(32)
-    monkeypatch.setattr("topkd.training.experiment.load_data", lambda section: larger)
+    monkeypatch.setattr("topkd.training.experiment.load_data", lambda section, given: larger)
     tree = TREE | {"student": {"model": "timm:test_vit"}, "losses": [{"name": "ce"}]}
     experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
-    result = experiment.student("student", 0)
+    result = experiment.train_student("student", 0)
     folder = tmp_path / "foreign/student/seed0"
     weights = checkpoint.load_weights(folder / "student.safetensors")
     assert weights["pos_embed"].shape[1] == 1 + (32 // 16) ** 2
