@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from topkd import data, losses, models, topology
     from topkd.config.recipe import Recipe
     from topkd.evaluation.loading import load
-    from topkd.studies import Study, distill
+    from topkd.studies.pipeline import distill
+    from topkd.studies.study import Study
     from topkd.training.distiller import Distiller
 
 __version__ = "0.1.0"
@@ -37,8 +38,8 @@ __all__ = [
 _PLACES = {
     "Distiller": "topkd.training.distiller",
     "Recipe": "topkd.config.recipe",
-    "Study": "topkd.studies",
-    "distill": "topkd.studies",
+    "Study": "topkd.studies.study",
+    "distill": "topkd.studies.pipeline",
     "load": "topkd.evaluation.loading",
 }
 

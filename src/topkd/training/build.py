@@ -103,6 +103,17 @@ def refuse_large_batches(recipe: Recipe, data: Data) -> None:
     refuse_few(len(data.train.target), recipe.batch_size * processes.count())
 
 
+def load_source(section: DataSection) -> Data:
+    """Loads the source that a section names, complete and without augmentation settings.
+
+    Raises:
+        FileNotFoundError: If a file or folder is missing.
+        ValueError: If a file or an image cannot be read, or a label is out of range.
+    """
+    data: Data = DATA[section.name](**parse_options(DATA[section.name], section.options, "data"))
+    return data
+
+
 def load_data(section: DataSection, given: Data | None = None) -> Data:
     """Loads the images of a recipe.
 
@@ -114,11 +125,7 @@ def load_data(section: DataSection, given: Data | None = None) -> Data:
         FileNotFoundError: If a file or folder is missing.
         ValueError: If a file or an image cannot be read, or a label is out of range.
     """
-    if given is None:
-        options = parse_options(DATA[section.name], section.options, "data")
-        data = DATA[section.name](**options)
-    else:
-        data = given
+    data = load_source(section) if given is None else given
     if section.validation:
         data = data.with_validation(section.validation)
     if section.limit is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from topkd._io import files
@@ -149,7 +151,28 @@ class Experiment:
     def _teacher_predictions(self) -> metrics.Predictions | None:
         if self.teacher is None:
             return None
-        return metrics.predict(self.teacher, self.data.test, self.device.device)
+        path = self._predictions_file()
+        if path is not None and files.is_complete(path):
+            kept = load_safetensors(files.read_checked(path))
+            return metrics.Predictions(kept["logits"], kept["embedding"], self.data.test.target)
+        predictions = metrics.predict(self.teacher, self.data.test, self.device.device)
+        if path is not None and processes.rank() == 0:
+            kept = {"logits": predictions.logits, "embedding": predictions.embedding}
+            files.write_checked(path, save_safetensors(kept))
+        return predictions
+
+    def _predictions_file(self) -> Path | None:
+        """Where the teacher's predictions on evaluation images are kept, if the recipe says so."""
+        section = self.recipe.teacher
+        if section is None or not section.cache:
+            return None
+        about = json.dumps(self._cache_key(), sort_keys=True).encode()
+        return self.out / "answers" / f"predictions-{files.sha256(about)[:12]}.safetensors"
+
+    def cache_teacher(self) -> None:
+        """Computes the teacher's predictions on evaluation images, which all runs then share."""
+        with cpu_threads(self.recipe.threads):
+            assert self.teacher is None or self._teacher_predictions is not None
 
     def train_teacher(self) -> Path | None:
         """Trains the teacher by its recipe, unless that is done or its weights are given.
@@ -343,11 +366,7 @@ class Experiment:
         assert self.teacher is not None
         assert self._teacher_predictions is not None
         drawn = seed if data.augmentation_seed is None else data.augmentation_seed
-        about = {
-            "teacher": self._teacher_hash,
-            "normalization": [self.teacher.mean, self.teacher.std],
-            "seen": section.model_dump(include={"size", "head"}),
-            "images": data.model_dump(mode="json", exclude={"workers"}),
+        about = self._cache_key() | {
             "augmentation_seed": drawn,
             "precision": str(self.device.dtype),
         }
@@ -358,6 +377,18 @@ class Experiment:
             classes=len(self.data.classes),
             width=self._teacher_predictions.embedding.shape[1],
         )
+
+    def _cache_key(self) -> dict[str, Any]:
+        """What a teacher's features of these images depend on."""
+        section, data = self.recipe.teacher, self.recipe.data
+        assert section is not None
+        assert self.teacher is not None
+        return {
+            "teacher": self._teacher_hash,
+            "normalization": [self.teacher.mean, self.teacher.std],
+            "seen": section.model_dump(include={"size", "head"}),
+            "images": data.model_dump(mode="json", exclude={"workers"}),
+        }
 
     def _about(self, student: FeatureExtractor) -> dict[str, Any]:
         """What is needed to use the weights of a student."""

@@ -1,0 +1,307 @@
+"""Study files: variants of a recipe, in several settings, with many seeds."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from topkd.config import recipe as recipes
+from topkd.config.recipe import Recipe
+from topkd.config.validation import RecipeError, Section, change_by, near, read_yaml, validated
+
+Terms = tuple[dict[str, Any], ...]
+_NAME = r"^[A-Za-z0-9][\w.+-]*$"
+MOST_JOBS = 100_000
+
+
+class Variant(Section):
+    """Losses of one variant: the baseline's with more terms, another variant's, or a recipe's."""
+
+    add: Terms | None = None
+    """Terms beside those of the baseline, or of the variant that ``of`` names."""
+    of: str | None = None
+    """Variant to start from; the baseline if none is given."""
+    set: dict[str, Any] = {}
+    """Changes: ``TERM.key: value`` for a term, any other key for the recipe."""
+    recipe: str | None = None
+    """Recipe whose losses are taken, in place of ``of`` and ``add``."""
+
+    @model_validator(mode="after")
+    def _starts_from_one(self) -> Variant:
+        if self.recipe is not None and (self.add is not None or self.of is not None):
+            raise ValueError("recipe stands in place of add and of; give one of them")
+        return self
+
+
+class Primary(Section):
+    """The endpoint that variants are compared by."""
+
+    metric: str = "top1"
+    margin: Annotated[float, Field(gt=0)] | None = None
+    """Smallest difference that matters, in the metric's unit."""
+
+
+class StudyFile(Section):
+    """A grid of runs: settings x variants x seeds."""
+
+    name: str = ""
+    recipe: str
+    set: dict[str, Any] = {}
+    """Changes to the recipe in every run."""
+    baseline: str
+    """Variant that all others are compared with."""
+    variants: Annotated[dict[str, Terms | Variant], Field(min_length=1)]
+    grid: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
+    """``TERM.key: [values]``: each variant with the term becomes one variant a value."""
+    settings: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = {"main": {}}
+    """Name -> changes to the recipe; variants are compared within a setting."""
+    seeds: str | tuple[Annotated[int, Field(ge=0)], ...]
+    primary: Primary = Primary()
+
+    @field_validator("seeds")
+    @classmethod
+    def _reads_ranges(cls, value: str | tuple[int, ...]) -> tuple[int, ...]:
+        seeds = read_seeds(value) if isinstance(value, str) else value
+        doubled = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+        if not seeds or doubled:
+            raise ValueError(
+                f"seeds: {doubled[0]} is there twice" if doubled else "there must be one at least"
+            )
+        return seeds
+
+    @model_validator(mode="after")
+    def _names_are_folders(self) -> StudyFile:
+        if self.baseline not in self.variants:
+            raise ValueError(
+                f"baseline: there is no variant {self.baseline!r}"
+                f"{near(self.baseline, list(self.variants))}"
+            )
+        return self
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """Reads ``0-9`` or ``0,1,5-7``.
+
+    Raises:
+        ValueError: If it is neither.
+
+    Examples:
+        >>> read_seeds("0-2,7")
+        (0, 1, 2, 7)
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise ValueError(f"expected numbers such as 0,1,2 or 0-9, got {text!r}")
+        if int(last or first) - int(first) > MOST_JOBS:
+            raise ValueError(f"{text!r} is more than {MOST_JOBS:,} seeds")
+        seeds.extend(range(int(first), int(last or first) + 1))
+    return tuple(seeds)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study."""
+
+    setting: str
+    variant: str
+    seed: int
+    recipe: Recipe
+
+    @property
+    def title(self) -> str:
+        """Name for people."""
+        return f"{self.setting}/{self.variant} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a study, and the recipe of each variant in each setting."""
+
+    file: StudyFile
+    recipes: Mapping[tuple[str, str], Recipe]
+    """(setting, variant) -> recipe."""
+
+    @property
+    def settings(self) -> list[str]:
+        """Names of the settings."""
+        return list(dict.fromkeys(setting for setting, _ in self.recipes))
+
+    @property
+    def variants(self) -> list[str]:
+        """Names of all variants, the baseline first."""
+        return list(dict.fromkeys(variant for _, variant in self.recipes))
+
+    def jobs(self) -> list[Job]:
+        """Lists the runs: seed by seed, so that every variant has its first seeds early."""
+        seeds = self.file.seeds
+        assert not isinstance(seeds, str)
+        return [
+            Job(setting, variant, seed, self.recipes[setting, variant])
+            for setting in self.settings
+            for seed in seeds
+            for variant in self.variants
+        ]
+
+
+def load(path: str | Path, changes: tuple[str, ...] = ()) -> Plan:
+    """Reads a study file and expands it.
+
+    Args:
+        path: The file.
+        changes: As ``key=value``, such as ``seeds=0-2``.
+
+    Raises:
+        RecipeError: If the file, a variant or a recipe is invalid; the message says where.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"there is no study {path}; `topkd study new RECIPE` writes one")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8: {error}") from error
+    tree = read_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a study is a mapping of keys to values")
+    tree.setdefault("name", path.stem)
+    for change in changes:
+        change_by(tree, change)
+    return expand(validated(StudyFile, tree, str(path)), path.parent)
+
+
+def expand(file: StudyFile, beside: Path = Path()) -> Plan:
+    """Makes the recipe of every variant in every setting.
+
+    Args:
+        file: The study.
+        beside: Folder of recipes that are named by a relative path.
+
+    Raises:
+        RecipeError: If a variant or a change is invalid; the message says where.
+    """
+    base = _tree(file.recipe, beside)
+    _change(base, file.set, "set")
+    base["controls"] = {}
+    variants = dict(_in_grid(_variants(file, beside), file))
+    names = [file.baseline, *(name for name in variants if name != file.baseline)]
+    found = {}
+    for setting, changes in file.settings.items():
+        for name in names:
+            terms, own = variants[name]
+            tree = copy.deepcopy(base)
+            _change(tree, changes, f"settings.{setting}")
+            _change(tree, own, f"variants.{name}.set")
+            tree["losses"] = copy.deepcopy(list(terms))
+            tree["name"] = "/".join(map(folder_name, (file.name, setting, name)))
+            try:
+                found[setting, name] = recipes.parse(tree)
+            except RecipeError as error:
+                raise RecipeError(f"{setting}, variant {name}: {error}") from error
+    if len(found) * len(file.seeds) > MOST_JOBS:
+        raise RecipeError(f"{len(found) * len(file.seeds):,} jobs are more than {MOST_JOBS:,}")
+    return Plan(file, found)
+
+
+def folder_name(name: str) -> str:
+    """Names the folder of a variant, whose name may hold brackets.
+
+    Examples:
+        >>> folder_name("topkd[share=0.02]")
+        'topkd-share-0.02'
+    """
+    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in name).strip("-")
+
+
+def _tree(name: str, beside: Path) -> dict[str, Any]:
+    place = beside / name
+    recipe = recipes.load(str(place) if place.is_file() else name)
+    return recipe.model_dump(mode="json")
+
+
+def _change(tree: dict[str, Any], changes: Mapping[str, Any], where: str) -> None:
+    for key, value in changes.items():
+        steps, here = key.split("."), tree
+        for step in steps[:-1]:
+            if here.get(step) is None:
+                here[step] = {}
+            here = here[step]
+            if not isinstance(here, dict):
+                raise RecipeError(f"{where}: {key}: {step} has no keys, it is {here!r}")
+        here[steps[-1]] = value
+
+
+Variants = dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]  # name -> terms, other changes
+
+
+def _variants(file: StudyFile, beside: Path) -> Variants:
+    """Resolves every variant to its terms, following ``of``."""
+    made: Variants = {}
+
+    def resolve(name: str, above: tuple[str, ...]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        if name not in file.variants:
+            known = near(name, list(file.variants))
+            raise RecipeError(f"variants.{above[-1]}.of: there is no variant {name!r}{known}")
+        if name in above:
+            raise RecipeError(f"variants: {' of '.join((*above, name))} is a circle")
+        if name not in made:
+            made[name] = _resolved(name, above)
+        return made[name]
+
+    def _resolved(name: str, above: tuple[str, ...]) -> tuple[list[Any], dict[str, Any]]:
+        given = file.variants[name]
+        if not isinstance(given, Variant):
+            return [dict(term) for term in given], {}
+        if given.recipe is not None:
+            terms, changes = list(_tree(given.recipe, beside)["losses"]), dict[str, Any]()
+        else:
+            if name == file.baseline and given.of is None:
+                raise RecipeError(f"variants.{name}: the baseline has to list its terms")
+            terms, changes = resolve(given.of or file.baseline, (*above, name))
+            terms, changes = copy.deepcopy(terms), dict(changes)
+        terms += [dict(term) for term in given.add or ()]
+        for key, value in given.set.items():
+            if not _set_term(terms, key, value):
+                changes[key] = value
+        return terms, changes
+
+    for name in file.variants:
+        resolve(name, ())
+    return made
+
+
+def _set_term(terms: list[dict[str, Any]], key: str, value: Any) -> bool:
+    """Sets ``TERM.option`` of the terms with that title; False if there is none."""
+    title, _, option = key.partition(".")
+    found = [term for term in terms if title in (term.get("label"), term.get("name"))]
+    for term in found:
+        if option == "share":
+            term.pop("weight", None)
+        _change(term, {option: value}, key)
+    return bool(found)
+
+
+def _in_grid(variants: Variants, file: StudyFile) -> Iterator[tuple[str, Any]]:
+    """Replaces each variant that has terms of the grid by one for each combination of values."""
+    used = set()
+    for name, (terms, changes) in variants.items():
+        titles = {title for term in terms for title in (term.get("label"), term.get("name"))}
+        keys = [key for key in file.grid if key.partition(".")[0] in titles]
+        used |= set(keys)
+        for values in itertools.product(*(file.grid[key] for key in keys)):
+            own = copy.deepcopy(terms)
+            for key, value in zip(keys, values, strict=True):
+                _set_term(own, key, value)
+            told = ",".join(
+                f"{key.partition('.')[2]}={value}" for key, value in zip(keys, values, strict=True)
+            )
+            yield (f"{name}[{told}]" if told else name), (own, changes)
+    for key in file.grid.keys() - used:
+        raise RecipeError(f"grid: no variant has a term {key.partition('.')[0]!r}, from {key}")

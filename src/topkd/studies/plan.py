@@ -1,0 +1,55 @@
+"""Which jobs of a study are done, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from topkd._io import files
+from topkd.config.recipe import STUDENT
+from topkd.config.study import Job
+
+
+@dataclass(frozen=True)
+class Place:
+    """Folders of a study's runs.
+
+    Args:
+        out: Parent of the runs that are made here.
+        results: Folders of the same layout that hold finished results alone, such as committed
+            ``result.json`` files without weights.
+    """
+
+    out: Path
+    results: Sequence[Path] = ()
+
+    def run(self, job: Job, root: Path | None = None) -> Path:
+        """Folder of a job's run."""
+        return (root or self.out) / job.recipe.name / STUDENT / f"seed{job.seed}"
+
+    def result(self, job: Job) -> Path | None:
+        """Finds the result of a job, wherever it was made; None if it is not done.
+
+        Raises:
+            ValueError: If a result was altered, or is of another recipe.
+        """
+        for root in (self.out, *self.results):
+            path = self.run(job, root) / "result.json"
+            if path.is_file():
+                found = files.read_sealed(path).get("recipe_hash")
+                if found != job.recipe.hash:
+                    raise ValueError(
+                        f"{path} is of another recipe ({found}, the study's is {job.recipe.hash}); "
+                        "give the study another name, or the runs another --out"
+                    )
+                return path
+        return None
+
+    def pending(self, jobs: Iterable[Job]) -> list[Job]:
+        """Lists the jobs that are not done.
+
+        Raises:
+            ValueError: If a result was altered, or is of another recipe.
+        """
+        return [job for job in jobs if self.result(job) is None]

@@ -1,0 +1,106 @@
+"""Runs a study: plans it, starts what is missing, and reports what failed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from topkd._io import files
+from topkd._io.progress import Progress
+from topkd.config.study import Plan, folder_name
+from topkd.config.validation import write_yaml
+from topkd.studies.executors.base import Ended, Executor
+from topkd.studies.plan import Place
+
+
+@dataclass
+class Outcome:
+    """What a call of :func:`run` did."""
+
+    jobs: int
+    done_before: int
+    ended: list[Ended] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Ended]:
+        """Jobs that failed in every attempt."""
+        return [each for each in self.ended if each.error is not None]
+
+    @property
+    def left(self) -> int:
+        """Jobs that are not done."""
+        return self.jobs - self.done_before - len(self.ended) + len(self.failed)
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    executor: Executor,
+    progress: Progress,
+    results: Sequence[Path] = (),
+) -> Outcome:
+    """Runs the jobs of a study that are not done, setting by setting.
+
+    Args:
+        plan: The study.
+        out: Parent of the folders of all runs.
+        executor: Starts the jobs.
+        progress: Shows progress and messages.
+        results: Folders with results of other machines, which count as done.
+
+    Raises:
+        ValueError: If a result was altered, or belongs to another recipe.
+    """
+    place, jobs = Place(out, results), plan.jobs()
+    pending = place.pending(jobs)
+    _record(plan, out)
+    outcome = Outcome(len(jobs), len(jobs) - len(pending))
+    progress.say(estimate(plan, place))
+    with progress.bar(plan.file.name, len(jobs), "jobs") as advance:
+        advance(outcome.done_before, "")
+        for setting in plan.settings:
+            own = [job for job in pending if job.setting == setting]
+            if not own:
+                continue
+            for ended in executor.run(own, out):
+                outcome.ended.append(ended)
+                how = f"{ended.seconds:.0f} s" if ended.error is None else "failed"
+                advance(1, f"{ended.job.title}, {how}")
+                if ended.error is not None:
+                    progress.say(f"{ended.job.title}: {ended.error}")
+    return outcome
+
+
+def _record(plan: Plan, out: Path) -> None:
+    """Writes the study beside its runs, for readers."""
+    tree = plan.file.model_dump(mode="json", exclude_unset=True)
+    files.write(out / folder_name(plan.file.name) / "study.yaml", write_yaml(tree))
+
+
+def estimate(plan: Plan, place: Place) -> str:
+    """Describes a plan in a line: jobs, what is done, and how long the rest takes.
+
+    Seconds are those of finished jobs of the same setting.
+    """
+    jobs = plan.jobs()
+    seconds: dict[str, list[float]] = {}
+    pending = []
+    for job in jobs:
+        path = place.result(job)
+        if path is None:
+            pending.append(job)
+        else:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            seconds.setdefault(job.setting, []).append(found.get("train_seconds", 0.0))
+    known = [seconds[job.setting] for job in pending if job.setting in seconds]
+    line = (
+        f"{plan.file.name}: {len(jobs)} jobs ({len(plan.settings)} settings, "
+        f"{len(plan.variants)} variants), {len(jobs) - len(pending)} done"
+    )
+    if pending and len(known) == len(pending):
+        rest = sum(sum(each) / len(each) for each in known)
+        line += f"; about {time.strftime('%H:%M', time.gmtime(rest))} hours of one process are left"
+    return line
