@@ -51,7 +51,11 @@ def _app(
 for _found in pkgutil.iter_modules(commands.__path__):
     _name = _found.name.rstrip("_")  # of words that Python or its library has too
     _module = importlib.import_module(f"{commands.__name__}.{_found.name}")
-    app.command(_name, rich_help_panel=_module.PANEL)(getattr(_module, _found.name))
+    _command = getattr(_module, _found.name)
+    if isinstance(_command, typer.Typer):
+        app.add_typer(_command, name=_name, rich_help_panel=_module.PANEL)
+    else:
+        app.command(_name, rich_help_panel=_module.PANEL)(_command)
 
 
 def main() -> None:

@@ -230,6 +230,8 @@ class Recipe(Section):
     controls: Mapping[str, Annotated[tuple[Term, ...], Field(min_length=1)]] = {}
     """Other losses to train the same student with; all runs are compared with the first control."""
     epochs: Annotated[int, Field(gt=0)] = 240
+    evaluate_every: Annotated[int, Field(gt=0)] = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
     batch_size: Annotated[int, Field(gt=1)] = 64
     optimizer: Optimizer = Optimizer()
     gradient_clip: Annotated[float, Field(gt=0)] | None = None

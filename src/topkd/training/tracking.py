@@ -33,10 +33,13 @@ class Sums:
 
 def summary(entry: Mapping[str, Any]) -> str:
     """Tells an epoch in a line."""
-    judged = next(key for key in entry if key.endswith("_top1") and key != "train_top1")
     losses = ", ".join(f"{name} {value:.4g}" for name, value in entry["losses"].items())
-    accuracy = f"{judged.removesuffix('_top1')} {entry[judged]:.2f} %"
-    return f"{accuracy}, train {entry['train_top1']:.2f} %, {losses}, {entry['seconds']:.1f} s"
+    accuracies = ", ".join(
+        f"{key.removesuffix('_top1')} {entry[key]:.2f} %"
+        for key in sorted(entry)
+        if key.endswith("_top1")
+    )
+    return f"{accuracies}, {losses}, {entry['seconds']:.1f} s"
 
 
 def tensorboard(folder: Path) -> Any:

@@ -168,14 +168,11 @@ class Trainer:
         # Running means and variances are of each process's own images; those of the first are kept.
         processes.copy_from_first(list(self.student.buffers()))
         processes.merge(self.data.faults.unreadable)
-        self.student.eval()
-        with self.device.autocast():
-            judged = metrics.predict(self.student, self.data.test, self.device.device)
         return {
             "epoch": epoch,
             "learning_rate": rate,
             "train_top1": 100 * sums.means("right")[""],
-            f"{self.data.judged_on}_top1": metrics.top_k(judged, 1),
+            **self._evaluation(epoch),
             "losses": sums.means("loss/"),
             "weights": sums.means("weight/"),
             "gradient_share": sums.means("share/"),
@@ -183,6 +180,15 @@ class Trainer:
             "warnings": self._warnings(epoch, sums),
             "seconds": round(seconds, 3),
         }
+
+    def _evaluation(self, epoch: int) -> dict[str, float]:
+        """Evaluates the student, in the epochs in which the recipe says so."""
+        if epoch % self.recipe.evaluate_every and epoch != self.recipe.epochs:
+            return {}
+        self.student.eval()
+        with self.device.autocast():
+            predictions = metrics.predict(self.student, self.data.test, self.device.device)
+        return {f"{self.data.judged_on}_top1": metrics.top_k(predictions, 1)}
 
     def step(self, batch: Batch, epoch: int, sums: Sums, *, measure: bool) -> None:
         device = self.device.device

@@ -1,0 +1,188 @@
+"""``topkd study``: many runs that belong together."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from topkd.cli.options import AsJson, Changes, Out, Quiet
+
+# The package is imported inside the commands: `topkd --help` should not have to load torch.
+if TYPE_CHECKING:
+    from topkd.config.study import Job, Plan
+    from topkd.studies.plan import Place
+
+PANEL = "Train"
+
+study = typer.Typer(
+    no_args_is_help=True,
+    help="Run a study: variants of a recipe, in several settings, with many seeds.",
+    rich_markup_mode="markdown",
+)
+
+File = Annotated[Path, typer.Argument(metavar="STUDY", help="A study file (YAML).")]
+Results = Annotated[
+    list[Path] | None,
+    typer.Option(help="Folder with finished results of another machine, which count as done."),
+]
+
+
+@study.command("run")
+def run_study(
+    file: File,
+    changes: Changes = None,
+    out: Out = Path("runs"),
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of each; an equal part by default.")
+    ] = None,
+    results: Results = None,
+    limit_hours: Annotated[
+        float | None, typer.Option(min=0.0, help="Start no job after so many hours.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run all jobs of a study that are not done.
+
+    Jobs that fail are tried again once and then reported; the others go on. Ctrl-C stops, and the
+    same command resumes.
+
+    Example: `topkd study run mine.yaml --jobs 2 --out runs`
+    """
+    from topkd._io.progress import Progress
+    from topkd.studies.executors import Local
+    from topkd.studies.run import run
+
+    until = None if limit_hours is None else time.monotonic() + 3600 * limit_hours
+    executor = Local(jobs, threads=threads, until=until)
+    outcome = run(_plan(file, changes), out, executor, Progress(quiet=quiet), results or [])
+    done = outcome.jobs - outcome.left
+    typer.echo(f"{done} of {outcome.jobs} jobs are done")
+    for ended in outcome.failed:
+        typer.echo(f"failed: {ended.job.title}: {ended.error}", err=True)
+    raise typer.Exit(1 if outcome.failed else 0)
+
+
+@study.command()
+def status(
+    file: File,
+    changes: Changes = None,
+    out: Out = Path("runs"),
+    results: Results = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count the jobs of a study that are done, for each setting and variant."""
+    plan, place = _plan(file, changes), _place(out, results)
+    rows = [
+        {
+            "setting": setting,
+            "variant": variant,
+            "done": sum(place.result(job) is not None for job in jobs),
+            "jobs": len(jobs),
+        }
+        for (setting, variant), jobs in _grouped(plan).items()
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    width = max(len(f"{row['setting']}/{row['variant']}") for row in rows)
+    for row in rows:
+        name = f"{row['setting']}/{row['variant']}"
+        typer.echo(f"{name:<{width}}  {row['done']} of {row['jobs']}")
+
+
+@study.command()
+def jobs(
+    file: File,
+    changes: Changes = None,
+    out: Out = Path("runs"),
+    results: Results = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the jobs of a study that are not done, for any scheduler: one command each."""
+    plan = _plan(file, changes)
+    pending = _place(out, results).pending(plan.jobs())
+    entries = [
+        {
+            "setting": job.setting,
+            "variant": job.variant,
+            "seed": job.seed,
+            "command": f"topkd study job {file} --setting {job.setting!r} "
+            f"--variant {job.variant!r} --seed {job.seed} --out {out}",
+        }
+        for job in pending
+    ]
+    typer.echo(json.dumps(entries, indent=2) if as_json else _commands(entries))
+
+
+@study.command("job")
+def one_job(
+    file: File,
+    setting: Annotated[str, typer.Option(help="Name of the setting.")],
+    variant: Annotated[str, typer.Option(help="Name of the variant.")],
+    seed: Annotated[int, typer.Option(help="Seed of the run.")],
+    changes: Changes = None,
+    out: Out = Path("runs"),
+) -> None:
+    """Run one job of a study in this process."""
+    from topkd.config.validation import near
+    from topkd.studies.executors.base import work
+
+    found = {(job.setting, job.variant, job.seed): job for job in _plan(file, changes).jobs()}
+    job = found.get((setting, variant, seed))
+    if job is None:
+        names = [f"{each[0]}/{each[1]}" for each in found]
+        raise ValueError(
+            f"{file} has no job {setting}/{variant} seed {seed}"
+            f"{near(f'{setting}/{variant}', list(dict.fromkeys(names)))}"
+        )
+    work(job, out)
+
+
+@study.command()
+def new(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe that is varied.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")],
+    methods: Annotated[
+        str, typer.Option(help="Losses to compare, from `topkd list losses`.")
+    ] = "kd,dkd,rkd,topkd",
+    seeds: Annotated[str, typer.Option(help="Seeds of every variant: `0-2` or `0,1,2`.")] = "0-2",
+) -> None:
+    """Write a study that compares methods on a recipe.
+
+    Example: `topkd study new digits mine.yaml --methods kd,dkd,rkd,topkd --seeds 0-2`
+    """
+    from topkd._io import files
+    from topkd.studies.new import template
+
+    if file.exists():
+        raise FileExistsError(f"{file} exists already; choose another name")
+    files.write(file, template(recipe, methods.split(","), seeds))
+    typer.echo(f"{file}: edit it, then `topkd study run {file}`")
+
+
+def _plan(file: Path, changes: list[str] | None) -> Plan:
+    from topkd.config import study as studies
+
+    return studies.load(file, tuple(changes or ()))
+
+
+def _place(out: Path, results: list[Path] | None) -> Place:
+    from topkd.studies.plan import Place
+
+    return Place(out, tuple(results or ()))
+
+
+def _grouped(plan: Plan) -> dict[tuple[str, str], list[Job]]:
+    grouped: dict[tuple[str, str], list[Job]] = {}
+    for job in plan.jobs():
+        grouped.setdefault((job.setting, job.variant), []).append(job)
+    return grouped
+
+
+def _commands(entries: list[dict[str, object]]) -> str:
+    return "\n".join(str(entry["command"]) for entry in entries) or "every job is done"

@@ -1,0 +1,53 @@
+"""A study file to begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from topkd.config import recipe as recipes
+from topkd.config.validation import RecipeError, near
+from topkd.losses import LOSSES
+
+TEMPLATE = """# {count} variants of the recipe {recipe}, {seeds} seeds; `topkd study run` runs them.
+recipe: {recipe}
+set: {{}}                       # changes to the recipe in every run, e.g. {{epochs: 20}}
+baseline: {baseline}
+variants:
+{variants}
+settings: {{main: {{}}}}          # name -> changes; variants are compared within a setting
+seeds: {seeds}
+primary: {{metric: top1}}       # margin: the smallest difference that matters
+"""
+
+
+def template(recipe: str, methods: Sequence[str], seeds: str) -> str:
+    """Writes a study that adds each method to the labels, with the first as baseline.
+
+    Losses on features get a share of the gradient, so that no weight has to be known.
+
+    Args:
+        recipe: Name or file of a recipe.
+        methods: Names of losses.
+        seeds: As a study file has them.
+
+    Raises:
+        RecipeError: If there is no such recipe or loss.
+    """
+    recipes.load(recipe)
+    for name in methods:
+        if name not in LOSSES:
+            raise RecipeError(f"--methods: there is no {name!r}{near(name, list(LOSSES))}")
+    first, *others = methods
+    lines = [f"  {first}: [{{name: ce}}, {{name: {first}}}]"]
+    for name in others:
+        if LOSSES[name].info.group == "logits":
+            lines.append(f"  {name}: [{{name: ce}}, {{name: {name}}}]")
+        else:
+            lines.append(f"  {name}: {{add: [{{name: {name}, share: 0.1}}]}}")
+    return TEMPLATE.format(
+        count=len(methods),
+        recipe=recipe,
+        baseline=first,
+        variants="\n".join(lines),
+        seeds=seeds,
+    )
