@@ -541,22 +541,32 @@ def test_a_command_that_failed_early_does_not_claim_the_folder(tmp_path):
         Experiment(recipe.parse(smaller), tmp_path / "runs", QUIET).train_student("student", 0)
 
 
+def with_term(experiment, term):
+    return recipe.parse(
+        experiment.recipe.model_dump(mode="json", exclude_unset=True)
+        | {"losses": [{"name": "ce"}, term], "controls": {}}
+    )
+
+
+def test_a_loss_that_cannot_be_configured_is_refused_before_anything_is_done(tiny):
+    made, _ = tiny
+    parsed = with_term(made, {"name": "cc", "size": 0})
+    with pytest.raises(RecipeError, match=r"^losses\[1\]: size must be positive, got 0$"):
+        Experiment(parsed, made.out, QUIET)
+
+
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        ({"name": "cc", "size": 0}, r"^losses\.cc: size must be positive, got 0$"),
+        ({"name": "fitnet", "stage": 9}, r"^losses\.fitnet: there is no map 9: of 4 maps the last"),
         (
             {"name": "vid", "label": "deep", "skip": 9},
             r"^losses\.deep: skip leaves out the fir",
         ),
     ],
 )
-def test_a_loss_that_cannot_be_built_names_its_term(tiny, tmp_path, term, message):
+def test_a_loss_that_cannot_be_bound_names_its_term(tiny, term, message):
     made, _ = tiny
-    parsed = recipe.parse(
-        made.recipe.model_dump(mode="json", exclude_unset=True)
-        | {"losses": [{"name": "ce"}, term], "controls": {}}
-    )
-    experiment = Experiment(parsed, made.out, QUIET)
+    experiment = Experiment(with_term(made, term), made.out, QUIET)
     with pytest.raises(ValueError, match=message):
         experiment.losses("student", experiment.new_student(), 0)
