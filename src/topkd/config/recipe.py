@@ -288,8 +288,12 @@ class Recipe(Section):
 
     @property
     def hash(self) -> str:
-        """Twelve digits by which equal recipes are recognized, whatever they are called."""
-        content = self.model_dump(mode="json", exclude={"name"})
+        """Twelve digits by which equal recipes are recognized, whatever they are called.
+
+        Settings at their default do not count: a key that a later version adds leaves the hashes
+        of earlier recipes as they are. So the default of a setting never changes its meaning.
+        """
+        content = self.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -141,6 +141,23 @@ def one_job(
             f"{near(f'{setting}/{variant}', list(dict.fromkeys(names)))}"
         )
     work(job, out)
+
+
+@study.command()
+def table(
+    file: File,
+    changes: Changes = None,
+    out: Out = Path("runs"),
+    results: Results = None,
+    form: Annotated[
+        Literal["markdown", "latex", "csv", "json"], typer.Option("--format", help="Of the table.")
+    ] = "markdown",
+) -> None:
+    """Print the table of a study: every variant against the baseline, paired by seed."""
+    from topkd.studies.collect import collect
+    from topkd.studies.table import FORMATS
+
+    typer.echo(FORMATS[form](collect(_plan(file, changes), _place(out, results))), nl=False)
 
 
 @study.command()
