@@ -27,12 +27,14 @@ from topkd.losses.relations import (
     similarity_preserving,
 )
 from topkd.losses.reviewkd import hierarchical
+from topkd.losses.scale import cloud_scale
 from topkd.losses.topkd import topological_distillation
 
 __all__ = [
     "activation_boundaries",
     "attention_transfer",
     "class_attention",
+    "cloud_scale",
     "class_maps",
     "contrast",
     "correlation_distillation",
