@@ -250,3 +250,13 @@ def test_features_that_are_not_numbers_are_named_by_the_term_that_met_them():
     one.losses = [weighted]
     with pytest.raises(Diverged, match=r"^epoch 1, losses\.topkd: cloud 0, point 0: a coordina"):
         one._values(broken, broken, batch, 1)
+
+
+def test_metrics_that_a_kill_kept_from_being_written_are_written_on_resume(tmp_path):
+    folder = tmp_path / "a" / "seed0"
+    trainer(epochs=2).run(folder)
+    path = folder / "metrics.jsonl"
+    content = path.read_bytes()
+    path.unlink()  # the state of the last epoch was saved, and then the process was killed
+    trainer(epochs=2).run(folder)
+    assert path.read_bytes() == content

@@ -61,19 +61,26 @@ class StudyFile(Section):
     """``TERM.key: [values]``: each variant with the term becomes one variant a value."""
     settings: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = {"main": {}}
     """Name -> changes to the recipe; variants are compared within a setting."""
-    seeds: str | tuple[Annotated[int, Field(ge=0)], ...]
+    seeds: str | Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...]
     primary: Primary = Primary()
 
     @field_validator("seeds")
     @classmethod
-    def _reads_ranges(cls, value: str | tuple[int, ...]) -> tuple[int, ...]:
-        seeds = read_seeds(value) if isinstance(value, str) else value
+    def _reads_ranges(cls, value: str | int | tuple[int, ...]) -> tuple[int, ...]:
+        given = (value,) if isinstance(value, int) else value
+        seeds = read_seeds(given) if isinstance(given, str) else given
         doubled = sorted({seed for seed in seeds if seeds.count(seed) > 1})
         if not seeds or doubled:
             raise ValueError(
                 f"seeds: {doubled[0]} is there twice" if doubled else "there must be one at least"
             )
         return seeds
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds as numbers."""
+        assert isinstance(self.seeds, tuple)
+        return self.seeds
 
     @model_validator(mode="after")
     def _names_are_folders(self) -> StudyFile:
@@ -141,12 +148,10 @@ class Plan:
 
     def jobs(self) -> list[Job]:
         """Lists the runs: seed by seed, so that every variant has its first seeds early."""
-        seeds = self.file.seeds
-        assert not isinstance(seeds, str)
         return [
             Job(setting, variant, seed, self.recipes[setting, variant])
             for setting in self.settings
-            for seed in seeds
+            for seed in self.file.all_seeds
             for variant in self.variants
         ]
 
@@ -205,8 +210,8 @@ def expand(file: StudyFile, beside: Path = Path()) -> Plan:
                 found[setting, name] = recipes.parse(tree)
             except RecipeError as error:
                 raise RecipeError(f"{setting}, variant {name}: {error}") from error
-    if len(found) * len(file.seeds) > MOST_JOBS:
-        raise RecipeError(f"{len(found) * len(file.seeds):,} jobs are more than {MOST_JOBS:,}")
+    if len(found) * len(file.all_seeds) > MOST_JOBS:
+        raise RecipeError(f"{len(found) * len(file.all_seeds):,} jobs are more than {MOST_JOBS:,}")
     return Plan(file, found)
 
 

@@ -107,6 +107,9 @@ class Trainer:
         """
         state = processes.by_first(lambda: states.load(folder / "checkpoint"))
         self._resume(state, folder / "checkpoint")
+        if self.history and self.accelerator.is_main_process:
+            # A kill may have come between the state and the metrics of the same epoch.
+            files.write(folder / "metrics.jsonl", files.json_lines(self.history))
         told = self._say_faults([])
         if self.accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,356 @@
+"""Studies: what a file expands to, jobs that run, fail and resume, and comparisons that agree."""
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from topkd._io.progress import Progress
+from topkd.config import study as studies
+from topkd.config.validation import RecipeError
+from topkd.studies.analysis import compare
+from topkd.studies.collect import collect
+from topkd.studies.executors import Local
+from topkd.studies.plan import Place
+from topkd.studies.run import run
+from topkd.studies.table import FORMATS
+
+QUIET = Progress(quiet=True)
+TEACHER = {
+    "data": {"name": "digits"},
+    "student": {"model": "resnet8x0.25"},
+    "losses": [{"name": "ce"}],
+    "epochs": 1,
+    "batch_size": 32,
+    "threads": 1,
+}
+RECIPE = TEACHER | {
+    "data": {"name": "digits", "limit": 100},
+    "teacher": {"model": "resnet8x0.25", "recipe": "teacher.yaml", "cache": True},
+    "losses": [{"name": "ce"}, {"name": "kd"}],
+    "epochs": 2,
+}
+STUDY = {
+    "recipe": "recipe.yaml",
+    "baseline": "kd",
+    "variants": {
+        "kd": [{"name": "ce"}, {"name": "kd", "weight": 2.0}],
+        "topkd": {"add": [{"name": "topkd", "share": 0.1}]},
+        "random": {"of": "topkd", "set": {"topkd.edges": "random"}},
+    },
+    "seeds": "0-1",
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A study file beside its recipes."""
+    for name, tree in (("teacher", TEACHER), ("recipe", RECIPE), ("study", STUDY)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return tmp_path / "study.yaml"
+
+
+def written(folder, **changes):
+    path = folder / "changed.yaml"
+    path.write_text(yaml.safe_dump(STUDY | changes), encoding="utf-8")
+    return path
+
+
+def test_a_file_expands_to_settings_variants_and_seeds(file, tmp_path):
+    path = written(
+        tmp_path,
+        grid={"topkd.share": [0.02, 0.3]},
+        settings={"full": {}, "few": {"data.limit": 64}},
+        set={"epochs": 1},
+        seeds="0-1,7",
+    )
+    plan = studies.load(path)
+    assert plan.variants == [
+        "kd",
+        "topkd[share=0.02]",
+        "topkd[share=0.3]",
+        "random[share=0.02]",
+        "random[share=0.3]",
+    ]
+    jobs = plan.jobs()
+    assert len(jobs) == 2 * 5 * 3
+    assert [job.seed for job in jobs if job.variant == "kd"] == [0, 1, 7] * 2
+    assert {job.recipe.epochs for job in jobs} == {1}
+    few = next(job for job in jobs if (job.setting, job.variant) == ("few", "random[share=0.3]"))
+    assert few.recipe.data.limit == 64
+    assert few.recipe.losses[2].share == 0.3
+    assert few.recipe.losses[2].options == {"edges": "random"}
+    assert few.recipe.name == "changed/few/random-share-0.3"
+
+
+def test_changes_replace_what_the_file_says(file):
+    assert len(studies.load(file, ("seeds=0-4",)).jobs()) == 15
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "kdd"}, "baseline: there is no variant 'kdd'; did you mean 'kd'"),
+        ({"seeds": [1, 1]}, "seeds: 1 is there twice"),
+        ({"seeds": "0-x"}, "expected numbers such as 0,1,2 or 0-9, got '0-x'"),
+        ({"grid": {"dkd.beta": [1, 2]}}, "grid: no variant has a term 'dkd'"),
+        ({"variants": STUDY["variants"] | {"new": {"of": "topk"}}}, "no variant 'topk'; did you"),
+        ({"variants": {"kd": {"of": "b"}, "b": {"of": "kd"}}}, "is a circle"),
+        ({"variants": STUDY["variants"] | {"new": {"addd": []}}}, "addd"),
+        ({"settings": {"few": {"data.limit": 0}}}, "few, variant kd: .*limit"),
+        ({"recipe": "nowhere"}, "there is no recipe 'nowhere'"),
+        ({"variants": {"kd": [{"name": "kdd"}]}}, None),
+    ],
+)
+def test_what_is_wrong_is_one_line_that_says_where(file, tmp_path, changes, message):
+    path = written(tmp_path, **changes)
+    if message is None:  # losses are looked up when an experiment is made
+        studies.load(path)
+        return
+    with pytest.raises(RecipeError, match=message):
+        studies.load(path)
+
+
+def results_of(folder):
+    return {
+        str(path.relative_to(folder)): json.loads(path.read_text(encoding="utf-8"))
+        for path in folder.rglob("result.json")
+    }
+
+
+def weights_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("student.safetensors")}
+
+
+def test_jobs_run_and_are_not_run_again(file, tmp_path):
+    plan, out = studies.load(file), tmp_path / "runs"
+    outcome = run(plan, out, Local(2), QUIET)
+    assert (outcome.jobs, outcome.done_before, outcome.left) == (6, 0, 0)
+    assert not outcome.failed
+    before = results_of(out)
+    again = run(plan, out, Local(2), QUIET)
+    assert (again.done_before, again.ended) == (6, [])
+    assert results_of(out) == before
+
+    # Results without weights, as they are committed, count as done elsewhere.
+    small = tmp_path / "results"
+    for path in out.rglob("result.json"):
+        target = small / path.relative_to(out)
+        target.parent.mkdir(parents=True)
+        shutil.copy(path, target)
+    elsewhere = run(plan, tmp_path / "new", Local(1), QUIET, [small])
+    assert (elsewhere.done_before, elsewhere.ended) == (6, [])
+    table = FORMATS["markdown"](collect(plan, Place(tmp_path / "new", [small])))
+    assert table.count("\n| main | ") == 3
+
+
+def test_a_study_that_is_killed_goes_on_to_the_same_bits(file, tmp_path):
+    plan = studies.load(file)
+    run(plan, tmp_path / "whole", Local(1, threads=1), QUIET)
+    command = [sys.executable, "-m", "topkd", "study", "run", str(file), "--quiet"]
+    command += ["--out", str(tmp_path / "killed"), "--jobs", "2", "--threads", "1"]
+    for _ in range(2):
+        process = subprocess.Popen(command, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "killed").rglob("latest.json")) and time.monotonic() < deadline:
+            if process.poll() is not None:
+                break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True)
+    assert weights_of(tmp_path / "killed") == weights_of(tmp_path / "whole")
+
+
+def test_a_job_that_fails_is_named_and_the_others_go_on(file, tmp_path):
+    path = written(
+        tmp_path,
+        variants=STUDY["variants"] | {"wrong": {"add": [{"name": "fitnet", "stage": 77}]}},
+        seeds=[0],
+    )
+    plan = studies.load(path)
+    out = tmp_path / "runs"
+    outcome = run(plan, out, Failing(1), QUIET)
+    assert [ended.job.variant for ended in outcome.failed] == ["topkd"]
+    assert "killed by SIGKILL" in outcome.failed[0].error
+    assert outcome.left == 1
+
+
+class Failing(Local):
+    """Kills every attempt of one variant, as a fault in a library would; skips another."""
+
+    def run(self, jobs, out):
+        usable = [job for job in jobs if job.variant != "wrong"]
+        yield from super().run(usable, out)
+
+    def _start(self, target, arguments, log):
+        process = super()._start(target, arguments, log)
+        if getattr(arguments[0], "variant", None) == "topkd":
+            process.kill()
+        return process
+
+
+def test_results_of_another_recipe_are_refused(file, tmp_path):
+    run(studies.load(file, ("seeds=0",)), tmp_path / "runs", Local(1), QUIET)
+    changed = studies.load(file, ("seeds=0", "set={epochs: 3}"))
+    with pytest.raises(ValueError, match=r"is of another recipe .* give the study another name"):
+        run(changed, tmp_path / "runs", Local(1), QUIET)
+
+
+# --- Statistics ----------------------------------------------------------------------------------
+
+
+def drawn(shift, n=12, seed=0, spread=1.0):
+    generator = np.random.default_rng(seed)
+    base = generator.normal(70, 2, n)
+    return {
+        "kd": dict(enumerate(base.tolist())),
+        "new": dict(enumerate((base + generator.normal(shift, spread, n)).tolist())),
+    }
+
+
+def test_an_interval_is_students_t_by_the_textbook():
+    values = drawn(0.5)
+    (found,) = compare("s", values, "kd")
+    d = [values["new"][seed] - values["kd"][seed] for seed in range(12)]
+    mean = sum(d) / 12
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in d) / 11)
+    half = stats.t.ppf(0.975, 11) * deviation / math.sqrt(12)
+    assert found.difference == pytest.approx(mean)
+    assert (found.low, found.high) == pytest.approx((mean - half, mean + half))
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(mean) / deviation * math.sqrt(12), 11))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_intervals_and_p_values_never_contradict_each_other(seed):
+    generator = np.random.default_rng(seed)
+    base = dict(enumerate(generator.normal(70, 2, 8).tolist()))
+    values = {"kd": base} | {
+        f"v{number}": {k: v + generator.normal(0.6, 1) for k, v in base.items()}
+        for number in range(5)
+    }
+    for found in compare("s", values, "kd"):
+        assert (found.low > 0 or found.high < 0) == (found.p < 0.05)
+
+
+def test_the_family_covers_all_its_differences_at_once():
+    generator = np.random.default_rng(0)
+    missed = 0
+    for _ in range(400):
+        base = dict(enumerate(generator.normal(0, 1, 6).tolist()))
+        values = {"kd": base} | {
+            f"v{number}": {k: v + generator.normal(0, 1) for k, v in base.items()}
+            for number in range(6)
+        }
+        missed += any(f.low > 0 or f.high < 0 for f in compare("s", values, "kd"))
+    assert missed / 400 <= 0.075  # 0.05, and twice the standard error of 400 trials
+
+
+@pytest.mark.parametrize(
+    ("values", "margin", "verdict"),
+    [
+        (drawn(5.0), 0.3, "better"),
+        (drawn(-5.0), None, "worse"),
+        (drawn(0.0, n=60, spread=0.1), 0.3, "no difference that matters"),
+        (drawn(0.1, n=5), 0.3, "undecided"),
+    ],
+)
+def test_verdicts(values, margin, verdict):
+    (found,) = compare("s", values, "kd", margin=margin)
+    assert found.verdict == verdict
+    assert (found.needed is None) == (verdict != "undecided")
+
+
+def test_where_less_is_better_a_smaller_value_is_better():
+    (found,) = compare("s", drawn(-5.0), "kd", higher_is_better=False)
+    assert found.verdict == "better"
+
+
+def test_the_needed_seeds_would_decide():
+    values = drawn(0.2, n=6, seed=3)
+    (found,) = compare("s", values, "kd", margin=0.3)
+    d = np.array(list(found.differences.values()))
+    half = stats.t.ppf(0.975, found.needed - 1) * d.std(ddof=1) / math.sqrt(found.needed)
+    assert half < max(abs(d.mean()), 0.3 - abs(d.mean()))
+    before = found.needed - 1
+    assert stats.t.ppf(0.975, before - 1) * d.std(ddof=1) / math.sqrt(before) > half
+
+
+def test_one_seed_decides_nothing():
+    (found,) = compare("s", {"kd": {0: 1.0}, "new": {0: 9.0}}, "kd")
+    assert found.verdict == "undecided"
+    assert math.isnan(found.low)
+
+
+# --- Tables --------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """Values in place of collected runs."""
+
+    def __init__(self, plan, values):
+        self.plan, self._values = plan, values
+
+    def values(self, setting, metric):
+        return self._values
+
+    def comparisons(self, setting):
+        return compare(setting, self._values, "kd", margin=self.plan.file.primary.margin)
+
+
+def test_every_format_has_the_same_numbers(file):
+    study = Fixed(studies.load(file), drawn(5.0))
+    rows = json.loads(FORMATS["json"](study))
+    assert [row["variant"] for row in rows] == ["kd", "new"]
+    assert rows[1]["verdict"] == "better"
+    assert rows[1]["values"].keys() == {str(seed) for seed in range(12)}
+    (_, again) = csv.DictReader(io.StringIO(FORMATS["csv"](study)))
+    assert float(again["low"]) == rows[1]["low"]
+    markdown, latex = FORMATS["markdown"](study), FORMATS["latex"](study)
+    shown = f"{rows[1]['difference']:+.2f} [{rows[1]['low']:+.2f}, {rows[1]['high']:+.2f}]"
+    assert shown in markdown
+    assert shown in latex
+    assert r"\textbf{" in latex
+    assert latex.count(r"\\") == 3
+
+
+def test_the_command_line(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        done = subprocess.run(
+            [sys.executable, "-m", "topkd", "study", *words],
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    status, out, err = call("run", "study.yaml", "seeds=0", "--out", "runs", "--quiet")
+    assert status == 0, err
+    assert out == "3 of 3 jobs are done\n"
+    status, out, err = call("status", "study.yaml", "--out", "runs")
+    assert out.splitlines()[0] == "main/kd      1 of 2"
+    status, out, err = call("jobs", "study.yaml", "--out", "runs", "--json")
+    commands = [entry["command"] for entry in json.loads(out)]
+    assert len(commands) == 3
+    status, out, err = call("table", "study.yaml", "--out", "runs", "--format", "csv")
+    assert out.startswith("setting,variant,n,mean,std,verdict")
+    status, out, err = call("new", "digits", "mine.yaml", "--methods", "kd,dkd,rkd,topkd")
+    assert status == 0, err
+    assert studies.load(Path("mine.yaml")).variants == ["kd", "dkd", "rkd", "topkd"]
+    status, out, err = call("run", "nowhere.yaml")
+    assert (status, out) == (2, "")
+    assert err.startswith("topkd: there is no study nowhere.yaml")
