@@ -32,14 +32,14 @@ def test_order_place_and_direction_do_not_matter():
     points = clouds(4).double()
     rotation, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
     moved = points[:, torch.randperm(24)] @ rotation + 5
-    for sees_scale in (False, True):
-        seen = network(sees_scale=sees_scale)
+    for scale_aware in (False, True):
+        seen = network(scale_aware=scale_aware)
         torch.testing.assert_close(seen(moved), seen(points))
 
 
 def test_scale_does_not_matter_unless_it_is_asked_for():
     points = clouds(4).double()
-    blind, seeing = network(), network(sees_scale=True)
+    blind, seeing = network(), network(scale_aware=True)
     torch.testing.assert_close(blind(7 * points), blind(points), rtol=1e-5, atol=1e-8)
     assert not torch.allclose(seeing(7 * points), seeing(points))
 
@@ -51,7 +51,7 @@ def test_width_and_number_of_points_may_differ():
 
 def test_gradient_matches_finite_differences():
     points = clouds(2, n=9).double().requires_grad_()
-    assert torch.autograd.gradcheck(network(sees_scale=True), points)
+    assert torch.autograd.gradcheck(network(scale_aware=True), points)
 
 
 def test_coinciding_points_have_a_finite_gradient():
