@@ -316,5 +316,5 @@ OTHERS = {
 
 @pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS)
 def test_other_files_are_refused(content):
-    with pytest.raises(ValueError, match="no approximator that topkd has written"):
+    with pytest.raises(ValueError, match="not an approximator file of this version"):
         Approximation.from_bytes(content)

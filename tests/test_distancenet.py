@@ -60,19 +60,19 @@ def test_coinciding_points_have_a_finite_gradient():
     assert points.grad.isfinite().all()
 
 
-def test_answers_are_standardized():
+def test_outputs_are_standardized():
     points, vectors = clouds(50), 3 + 0.1 * torch.randn(50, 5)
-    seen = DistanceNet(5, neighbors=6, hidden=8)
-    seen.standardize(points, vectors)
-    torch.testing.assert_close(seen.answer_mean, vectors.mean(0))
-    torch.testing.assert_close(seen.answer_std, vectors.std(0))
+    network = DistanceNet(5, neighbors=6, hidden=8)
+    network.standardize(points, vectors)
+    torch.testing.assert_close(network.output_mean, vectors.mean(0))
+    torch.testing.assert_close(network.output_std, vectors.std(0))
     nearest = torch.cdist(points, points).sort(-1).values[..., 1:7]
     nearest = nearest / nearest[..., :1].mean(1, keepdim=True)
-    torch.testing.assert_close(seen.each_mean, nearest.flatten(0, 1).mean(0))
+    torch.testing.assert_close(network.point_mean, nearest.flatten(0, 1).mean(0))
 
 
 def test_needs_more_points_than_neighbors():
-    with pytest.raises(ValueError, match="6 neighbors of every point.* got 6"):
+    with pytest.raises(ValueError, match="more than 6 points.* got 6"):
         network()(torch.randn(2, 6, 3).double())
 
 

@@ -456,13 +456,13 @@ def test_a_ripsnet_file_is_used_as_it_is(source, tmp_path):
 def test_a_ripsnet_of_another_teacher_is_refused(source):
     by_ripsnet(source)
     path = str(the_file(source))
-    with pytest.raises(ValueError, match=r"ripsnet-.*made for another teacher: it learned a teach"):
+    with pytest.raises(ValueError, match=r"ripsnet-.*trained for another teacher, a teach"):
         by_ripsnet(replace(source, teacher_hash="somebody else"), file=path)
 
 
 def test_a_ripsnet_of_other_clouds_is_refused(source):
     by_ripsnet(source)
-    with pytest.raises(ValueError, match="made for clouds of 6 points, the batches here have 7"):
+    with pytest.raises(ValueError, match="trained for clouds of 6 points, not for batches of 7"):
         bound(
             TopKD,
             features(5, seed=1, n=7),
@@ -476,7 +476,7 @@ def test_a_ripsnet_of_other_clouds_is_refused(source):
 def test_another_file_is_refused_by_name(source, tmp_path):
     path = tmp_path / "garbage.safetensors"
     path.write_bytes(b"garbage")
-    with pytest.raises(ValueError, match="no approximator that topkd has written"):
+    with pytest.raises(ValueError, match="not an approximator file of this version"):
         by_ripsnet(source, file=str(path))
     with pytest.raises(FileNotFoundError, match="absent"):
         by_ripsnet(source, file=str(tmp_path / "absent"))

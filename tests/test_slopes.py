@@ -31,8 +31,8 @@ CASES = {name: (name, {}) for name in LOSSES} | {
     "pce, em": ("pce", {"form": "em-pce"}),
     "wasserstein of loops": ("wasserstein", {"dimension": 1}),
     "topkd, loops": ("topkd", {"dimension": 1}),
-    "topkd, median": ("topkd", {"scale": "median"}),
-    "topkd, max": ("topkd", {"scale": "max"}),
+    "topkd, median": ("topkd", {"scale": "tree_median"}),
+    "topkd, max": ("topkd", {"scale": "tree_max"}),
     "topkd, DistanceNet": ("topkd", {"via": "distancenet", "training": Training(2, 2)}),
 }
 STUDENTS = {
