@@ -11,6 +11,8 @@ import torch
 from reference.clouds import polygon
 from reference.features import batch, bound, features, source_in
 
+from topkd.config.recipe import Term
+from topkd.config.validation import RecipeError
 from topkd.features import Batch
 from topkd.losses import TopKD
 from topkd.losses.approximators import fit
@@ -34,6 +36,7 @@ from topkd.topology.scaling import (
 )
 from topkd.topology.serialization import from_json, to_json
 from topkd.topology.vectorization import _REGISTERED
+from topkd.training.check import configured
 
 POINTS = 16
 SHORT = Training(passes=1, epochs=1)
@@ -206,6 +209,19 @@ def test_a_new_class_is_used_at_once(source, via):
             pass
         _REGISTERED["range"] = kind
     assert "range" not in VECTORIZATIONS
+
+
+def test_recipes_take_every_form(form):
+    term = Term(name="topkd", form=form, dimension=1, scale="tree_max")
+    assert configured(term, "losses[0]").form == form
+
+
+@pytest.mark.parametrize("option", [{"form": "picture"}, {"scale": "mean"}])
+def test_recipes_are_refused_in_one_line(option):
+    (name,) = option
+    with pytest.raises(RecipeError, match=rf"^losses\[0\].*{name}.*") as caught:
+        configured(Term(name="topkd", **option), "losses[0]")
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_forms_and_scales_are_refused():

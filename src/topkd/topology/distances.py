@@ -241,7 +241,7 @@ def _costs(first: Tensor, second: Tensor, order: float, ground_norm: float) -> T
     ends = torch.cat([second, second.new_zeros(clouds, 1, 2)], dim=1)
     differences = first - ends.gather(1, partners[..., None].expand(-1, -1, 2))
     apart = torch.linalg.vector_norm(differences, ord=ground_norm, dim=-1)
-    alone = torch.ones_like(ends[..., 0], dtype=torch.bool).scatter(1, partners, False)[:, :m]
+    unmatched = torch.ones_like(ends[..., 0], dtype=torch.bool).scatter(1, partners, False)[:, :m]
     to_diagonal = [
         (bars[..., 1] - bars[..., 0]).clamp(min=0) * 2 ** (1 / ground_norm - 1)
         for bars in (first, second)
@@ -249,7 +249,7 @@ def _costs(first: Tensor, second: Tensor, order: float, ground_norm: float) -> T
     return torch.cat(
         [
             torch.where(partners < m, apart, to_diagonal[0]),
-            torch.where(alone, to_diagonal[1], 0.0),
+            torch.where(unmatched, to_diagonal[1], 0.0),
         ],
         dim=1,
     )
