@@ -40,11 +40,11 @@ import torch
 import yaml
 from rich.progress import track
 
-from topkd import report as _report  # noqa: F401  (imported before the fork, like all that follows)
 from topkd.cli import app
 from topkd.config import recipe
 from topkd.config.validation import RecipeError
 from topkd.models import MODELS, checkpoint
+from topkd.reporting import page as _page  # noqa: F401  (imported before the fork, like all here)
 from topkd.training.check import check
 from topkd.training.experiment import Experiment  # noqa: F401
 

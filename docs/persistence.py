@@ -1,4 +1,4 @@
-"""Draws the pictures of the page on persistence: python docs/persistence.py"""
+"""Draws the figures of the page on persistence: python docs/persistence.py"""
 
 from pathlib import Path
 

@@ -246,7 +246,7 @@ def test_fidelity_tells_both_measures():
 
 # --- The file ------------------------------------------------------------------------------------
 
-IMAGE = Exact(PersistenceImage((0.0, 0.0), (0.1, 2.0), sigma=0.3, scale=4.0, resolution=3))
+IMAGE = Exact(PersistenceImage((0.0, 0.0), (0.1, 2.0), sigma=0.3, normalizer=4.0, resolution=3))
 LOOPS = Exact(PersistenceVector((0.0, 2.0), sigma=0.3, resolution=7), dimension=1)
 
 
@@ -256,7 +256,7 @@ LOOPS = Exact(PersistenceVector((0.0, 2.0), sigma=0.3, resolution=7), dimension=
     [
         lambda outputs: RipsNet(3, outputs, pooling="mean"),
         lambda outputs: RipsNet(3, outputs, pooling="sum"),
-        lambda outputs: DistanceNet(outputs, neighbors=5, hidden=8, sees_scale=True),
+        lambda outputs: DistanceNet(outputs, neighbors=5, hidden=8, scale_aware=True),
     ],
 )
 def test_a_file_holds_all_that_is_needed(exact, build):
@@ -316,5 +316,5 @@ OTHERS = {
 
 @pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS)
 def test_other_files_are_refused(content):
-    with pytest.raises(ValueError, match="no approximator that topkd has written"):
+    with pytest.raises(ValueError, match="not an approximator file of this version"):
         Approximation.from_bytes(content)

@@ -10,7 +10,7 @@ from reference import topology as reference
 
 from topkd.topology import Diagrams, rips
 from topkd.topology.curves import BettiCurve, EntropyCurve, Landscape, Silhouette, entropy
-from topkd.topology.scaling import length_unit
+from topkd.topology.scaling import length_scale
 
 
 def with_births(clouds=3, bars=25, seed=0):
@@ -48,28 +48,28 @@ def assert_is(curve, diagrams, value):
     """Compares with a function of the bars of a cloud and a length, at every node."""
     nodes = reference.nodes(*curve.lengths, curve.resolution)
     for bars, found in zip(in_lists(diagrams), curve(diagrams).tolist(), strict=True):
-        expected = [value(bars, t) / curve.scale for t in nodes]
+        expected = [value(bars, t) / curve.normalizer for t in nodes]
         assert found == pytest.approx(expected, rel=1e-10, abs=1e-13)
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.05, 0.7])
 def test_betti_curve_is_the_definition(diagrams, sigma):
-    curve = BettiCurve(ENDS, NODES, scale=2.5, sigma=sigma)
+    curve = BettiCurve(ENDS, NODES, normalizer=2.5, sigma=sigma)
     assert_is(curve, diagrams, lambda bars, t: reference.betti(bars, t, sigma))
 
 
 def test_silhouette_is_the_definition(diagrams):
     for power in (0.5, 1.0, 3.0):
-        curve = Silhouette(ENDS, NODES, scale=2.5, power=power)
+        curve = Silhouette(ENDS, NODES, normalizer=2.5, power=power)
         assert_is(curve, diagrams, lambda bars, t, q=power: reference.silhouette(bars, t, q))
 
 
 def test_entropy_curve_is_the_definition(diagrams):
-    assert_is(EntropyCurve(ENDS, NODES, scale=2.5), diagrams, reference.entropy_curve)
+    assert_is(EntropyCurve(ENDS, NODES, normalizer=2.5), diagrams, reference.entropy_curve)
 
 
 def test_landscape_is_the_definition(diagrams):
-    landscape = Landscape(ENDS, NODES, scale=2.5, layers=4)
+    landscape = Landscape(ENDS, NODES, normalizer=2.5, layers=4)
     nodes = reference.nodes(*ENDS, NODES)
     for bars, found in zip(in_lists(diagrams), landscape(diagrams), strict=True):
         expected = [reference.landscape(bars, t, k) / 2.5 for k in range(4) for t in nodes]
@@ -192,12 +192,12 @@ def test_bars_too_short_for_a_float_add_nothing_to_the_entropy():
 
 SMOOTH = {
     "betti": BettiCurve(ENDS, 7, sigma=0.2),
-    "betti in means": BettiCurve(ENDS, 7, sigma=0.2, unit="mean"),
+    "betti in means": BettiCurve(ENDS, 7, sigma=0.2, scale="death_mean"),
     "landscape": Landscape(ENDS, 7, layers=3),
-    "landscape in medians": Landscape(ENDS, 7, layers=3, unit="median"),
+    "landscape in medians": Landscape(ENDS, 7, layers=3, scale="death_median"),
     "silhouette": Silhouette(ENDS, 7, power=0.5),
     "silhouette of all alike": Silhouette(ENDS, 7, power=0.0),
-    "silhouette in maxima": Silhouette(ENDS, 7, power=2.0, unit="max"),
+    "silhouette in maxima": Silhouette(ENDS, 7, power=2.0, scale="death_max"),
     "entropy curve": EntropyCurve(ENDS, 7, sigma=0.2),
     "entropy curve, its shares alone": EntropyCurve(ENDS, 7),
     "entropy": entropy,
@@ -240,56 +240,60 @@ def test_smoothing_tends_to_the_exact_curve(diagrams):
     torch.testing.assert_close(close(diagrams), exact(diagrams))
 
 
-# --- Units ---------------------------------------------------------------------------------------
+# --- Scales --------------------------------------------------------------------------------------
 
-STATISTICS = {"mean": np.mean, "median": np.median, "max": np.max}
+STATISTICS = {
+    f"{kind}_{name}": function
+    for kind in ("tree", "death")
+    for name, function in {"mean": np.mean, "median": np.median, "max": np.max}.items()
+}
 
 
-@pytest.mark.parametrize("unit", STATISTICS)
+@pytest.mark.parametrize("scale", STATISTICS)
 @pytest.mark.parametrize("n", [2, 7, 8])
-def test_unit_is_the_statistic_of_numpy(unit, n):
+def test_scale_is_the_statistic_of_numpy(scale, n):
     diagrams = rips(cloud_batch(n=n))
-    expected = STATISTICS[unit](diagrams.deaths.numpy(), axis=1)
-    np.testing.assert_allclose(length_unit(diagrams, unit), expected, rtol=1e-12)
+    expected = STATISTICS[scale](diagrams.deaths.numpy(), axis=1)
+    np.testing.assert_allclose(length_scale(diagrams, scale), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("unit", STATISTICS)
-def test_unit_does_not_see_padding(unit):
+@pytest.mark.parametrize("scale", STATISTICS)
+def test_scale_does_not_see_padding(scale):
     points = cloud_batch(clouds=2, n=9)
     ragged = torch.ones(2, 9, dtype=torch.bool)
     ragged[1, 4:] = False
-    found = length_unit(rips(points, mask=ragged), unit)
-    alone = [length_unit(rips(points[0]), unit), length_unit(rips(points[1, :4]), unit)]
+    found = length_scale(rips(points, mask=ragged), scale)
+    alone = [length_scale(rips(points[0]), scale), length_scale(rips(points[1, :4]), scale)]
     torch.testing.assert_close(found, torch.stack(alone))
 
 
-@pytest.mark.parametrize("unit", STATISTICS)
-def test_gradient_of_the_unit_matches_finite_differences(unit):
+@pytest.mark.parametrize("scale", STATISTICS)
+def test_gradient_of_the_scale_matches_finite_differences(scale):
     points = cloud_batch(clouds=2, n=6).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: length_unit(rips(x), unit), points)
+    assert torch.autograd.gradcheck(lambda x: length_scale(rips(x), scale), points)
 
 
-@pytest.mark.parametrize("unit", STATISTICS)
+@pytest.mark.parametrize("scale", STATISTICS)
 @pytest.mark.parametrize("n", [4, 1])
-def test_unit_of_points_that_coincide_is_one(unit, n):
+def test_scale_of_points_that_coincide_is_one(scale, n):
     points = torch.ones(2, n, 3, requires_grad=True)
-    found = length_unit(rips(points), unit)
+    found = length_scale(rips(points), scale)
     found.sum().backward()
     assert found.tolist() == [1, 1]
     assert (points.grad == 0).all()
 
 
-def test_no_unit_is_one():
-    assert length_unit(rips(cloud_batch()), "none").tolist() == [1, 1, 1, 1]
+def test_scale_none_is_one():
+    assert length_scale(rips(cloud_batch()), "none").tolist() == [1, 1, 1, 1]
 
 
-def test_loops_in_units_of_components_do_not_see_scale():
+def test_loops_scaled_by_components_are_scale_invariant():
     points = cloud_batch(n=25, d=2)
     curve = Landscape((0.0, 4.0), layers=2)
 
     def describe(points):
         both = rips(points, max_dim=1)
-        return curve(both.scaled(1 / length_unit(both.of(0), "median")).of(1))
+        return curve(both.scaled(1 / length_scale(both.of(0), "tree_median")).of(1))
 
     assert describe(points).max() > 0
     torch.testing.assert_close(describe(7 * points), describe(points))
@@ -310,7 +314,7 @@ def test_range_reaches_three_steps_beyond_all_bars(kind):
 @pytest.mark.parametrize("kind", CURVES)
 def test_range_does_not_reach_below_zero(kind):
     diagrams = rips(cloud_batch())
-    fitted = kind.fit(diagrams, resolution=27, unit="max")
+    fitted = kind.fit(diagrams, resolution=27, scale="death_max")
     assert fitted.lengths == pytest.approx((0.0, 1.15))
 
 
@@ -326,8 +330,8 @@ def test_fit_smooths_by_one_step_or_as_told():
 @pytest.mark.parametrize(
     ("diagrams", "resolution", "message"),
     [
-        (Diagrams.from_bars(torch.zeros(3, 0, 2)), 20, "there is no bar of any length"),
-        (rips(torch.ones(3, 5, 2)), 20, "there is no bar of any length"),
+        (Diagrams.from_bars(torch.zeros(3, 0, 2)), 20, "all bars have length zero"),
+        (rips(torch.ones(3, 5, 2)), 20, "all bars have length zero"),
         (with_births(), 7, "resolution must be more than 7, got 7"),
     ],
 )
@@ -338,7 +342,7 @@ def test_refuses_to_fit(kind, diagrams, resolution, message):
 
 def test_refuses_nodes_that_no_bar_reaches():
     bars = torch.tensor([[0.0, 1e-3], [1.0, 1.0 + 1e-3]])  # too short for the grid, far apart
-    with pytest.raises(ValueError, match="no bar reaches any of the 8 nodes"):
+    with pytest.raises(ValueError, match="the curve is 0 at all 8 nodes"):
         BettiCurve.fit(Diagrams.from_bars(bars + 0.9), resolution=8, smoothing=0)
 
 
@@ -348,8 +352,8 @@ def test_refuses_nodes_that_no_bar_reaches():
         (Landscape, {"lengths": (1.0, 1.0)}, r"must be a range, low then high, got \(1.0, 1.0\)"),
         (BettiCurve, {"lengths": (0.0, math.inf)}, "lengths must be a range"),
         (Silhouette, {"resolution": 0}, "resolution must be positive, got 0"),
-        (EntropyCurve, {"scale": -1.0}, "scale must be positive, got -1.0"),
-        (BettiCurve, {"unit": "mode"}, "unit must be one of none, mean, median, max, got 'mode'"),
+        (EntropyCurve, {"normalizer": -1.0}, "normalizer must be positive, got -1.0"),
+        (BettiCurve, {"scale": "mode"}, "scale must be one of none, tree_mean, .*, got 'mode'"),
         (Landscape, {"layers": 0}, "layers must be positive, got 0"),
         (Silhouette, {"power": -1.0}, "power must be 0 or more, got -1.0"),
         (BettiCurve, {"sigma": math.nan}, "sigma must be 0 or more, got nan"),
@@ -362,5 +366,5 @@ def test_refuses_impossible_parameters(kind, change, message):
 
 
 def test_entropy_refuses_several_dimensions():
-    with pytest.raises(ValueError, match=r"bars of dimensions \[0, 1\].* choose it by .of"):
+    with pytest.raises(ValueError, match=r"bars of dimensions \[0, 1\].* select one with .of"):
         entropy(rips(cloud_batch(), max_dim=1))

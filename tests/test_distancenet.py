@@ -32,14 +32,14 @@ def test_order_place_and_direction_do_not_matter():
     points = clouds(4).double()
     rotation, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
     moved = points[:, torch.randperm(24)] @ rotation + 5
-    for sees_scale in (False, True):
-        seen = network(sees_scale=sees_scale)
+    for scale_aware in (False, True):
+        seen = network(scale_aware=scale_aware)
         torch.testing.assert_close(seen(moved), seen(points))
 
 
 def test_scale_does_not_matter_unless_it_is_asked_for():
     points = clouds(4).double()
-    blind, seeing = network(), network(sees_scale=True)
+    blind, seeing = network(), network(scale_aware=True)
     torch.testing.assert_close(blind(7 * points), blind(points), rtol=1e-5, atol=1e-8)
     assert not torch.allclose(seeing(7 * points), seeing(points))
 
@@ -51,7 +51,7 @@ def test_width_and_number_of_points_may_differ():
 
 def test_gradient_matches_finite_differences():
     points = clouds(2, n=9).double().requires_grad_()
-    assert torch.autograd.gradcheck(network(sees_scale=True), points)
+    assert torch.autograd.gradcheck(network(scale_aware=True), points)
 
 
 def test_coinciding_points_have_a_finite_gradient():
@@ -60,19 +60,19 @@ def test_coinciding_points_have_a_finite_gradient():
     assert points.grad.isfinite().all()
 
 
-def test_answers_are_standardized():
+def test_outputs_are_standardized():
     points, vectors = clouds(50), 3 + 0.1 * torch.randn(50, 5)
-    seen = DistanceNet(5, neighbors=6, hidden=8)
-    seen.standardize(points, vectors)
-    torch.testing.assert_close(seen.answer_mean, vectors.mean(0))
-    torch.testing.assert_close(seen.answer_std, vectors.std(0))
+    network = DistanceNet(5, neighbors=6, hidden=8)
+    network.standardize(points, vectors)
+    torch.testing.assert_close(network.output_mean, vectors.mean(0))
+    torch.testing.assert_close(network.output_std, vectors.std(0))
     nearest = torch.cdist(points, points).sort(-1).values[..., 1:7]
     nearest = nearest / nearest[..., :1].mean(1, keepdim=True)
-    torch.testing.assert_close(seen.each_mean, nearest.flatten(0, 1).mean(0))
+    torch.testing.assert_close(network.point_mean, nearest.flatten(0, 1).mean(0))
 
 
 def test_needs_more_points_than_neighbors():
-    with pytest.raises(ValueError, match="6 neighbors of every point.* got 6"):
+    with pytest.raises(ValueError, match="more than 6 points.* got 6"):
         network()(torch.randn(2, 6, 3).double())
 
 

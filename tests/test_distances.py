@@ -500,14 +500,14 @@ def test_compiled_in_one_piece_equals_eager(distance):
 
 
 def test_says_what_is_wrong_with_the_diagrams(distance):
-    with pytest.raises(ValueError, match=r"as many clouds .* got \(3, 8\), \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"equally many clouds, got \(3, 8\) and \(2, 8\)"):
         distance(diagrams(3), diagrams(2))
-    with pytest.raises(ValueError, match=r"as many clouds .* got \(1, 8\), \(8,\)"):
+    with pytest.raises(ValueError, match=r"equally many clouds, got \(1, 8\) and \(8,\)"):
         distance(diagrams(1), rips(torch.zeros(9, 2)))
     both = rips(torch.randn(20, 2), max_dim=1)
-    with pytest.raises(ValueError, match=r"one dimension.* got those of \[0, 1\] and \[0\]"):
+    with pytest.raises(ValueError, match=r"one dimension.* got dimensions \[0, 1\] and \[0\]"):
         distance(both, both.of(0))
-    with pytest.raises(ValueError, match=r"one dimension.* got those of \[0\] and \[1\]"):
+    with pytest.raises(ValueError, match=r"one dimension.* got dimensions \[0\] and \[1\]"):
         distance(both.of(0), both.of(1))
 
 
@@ -524,11 +524,11 @@ def test_names_the_bar_that_is_not_finite(distance):
 
 @pytest.mark.parametrize("ground_norm", [0.0, 1.0, 3.0, math.nan])
 def test_refuses_other_ground_norms(ground_norm):
-    with pytest.raises(ValueError, match=f"is 2 or infinity, got {ground_norm}"):
+    with pytest.raises(ValueError, match=f"must be 2 or infinity, got {ground_norm}"):
         wasserstein(diagrams(1), diagrams(1), ground_norm=ground_norm)
 
 
 @pytest.mark.parametrize("directions", [0, -1])
 def test_refuses_no_directions(directions):
-    with pytest.raises(ValueError, match=f"at least one direction, got {directions}"):
+    with pytest.raises(ValueError, match=f"directions must be at least 1, got {directions}"):
         sliced_wasserstein(diagrams(1), diagrams(1), directions=directions)

@@ -145,7 +145,7 @@ def test_a_ripsnet_of_another_teacher_is_refused(tiny, tmp_path):
         "losses": [{"name": "topkd", "via": "ripsnet", "file": str(made)}],
         "controls": {},
     }
-    with pytest.raises(ValueError, match="made for another teacher"):
+    with pytest.raises(ValueError, match="trained for another teacher"):
         Experiment(recipe.parse(tree), tmp_path, QUIET).fit_losses()
 
 

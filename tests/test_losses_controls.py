@@ -18,7 +18,7 @@ from topkd.losses.controls import batch_tree, random_tree, tree_diagram
 
 LABEL_FREE = {
     "topkd": ("topkd", {}),
-    "topkd, image": ("topkd", {"form": "image", "scale": "max"}),
+    "topkd, image": ("topkd", {"form": "image", "scale": "tree_max"}),
     "wasserstein": ("wasserstein", {}),
     "wasserstein, diagonal": ("wasserstein", {"diagonal": True, "order": 2.0, "scale": "none"}),
     "pce": ("pce", {}),

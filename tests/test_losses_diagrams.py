@@ -9,7 +9,7 @@ from reference import homology
 from reference import topological_losses as reference
 from reference.clouds import polygon
 from reference.features import CLOUD, answers, batch, bound, features, never, source_in
-from reference.topology import unit_of
+from reference.topology import scale_of
 from torch.autograd import gradcheck
 
 from topkd.features import Features
@@ -45,21 +45,21 @@ def ring(n, seed, size=1.0):
 
 
 @pytest.mark.parametrize("edges", EDGES)
-@pytest.mark.parametrize("scale", ["none", "mean", "median", "max"])
+@pytest.mark.parametrize("scale", ["none", "tree_mean", "tree_median", "tree_max"])
 @pytest.mark.parametrize("order", [1.0, 2.0, 3.0])
 def test_wasserstein_is_the_sorted_lengths_in_plain_loops(edges, scale, order):
     clouds = features(3, seed=1), features(5, seed=2)
     ours, theirs = (lengths(cloud, edges) for cloud in clouds)
-    units = unit_of(scale, ours), unit_of(scale, theirs)
-    gaps = [abs(a / units[0] - b / units[1]) for a, b in zip(ours, theirs, strict=True)]
+    scales = scale_of(scale, ours), scale_of(scale, theirs)
+    gaps = [abs(a / scales[0] - b / scales[1]) for a, b in zip(ours, theirs, strict=True)]
     expected = sum(gap**order for gap in gaps) ** (1 / order)
     found = Wasserstein(order=order, scale=scale, edges=edges)(*clouds, batch())
     assert found.item() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("scale", ["none", "mean"])
+@pytest.mark.parametrize("scale", ["none", "tree_mean"])
 @pytest.mark.parametrize(("norm", "far"), [("maximum", 1 / 2), ("euclidean", 1 / math.sqrt(2))])
-def test_wasserstein_of_loops_in_units_of_the_spanning_tree(scale, norm, far):
+def test_wasserstein_of_loops_scaled_by_the_spanning_tree(scale, norm, far):
     # One loop each: either it is matched, or both meet the diagonal.
     clouds = ring(9, seed=1), ring(9, seed=2, size=1.3)
     bars = []
@@ -67,8 +67,8 @@ def test_wasserstein_of_loops_in_units_of_the_spanning_tree(scale, norm, far):
         points = cloud.embedding.tolist()
         matrix = [[math.dist(a, b) for b in points] for a in points]
         (loop,) = homology.diagrams(matrix, 1)[1]
-        unit = unit_of(scale, lengths(cloud, "persistent"))
-        bars.append([end / unit for end in loop])
+        divisor = scale_of(scale, lengths(cloud, "persistent"))
+        bars.append([end / divisor for end in loop])
     apart = [abs(a - b) for a, b in zip(*bars, strict=True)]
     matched = max(apart) if norm == "maximum" else math.hypot(*apart)
     expected = min(matched, sum(far * (death - birth) for birth, death in bars))
@@ -88,7 +88,7 @@ def test_a_loop_that_is_not_there_costs_half_its_persistence():
 
 def test_the_gradient_of_loops_matches_finite_differences():
     student, teacher = ring(9, seed=1), ring(9, seed=2, size=1.3)
-    loss = Wasserstein(dimension=1, order=2.0, scale="median")
+    loss = Wasserstein(dimension=1, order=2.0, scale="tree_median")
 
     def of(points):
         return loss(Features(student.logits, points), teacher, batch(9))

@@ -112,20 +112,20 @@ def circle(seed, size=1.0):
 
 
 def bars_of(cloud, dimension, scale):
-    """In units of the deaths of dimension 0."""
+    """Scaled by the deaths of dimension 0."""
     points = cloud.embedding.tolist()
     found = homology.diagrams([[math.dist(a, b) for b in points] for a in points], dimension)
-    unit = reference_topology.unit_of(scale, [death for _, death in found[0]])
-    return [(birth / unit, death / unit) for birth, death in found[dimension]]
+    divisor = reference_topology.scale_of(scale, [death for _, death in found[0]])
+    return [(birth / divisor, death / divisor) for birth, death in found[dimension]]
 
 
-@pytest.mark.parametrize("scale", [None, "none", "mean", "median", "max"])
+@pytest.mark.parametrize("scale", [None, "none", "tree_mean", "tree_median", "tree_max"])
 def test_the_vector_of_loops_is_the_definition_in_plain_loops(source, scale):
     source = replace(source, teacher_batches=rings)
     student, teacher = circle(seed=1), circle(seed=2, size=1.2)
     loss = bound(TopKD, student, teacher, source, dimension=1, scale=scale)
     facts = loss.metadata()
-    assert (facts["dimension"], facts["scale"]) == (1, scale or "mean")
+    assert (facts["dimension"], facts["scale"]) == (1, scale or "tree_mean")
     fitted = facts["vectorization"]
     assert fitted.pop("form") == "vector"
     each = [bars_of(made, 1, facts["scale"]) for _, made in rings(0)]
@@ -141,7 +141,7 @@ def test_the_vector_of_loops_is_the_definition_in_plain_loops(source, scale):
     assert loss(student, teacher, batch(RING)).item() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("scale", [None, "median"])
+@pytest.mark.parametrize("scale", [None, "tree_median"])
 def test_the_image_of_loops_is_the_definition_in_plain_loops(source, scale):
     source = replace(source, teacher_batches=rings)
     student, teacher = circle(seed=1), circle(seed=2, size=1.2)
@@ -170,7 +170,7 @@ def test_the_gradient_of_loops_matches_finite_differences(source, form):
         replace(source, teacher_batches=rings),
         dimension=1,
         form=form,
-        scale="mean",
+        scale="tree_mean",
     )
 
     def of(points):
@@ -182,7 +182,7 @@ def test_the_gradient_of_loops_matches_finite_differences(source, form):
 
 @pytest.mark.parametrize("form", ["vector", "image"])
 @pytest.mark.parametrize("dimension", [0, 1])
-@pytest.mark.parametrize("scale", ["none", "mean", "median", "max"])
+@pytest.mark.parametrize("scale", ["none", "tree_mean", "tree_median", "tree_max"])
 def test_a_scale_takes_the_size_of_a_cloud_away(source, form, dimension, scale):
     student, teacher = circle(seed=1), circle(seed=2)
     options = {"form": form, "dimension": dimension, "scale": scale}
@@ -192,8 +192,8 @@ def test_a_scale_takes_the_size_of_a_cloud_away(source, form, dimension, scale):
     assert (values[0] == pytest.approx(values[1], rel=1e-6)) == (scale != "none")
 
 
-@pytest.mark.parametrize("scale", ["none", "mean", "max"])
-def test_an_image_in_a_unit_is_the_definition_in_plain_loops(source, scale):
+@pytest.mark.parametrize("scale", ["none", "tree_mean", "tree_max"])
+def test_a_scaled_image_is_the_definition_in_plain_loops(source, scale):
     student, teacher = features(3, seed=1), features(5, seed=2)
     loss = bound(TopKD, student, teacher, source, form="image", scale=scale)
     fitted = loss.metadata()["vectorization"]
@@ -201,8 +201,8 @@ def test_an_image_in_a_unit_is_the_definition_in_plain_loops(source, scale):
     diagrams = []
     for _, made in answers(0):
         deaths = reference_topology.deaths(made.embedding.tolist())
-        unit = reference_topology.unit_of(scale, deaths)
-        diagrams.append([(0.0, death / unit) for death in deaths])
+        divisor = reference_topology.scale_of(scale, deaths)
+        diagrams.append([(0.0, death / divisor) for death in deaths])
     for name, value in reference_topology.fit_image(diagrams).items():
         assert fitted[name] == pytest.approx(value, rel=1e-4)
     images = []
@@ -248,19 +248,23 @@ def test_approximators_learn_loops_too(source):
     source = replace(source, teacher_batches=many_rings, target=torch.zeros(8 * RING))
     student, teacher = circle(seed=1), circle(seed=2)
     for via in ("ripsnet", "distancenet"):
-        options = {"via": via, "training": SHORT, "dimension": 1, "scale": "mean"}
+        options = {"via": via, "training": SHORT, "dimension": 1, "scale": "tree_mean"}
         loss = bound(TopKD, student, teacher, source, **options).double()
         assert loss(student, teacher, batch(RING)).isfinite()
         (path,) = source.folder.glob(f"{via}-*.safetensors")
         exact = Approximation.from_bytes(path.read_bytes()).exact
-        assert (exact.dimension, exact.unit, exact.vectorization.unit) == (1, "mean", "none")
-        assert not getattr(loss.describe, "sees_scale", False)
+        assert (exact.dimension, exact.scale, exact.vectorization.scale) == (1, "tree_mean", "none")
+        assert not getattr(loss.describe, "scale_aware", False)
         again = bound(TopKD, student, teacher, source, file=str(path), **options).double()
         assert again(student, teacher, batch(RING)) == loss(student, teacher, batch(RING))
-        with pytest.raises(ValueError, match="guesses dimension 1, here it is dimension: 0"):
+        with pytest.raises(ValueError, match="was trained for dimension 1, not for dimension: 0"):
             bound(TopKD, student, teacher, source, file=str(path), via=via)
-        with pytest.raises(ValueError, match="guesses at scale: mean, here it is scale: max"):
-            bound(TopKD, student, teacher, source, file=str(path), **options | {"scale": "max"})
+        with pytest.raises(
+            ValueError, match="was trained at scale: tree_mean, not at scale: tree_max"
+        ):
+            bound(
+                TopKD, student, teacher, source, file=str(path), **options | {"scale": "tree_max"}
+            )
 
 
 def many_rings(epoch):
@@ -270,7 +274,7 @@ def many_rings(epoch):
         yield shown, made.apply(lambda t: t.float())
 
 
-@pytest.mark.parametrize("change", [{"dimension": 1}, {"scale": "max"}])
+@pytest.mark.parametrize("change", [{"dimension": 1}, {"scale": "tree_max"}])
 def test_other_dimensions_and_scales_make_another_approximator(source, change):
     source = replace(source, teacher_batches=many_rings, target=torch.zeros(8 * RING))
     for options in ({}, change):
@@ -452,13 +456,13 @@ def test_a_ripsnet_file_is_used_as_it_is(source, tmp_path):
 def test_a_ripsnet_of_another_teacher_is_refused(source):
     by_ripsnet(source)
     path = str(the_file(source))
-    with pytest.raises(ValueError, match=r"ripsnet-.*made for another teacher: it learned a teach"):
+    with pytest.raises(ValueError, match=r"ripsnet-.*trained for another teacher, a teach"):
         by_ripsnet(replace(source, teacher_hash="somebody else"), file=path)
 
 
 def test_a_ripsnet_of_other_clouds_is_refused(source):
     by_ripsnet(source)
-    with pytest.raises(ValueError, match="made for clouds of 6 points, the batches here have 7"):
+    with pytest.raises(ValueError, match="trained for clouds of 6 points, not for batches of 7"):
         bound(
             TopKD,
             features(5, seed=1, n=7),
@@ -472,7 +476,7 @@ def test_a_ripsnet_of_other_clouds_is_refused(source):
 def test_another_file_is_refused_by_name(source, tmp_path):
     path = tmp_path / "garbage.safetensors"
     path.write_bytes(b"garbage")
-    with pytest.raises(ValueError, match="no approximator that topkd has written"):
+    with pytest.raises(ValueError, match="not an approximator file of this version"):
         by_ripsnet(source, file=str(path))
     with pytest.raises(FileNotFoundError, match="absent"):
         by_ripsnet(source, file=str(tmp_path / "absent"))

@@ -24,9 +24,9 @@ from topkd.topology.matched import (
 )
 from topkd.topology.rips import rips
 
-UNITS = ["none", "mean", "median", "quantile", "matrix_quantile", "max"]
-SCALE_FREE = UNITS[1:]
-SOME_UNITS = ["none", "mean", "quantile"]  # one whose gradient is everywhere, one at two edges
+SCALES = ["none", "mean", "median", "quantile", "matrix_quantile", "max"]
+SCALE_FREE = SCALES[1:]
+SOME_SCALES = ["none", "mean", "quantile"]  # one whose gradient is everywhere, one at two edges
 
 LOSSES = {
     "edge matching": edge_matching,
@@ -79,7 +79,7 @@ def distance_matrix(points):
     return [[math.dist(a, b) for b in points] for a in points]
 
 
-def unit_of(points, unit):
+def scale_of(points, scale):
     matrix = distance_matrix(points)
     pairs = [matrix[i][j] for i, j in itertools.combinations(range(len(points)), 2)]
     return {
@@ -89,12 +89,12 @@ def unit_of(points, unit):
         "quantile": reference.quantile(pairs, 0.9),
         "matrix_quantile": reference.quantile(sum(matrix, []), 0.9),
         "max": max(pairs),
-    }[unit]
+    }[scale]
 
 
-def in_units(points, unit):
-    scale = unit_of(points, unit)
-    return [[length / scale for length in row] for row in distance_matrix(points)]
+def scaled_distances(points, scale):
+    divisor = scale_of(points, scale)
+    return [[length / divisor for length in row] for row in distance_matrix(points)]
 
 
 def weight_of_tree(matrix):
@@ -113,73 +113,73 @@ def tree_edges(points):
     return [(i, j) for _, i, j in reference.kruskal(points)]
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_edge_matching_in_plain_loops(unit, symmetric):
+def test_edge_matching_in_plain_loops(scale, symmetric):
     student, teacher = pair()
-    s, t = in_units(student.tolist(), unit), in_units(teacher.tolist(), unit)
+    s, t = scaled_distances(student.tolist(), scale), scaled_distances(teacher.tolist(), scale)
     expected = sum((s[i][j] - t[i][j]) ** 2 for i, j in tree_edges(teacher.tolist())) / 2
     if symmetric:
         expected += sum((s[i][j] - t[i][j]) ** 2 for i, j in tree_edges(student.tolist())) / 2
-    found = edge_matching(student, teacher, unit=unit, symmetric=symmetric)
+    found = edge_matching(student, teacher, scale=scale, symmetric=symmetric)
     assert found.item() == pytest.approx(expected / 12)
 
 
-def test_units_of_topological_autoencoders():
+def test_scales_of_topological_autoencoders():
     student, teacher = pair()
-    s, t = in_units(student.tolist(), "none"), in_units(teacher.tolist(), "max")
+    s, t = scaled_distances(student.tolist(), "none"), scaled_distances(teacher.tolist(), "max")
     edges = tree_edges(teacher.tolist()) + tree_edges(student.tolist())
     expected = sum((s[i][j] / 4 - t[i][j]) ** 2 for i, j in edges) / 2 / 12
-    found = edge_matching(student / 4, teacher, unit="none", teacher_unit="max")
+    found = edge_matching(student / 4, teacher, scale="none", teacher_scale="max")
     assert found.item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("unit", SOME_UNITS)
-def test_rtd_lite_in_plain_loops(unit):
+@pytest.mark.parametrize("scale", SOME_SCALES)
+def test_rtd_lite_in_plain_loops(scale):
     student, teacher = pair()
-    b, a = in_units(student.tolist(), unit), in_units(teacher.tolist(), unit)
+    b, a = scaled_distances(student.tolist(), scale), scaled_distances(teacher.tolist(), scale)
     least = [[min(p, q) for p, q in zip(*rows, strict=True)] for rows in zip(a, b, strict=True)]
     expected = (weight_of_tree(a) + weight_of_tree(b)) / 2 - weight_of_tree(least)
-    assert rtd_lite(student, teacher, unit=unit).item() == pytest.approx(expected)
+    assert rtd_lite(student, teacher, scale=scale).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("unit", SOME_UNITS)
+@pytest.mark.parametrize("scale", SOME_SCALES)
 @pytest.mark.parametrize("order", [1, 1.5, 2])
-def test_ultrametric_is_that_of_scipy(unit, order):
+def test_ultrametric_is_that_of_scipy(scale, order):
     student, teacher = pair()
     s, t = (
-        cophenet(linkage(points.numpy(), method="single")) / unit_of(points.tolist(), unit)
+        cophenet(linkage(points.numpy(), method="single")) / scale_of(points.tolist(), scale)
         for points in (student, teacher)
     )
     expected = (np.abs(s - t) ** order).mean()
-    found = ultrametric(student, teacher, unit=unit, order=order)
+    found = ultrametric(student, teacher, scale=scale, order=order)
     assert found.item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("unit", SOME_UNITS)
+@pytest.mark.parametrize("scale", SOME_SCALES)
 @pytest.mark.parametrize("power", [0, 1, 2.5])
-def test_weighted_edges_in_plain_loops(unit, power):
+def test_weighted_edges_in_plain_loops(scale, power):
     student, teacher = pair()
-    s, t = in_units(student.tolist(), unit), in_units(teacher.tolist(), unit)
+    s, t = scaled_distances(student.tolist(), scale), scaled_distances(teacher.tolist(), scale)
 
     def side(points):
         tree = reference.kruskal(points)
         total = sum(length**power * (s[i][j] - t[i][j]) ** 2 for length, i, j in tree)
         return total / sum(length**power for length, _, _ in tree)
 
-    options = {"unit": unit, "power": power}
+    options = {"scale": scale, "power": power}
     expected = side(teacher.tolist())
     assert persistence_weighted(student, teacher, **options).item() == pytest.approx(expected)
     both = persistence_weighted(student, teacher, symmetric=True, **options)
     assert both.item() == pytest.approx(expected + side(student.tolist()))
 
 
-@pytest.mark.parametrize("unit", SOME_UNITS)
+@pytest.mark.parametrize("scale", SOME_SCALES)
 @pytest.mark.parametrize("power", [0, 1])
-def test_weighted_edges_of_loops_are_those_of_gudhi(unit, power):
+def test_weighted_edges_of_loops_are_those_of_gudhi(scale, power):
     gudhi = pytest.importorskip("gudhi")
     student, teacher = pair(n=20)
-    s, t = in_units(student.tolist(), unit), in_units(teacher.tolist(), unit)
+    s, t = scaled_distances(student.tolist(), scale), scaled_distances(teacher.tolist(), scale)
     tree = gudhi.RipsComplex(points=teacher.numpy()).create_simplex_tree(max_dimension=2)
     tree.compute_persistence(homology_coeff_field=2)
     merging, loops = tree.flag_persistence_generators()[:2]
@@ -190,7 +190,7 @@ def test_weighted_edges_of_loops_are_those_of_gudhi(unit, power):
     assert len(edges) > 19 + 2  # there are loops
     total = sum(p**power * (s[i][j] - t[i][j]) ** 2 for i, j, p in edges)
     expected = total / sum(p**power for _, _, p in edges)
-    found = persistence_weighted(student, teacher, unit=unit, power=power, max_dim=1)
+    found = persistence_weighted(student, teacher, scale=scale, power=power, max_dim=1)
     assert found.item() == pytest.approx(expected)
 
 
@@ -201,7 +201,7 @@ def test_persistence_weighs_as_a_constant():
     i, j = torch.tensor(tree_edges(teacher.tolist())).T
     gap = (student[i] - student[j]).norm(dim=1) - (teacher[i] - teacher[j]).norm(dim=1)
     expected = (torch.tensor(weights) * gap.square()).sum() / sum(weights)
-    found = persistence_weighted(student, teacher, unit="none")
+    found = persistence_weighted(student, teacher, scale="none")
     for one, other in zip(
         torch.autograd.grad(found, (student, teacher)),
         torch.autograd.grad(expected, (student, teacher)),
@@ -216,13 +216,13 @@ def test_persistence_weighs_as_a_constant():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_random_edges_are_uniform_over_all_pairs(symmetric):
     student, teacher = gaussian(4, 2), gaussian(4, 2, seed=1)
-    s, t = (in_units(points.tolist(), "none") for points in (student, teacher))
+    s, t = (scaled_distances(points.tolist(), "none") for points in (student, teacher))
     squares = [(s[i][j] - t[i][j]) ** 2 for i, j in itertools.combinations(range(4), 2)]
     expected = (2 if symmetric else 1) * 3 / 2 * sum(squares) / 6 / 4
     found = edge_matching(
         student.expand(20000, -1, -1),
         teacher.expand(20000, -1, -1),
-        unit="none",
+        scale="none",
         symmetric=symmetric,
         edges="random",
         generator=torch.Generator().manual_seed(0),
@@ -263,21 +263,21 @@ def test_random_edges_are_repeated_by_their_generator():
 )
 def test_of_two_points(name, expected):
     student, teacher = torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0, 0.0], [3.0, 4.0]])
-    assert LOSSES[name](student, teacher, unit="none").item() == pytest.approx(expected)
+    assert LOSSES[name](student, teacher, scale="none").item() == pytest.approx(expected)
 
 
 def test_rtd_lite_sees_clusters_where_the_lengths_of_both_trees_are_equal():
     teacher = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
     # Tree of both: 1, 1, 9. Their minimum: 1 from 0 to 1 and 2 to 3, 1 from 0 to 2 and 1 to 3.
-    assert rtd_lite(teacher[[0, 2, 1, 3]], teacher, unit="none").item() == pytest.approx(11 - 3)
+    assert rtd_lite(teacher[[0, 2, 1, 3]], teacher, scale="none").item() == pytest.approx(11 - 3)
 
 
 def test_of_points_that_all_coincide(loss):
     student = torch.ones(2, 6, 3, dtype=torch.float64, requires_grad=True)
     teacher = gaussian(2, 6, 4)
     teacher[1] = 2.0
-    for unit in UNITS:
-        values = loss(student, teacher, unit=unit)
+    for scale in SCALES:
+        values = loss(student, teacher, scale=scale)
         (grad,) = torch.autograd.grad(values.sum(), student)
         assert values.isfinite().all()
         assert values[1] == 0
@@ -288,8 +288,8 @@ def test_of_points_that_mostly_coincide(loss):
     student = torch.zeros(9, 2, dtype=torch.float64)
     student[0] = 1.0  # so that the median distance is 0
     student.requires_grad_()
-    for unit in UNITS:
-        value = loss(student, gaussian(9, 2), unit=unit)
+    for scale in SCALES:
+        value = loss(student, gaussian(9, 2), scale=scale)
         (grad,) = torch.autograd.grad(value, student)
         assert value.isfinite()
         assert grad.isfinite().all()
@@ -298,51 +298,51 @@ def test_of_points_that_mostly_coincide(loss):
 # --- Laws ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unit", SOME_UNITS)
-def test_is_zero_for_the_same_cloud(loss, unit):
+@pytest.mark.parametrize("scale", SOME_SCALES)
+def test_is_zero_for_the_same_cloud(loss, scale):
     points = gaussian(3, 16, 4).requires_grad_()
-    values = loss(points, points.detach(), unit=unit)
+    values = loss(points, points.detach(), scale=scale)
     (grad,) = torch.autograd.grad(values.sum(), points)
     assert values.abs().max() < 1e-12
     assert grad.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("unit", SOME_UNITS[1:])
-def test_is_zero_for_a_moved_and_scaled_copy(loss, unit):
+@pytest.mark.parametrize("scale", SOME_SCALES[1:])
+def test_is_zero_for_a_moved_and_scaled_copy(loss, scale):
     points = gaussian(16, 4)
-    assert abs(loss(3 * moved(points), points, unit=unit)) < 1e-12
+    assert abs(loss(3 * moved(points), points, scale=scale)) < 1e-12
 
 
-@pytest.mark.parametrize("unit", SOME_UNITS)
-def test_place_and_direction_do_not_matter(loss, unit):
+@pytest.mark.parametrize("scale", SOME_SCALES)
+def test_place_and_direction_do_not_matter(loss, scale):
     student, teacher = pair()
     torch.testing.assert_close(
-        loss(moved(student), moved(teacher), unit=unit), loss(student, teacher, unit=unit)
+        loss(moved(student), moved(teacher), scale=scale), loss(student, teacher, scale=scale)
     )
 
 
-@pytest.mark.parametrize("unit", SOME_UNITS[1:])
-def test_scale_does_not_matter_nor_is_there_a_gradient_along_it(tree_loss, unit):
+@pytest.mark.parametrize("scale", SOME_SCALES[1:])
+def test_scale_does_not_matter_nor_is_there_a_gradient_along_it(tree_loss, scale):
     student, teacher = pair()
     student.requires_grad_()
-    value = tree_loss(student, teacher, unit=unit)
-    torch.testing.assert_close(tree_loss(5 * student, teacher / 3, unit=unit), value)
+    value = tree_loss(student, teacher, scale=scale)
+    torch.testing.assert_close(tree_loss(5 * student, teacher / 3, scale=scale), value)
     (grad,) = torch.autograd.grad(value, student)
     assert grad.norm() > 1e-3
     assert abs((grad * student).sum()) < 1e-12
 
 
-@pytest.mark.parametrize("unit", SOME_UNITS[1:])
-def test_a_detached_unit_is_a_constant(tree_loss, unit):
+@pytest.mark.parametrize("scale", SOME_SCALES[1:])
+def test_a_detached_scale_is_a_constant(tree_loss, scale):
     student, teacher = pair()
-    scales = [unit_of(points.tolist(), unit) for points in (student, teacher)]
+    scales = [scale_of(points.tolist(), scale) for points in (student, teacher)]
     student.requires_grad_()
-    value = tree_loss(student, teacher, unit=unit, detach_unit=True)
-    torch.testing.assert_close(value, tree_loss(student, teacher, unit=unit))
+    value = tree_loss(student, teacher, scale=scale, detach_scale=True)
+    torch.testing.assert_close(value, tree_loss(student, teacher, scale=scale))
     torch.testing.assert_close(
         torch.autograd.grad(value, student),
         torch.autograd.grad(
-            tree_loss(student / scales[0], teacher / scales[1], unit="none"), student
+            tree_loss(student / scales[0], teacher / scales[1], scale="none"), student
         ),
     )
 
@@ -371,11 +371,11 @@ pairs_of_clouds = st.integers(1, 10).flatmap(
 )
 
 
-@given(pairs_of_clouds, st.sampled_from(UNITS), st.sampled_from(list(LOSSES)))
-def test_is_finite_and_never_negative(clouds, unit, name):
+@given(pairs_of_clouds, st.sampled_from(SCALES), st.sampled_from(list(LOSSES)))
+def test_is_finite_and_never_negative(clouds, scale, name):
     student, teacher = map(torch.from_numpy, clouds)
     student.requires_grad_()
-    value = LOSSES[name](student, teacher, unit=unit)
+    value = LOSSES[name](student, teacher, scale=scale)
     (grad,) = torch.autograd.grad(value, student)
     assert value.shape == ()
     assert value >= 0
@@ -415,7 +415,7 @@ def test_single_linkage_moves_at_most_as_far_as_the_distances(clouds):
     greatest = np.abs(pdist(student) - pdist(teacher)).max()
     u, v = (single_linkage(torch.from_numpy(points)) for points in clouds)
     assert (u - v).abs().max() <= greatest + 1e-9
-    mean = ultrametric(*map(torch.from_numpy, clouds), unit="none")
+    mean = ultrametric(*map(torch.from_numpy, clouds), scale="none")
     assert mean <= greatest + 1e-9
 
 
@@ -445,14 +445,14 @@ def test_gradient_matches_finite_differences(name):
     loss = SMOOTH[name]
     if name == "weighted":
         clouds[1].requires_grad_(False)
-    for unit in SOME_UNITS:
-        assert torch.autograd.gradcheck(lambda *c, unit=unit: loss(*c, unit=unit), clouds)
+    for scale in SOME_SCALES:
+        assert torch.autograd.gradcheck(lambda *c, scale=scale: loss(*c, scale=scale), clouds)
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_gradient_passes_through_all_units_of_a_batch(unit):
+@pytest.mark.parametrize("scale", SCALES)
+def test_gradient_passes_through_all_scales_of_a_batch(scale):
     clouds = gaussian(2, 5, 3).requires_grad_(), gaussian(2, 5, 2, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *c: edge_matching(*c, unit=unit), clouds)
+    assert torch.autograd.gradcheck(lambda *c: edge_matching(*c, scale=scale), clouds)
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def test_gradient_passes_through_all_units_of_a_batch(unit):
 )
 def test_gradient_of_the_gradient_matches_finite_differences(loss):
     student, teacher = gaussian(4, 2).requires_grad_(), gaussian(4, 2, seed=1)
-    assert torch.autograd.gradgradcheck(lambda s: loss(s, teacher, unit="quantile"), student)
+    assert torch.autograd.gradgradcheck(lambda s: loss(s, teacher, scale="quantile"), student)
 
 
 def test_single_linkage_has_the_gradient_of_finite_differences():
@@ -474,15 +474,15 @@ def test_attaining_edges_is_a_sound_operator():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of the compiler itself
-@pytest.mark.parametrize("unit", ["mean", "quantile"])
+@pytest.mark.parametrize("scale", ["mean", "quantile"])
 @pytest.mark.parametrize("compared", [edge_matching, rtd_lite, ultrametric, persistence_weighted])
-def test_compiled_in_one_piece_equals_eager(compared, unit):
+def test_compiled_in_one_piece_equals_eager(compared, scale):
     student, teacher = pair(clouds=(2,))
     student.requires_grad_()
     compiled = torch.compile(
-        lambda s, t: compared(s, t, unit=unit), fullgraph=True, backend="aot_eager"
+        lambda s, t: compared(s, t, scale=scale), fullgraph=True, backend="aot_eager"
     )
-    found, expected = compiled(student, teacher), compared(student, teacher, unit=unit)
+    found, expected = compiled(student, teacher), compared(student, teacher, scale=scale)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(
         torch.autograd.grad(found.sum(), student), torch.autograd.grad(expected.sum(), student)
@@ -492,11 +492,11 @@ def test_compiled_in_one_piece_equals_eager(compared, unit):
 # --- Shapes, types, batches ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unit", SOME_UNITS)
-def test_a_batch_is_its_clouds_one_by_one(tree_loss, unit):
+@pytest.mark.parametrize("scale", SOME_SCALES)
+def test_a_batch_is_its_clouds_one_by_one(tree_loss, scale):
     student, teacher = pair(clouds=(3,))
-    together = tree_loss(student, teacher, unit=unit)
-    alone = [tree_loss(s, t, unit=unit) for s, t in zip(student, teacher, strict=True)]
+    together = tree_loss(student, teacher, scale=scale)
+    alone = [tree_loss(s, t, scale=scale) for s, t in zip(student, teacher, strict=True)]
     torch.testing.assert_close(together, torch.stack(alone))
 
 
@@ -510,11 +510,11 @@ def test_padding_of_clouds_with_fewer_loops_weighs_nothing():
     )
 
 
-@pytest.mark.parametrize("unit", SOME_UNITS)
+@pytest.mark.parametrize("scale", SOME_SCALES)
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 1, 3), (1, 3)])
-def test_small_shapes(loss, unit, shape):
+def test_small_shapes(loss, scale, shape):
     student = torch.randn(shape, requires_grad=True)
-    values = loss(student, torch.randn(shape), unit=unit)
+    values = loss(student, torch.randn(shape), scale=scale)
     assert values.shape == shape[:-2]
     values.sum().backward()
     assert (values == 0).all()
@@ -585,15 +585,15 @@ def test_names_the_point_that_is_not_finite(loss, value):
 
 def test_says_which_options_there_are():
     student, teacher = pair()
-    with pytest.raises(ValueError, match="a unit is one of none, mean, .* got 'meter'"):
-        rtd_lite(student, teacher, unit="meter")
-    with pytest.raises(ValueError, match="a unit is one of none, mean, .* got 'meter'"):
-        edge_matching(student, teacher, teacher_unit="meter")
-    with pytest.raises(ValueError, match="edges are one of tree, random; got 'all'"):
+    with pytest.raises(ValueError, match="scale must be one of none, mean, .* got 'meter'"):
+        rtd_lite(student, teacher, scale="meter")
+    with pytest.raises(ValueError, match="teacher_scale must be one of none, mean, .* got 'meter'"):
+        edge_matching(student, teacher, teacher_scale="meter")
+    with pytest.raises(ValueError, match="edges must be one of tree, random, got 'all'"):
         edge_matching(student, teacher, edges="all")
-    with pytest.raises(ValueError, match="order is a finite number of at least 1, got 0.5"):
+    with pytest.raises(ValueError, match="order must be finite and at least 1, got 0.5"):
         ultrametric(student, teacher, order=0.5)
-    with pytest.raises(ValueError, match="power is a finite number of at least 0, got -1"):
+    with pytest.raises(ValueError, match="power must be finite and at least 0, got -1"):
         persistence_weighted(student, teacher, power=-1)
-    with pytest.raises(ValueError, match="max_dim is 0, 1 or 2, got 3"):
+    with pytest.raises(ValueError, match="max_dim must be 0, 1 or 2, got 3"):
         persistence_weighted(student, teacher, max_dim=3)

@@ -259,7 +259,7 @@ def test_variances_and_margins_are_those_of_the_channels():
         (lambda: LOSSES["ultrametric"](scale="big"), "scale must be none or mean or"),
         (lambda: LOSSES["rtd_lite"](scale="big"), "scale must be none or mean or"),
         (lambda: LOSSES["edge_matching"](scale="big"), "scale must be none or mean or"),
-        (lambda: LOSSES["wasserstein"](scale="big"), "scale must be none or mean or"),
+        (lambda: LOSSES["wasserstein"](scale="mean"), "scale must be none or tree_mean or"),
         (lambda: LOSSES["wasserstein"](dimension=2), "dimension must be 0 or 1, got 2"),
     ],
 )

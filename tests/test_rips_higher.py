@@ -396,10 +396,10 @@ def test_bars_of_any_numbers_are_floats(dtype):
 @pytest.mark.parametrize(
     ("bars", "message"),
     [
-        ([[0.0, 1.0], [2.0, 1.5]], "bar 1: .* no death below its birth, got 2.0 and 1.5"),
+        ([[0.0, 1.0], [2.0, 1.5]], "bar 1: .* deaths not below births, got 2.0 and 1.5"),
         ([[[0.0, 1.0]], [[math.nan, 1.5]]], "cloud 1, bar 0: .* finite.*, got nan and 1.5"),
         ([[0.0, math.nan]], "bar 0: .* finite.*, got 0.0 and nan"),
-        ([[0.0, math.inf]], "bar 0: .*leave out what never dies.*, got 0.0 and inf"),
+        ([[0.0, math.inf]], "bar 0: .*omit classes that never die.*, got 0.0 and inf"),
         ([[-math.inf, 1.0]], "bar 0: .* finite.*, got -inf and 1.0"),
         ([[math.inf, math.inf]], "bar 0: .* finite.*, got inf and inf"),
         ([[0.0, 1.0, 2.0]], r"bars must be numbers \(bars, 2\) .* got torch.float32 \(1, 3\)"),
@@ -436,16 +436,19 @@ def spoilt(i, j, value):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give either points or distances"),
-        ({"points": LINE, "distances": LINE}, "give either points or distances"),
-        ({"points": LINE, "max_dim": 3}, "max_dim is 0, 1 or 2, got 3"),
+        ({}, "pass either points or distances"),
+        ({"points": LINE, "distances": LINE}, "pass either points or distances"),
+        ({"points": LINE, "max_dim": 3}, "max_dim must be 0, 1 or 2, got 3"),
         ({"distances": LINE[:2]}, r"distances must be floats \(n, n\) .* got torch.float64 \(2, 3"),
         ({"distances": LINE.long()}, "distances must be floats"),
-        ({"distances": spoilt(0, 1, 2.0)}, "cloud 0: 2.0 from point 0 to 1, and 1.0 back"),
-        ({"distances": spoilt(1, 1, 2.0)}, "cloud 0: 2.0 from point 1 to 1"),
-        ({"distances": -LINE}, "cloud 0: -1.0 from point 0 to 1"),
-        ({"distances": spoilt(0, 2, math.nan)}, "cloud 0: nan from point 0 to 2"),
-        ({"distances": spoilt(0, 2, math.inf)}, "cloud 0: inf from point 0 to 2"),
+        (
+            {"distances": spoilt(0, 1, 2.0)},
+            "cloud 0: invalid distances 2.0 from point 0 to 1 and 1.0 back",
+        ),
+        ({"distances": spoilt(1, 1, 2.0)}, "cloud 0: invalid distances 2.0 from point 1 to 1"),
+        ({"distances": -LINE}, "cloud 0: invalid distances -1.0 from point 0 to 1"),
+        ({"distances": spoilt(0, 2, math.nan)}, "cloud 0: invalid distances nan from point 0 to 2"),
+        ({"distances": spoilt(0, 2, math.inf)}, "cloud 0: invalid distances inf from point 0 to 2"),
         ({"points": LINE, "mask": torch.ones(3)}, r"mask must be bool \(3,\), got torch.float32"),
         ({"points": LINE, "mask": torch.zeros(3).bool()}, "cloud 0: .* all are masked"),
         ({"points": gaussian(40, 3), "max_bars": -1}, "max_bars"),
@@ -468,7 +471,7 @@ def test_says_how_much_room_is_needed():
     side = torch.arange(64) % 2
     distances = torch.where(side[:, None] == side, 2.0, 1.0)
     distances.fill_diagonal_(0)
-    with pytest.raises(ValueError, match="cloud 0 has 961 bars .* give max_bars=961"):
+    with pytest.raises(ValueError, match="cloud 0 has 961 bars .* pass max_bars=961"):
         rips(distances=distances, max_dim=1)
 
 

@@ -15,7 +15,7 @@ from reference.features import WIDTH, batch, bound, features, source_in, tapped
 from topkd.losses import LOSSES
 from topkd.losses.functional import correlation_distillation, distillation, standardized
 from topkd.topology.approximation import Training
-from topkd.topology.gradient import SMALL, in_units
+from topkd.topology.gradient import SMALL, bounded_divide
 
 BOUND = 1e4
 CASES = {name: (name, {}) for name in LOSSES} | {
@@ -31,8 +31,8 @@ CASES = {name: (name, {}) for name in LOSSES} | {
     "pce, em": ("pce", {"form": "em-pce"}),
     "wasserstein of loops": ("wasserstein", {"dimension": 1}),
     "topkd, loops": ("topkd", {"dimension": 1}),
-    "topkd, median": ("topkd", {"scale": "median"}),
-    "topkd, max": ("topkd", {"scale": "max"}),
+    "topkd, median": ("topkd", {"scale": "tree_median"}),
+    "topkd, max": ("topkd", {"scale": "tree_max"}),
     "topkd, DistanceNet": ("topkd", {"via": "distancenet", "training": Training(2, 2)}),
 }
 STUDENTS = {
@@ -109,7 +109,7 @@ def test_the_order_of_faint_logits_is_still_learned():
 @pytest.mark.parametrize("size", [1.0, 2 * SMALL, SMALL / 2, 1e-9])
 def test_a_size_divides_with_a_bounded_slope(size):
     values = torch.tensor([size, 3 * size], dtype=torch.float64, requires_grad=True)
-    told = in_units(values, torch.tensor(size, dtype=torch.float64))
+    told = bounded_divide(values, torch.tensor(size, dtype=torch.float64))
     torch.testing.assert_close(told.detach(), torch.tensor([1.0, 3.0], dtype=torch.float64))
     (slope,) = torch.autograd.grad(told.sum(), values)
     torch.testing.assert_close(slope, torch.full_like(slope, 1 / max(size, SMALL)))

@@ -44,13 +44,14 @@ def weight_of(name: str, b: float, p: float) -> float:
     return {"persistence": p, "one": 1.0}[name]
 
 
-def unit_of(name: str, deaths: list[float]) -> float:
-    """The length that a cloud is measured by, the unit of its births and deaths."""
+def scale_of(name: str, deaths: list[float]) -> float:
+    """The statistic by which births and deaths are divided."""
     if name == "none":
         return 1.0
     ordered, n = sorted(deaths), len(deaths)
     middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
-    return {"mean": sum(deaths) / n, "median": middle, "max": ordered[-1]}[name]
+    statistics = {"mean": sum(deaths) / n, "median": middle, "max": ordered[-1]}
+    return statistics[name.removeprefix("tree_").removeprefix("death_")]
 
 
 def image(
@@ -58,15 +59,15 @@ def image(
     births,
     persistences,
     sigma: float,
-    scale: float,
+    normalizer: float,
     resolution: int,
     sampling: str = "density",
     weight: str = "topkd",
-    unit: str = "none",
-    detach_unit: bool = False,
+    scale: str = "none",
+    detach_scale: bool = False,
 ):
     """Rows are persistence, flattened row by row. By default TopKD's image, as GUDHI has it."""
-    length = unit_of(unit, [death for _, death in bars])
+    length = scale_of(scale, [death for _, death in bars])
     points = [(birth / length, (death - birth) / length) for birth, death in bars]
 
     def density(z):
@@ -83,7 +84,9 @@ def image(
         rows, columns = along(persistences, p), along(births, b)
         for r in range(resolution):
             for c in range(resolution):
-                pixels[r * resolution + c] += weight_of(weight, b, p) * rows[r] * columns[c] / scale
+                pixels[r * resolution + c] += (
+                    weight_of(weight, b, p) * rows[r] * columns[c] / normalizer
+                )
     return pixels
 
 
@@ -98,7 +101,7 @@ def fit_image(diagrams: list[Bars], resolution: int = 20) -> dict:
     greatest = max(
         max(image(bars, births, persistences, sigma, 1.0, resolution)) for bars in diagrams
     )
-    return {"births": births, "persistences": persistences, "sigma": sigma, "scale": greatest}
+    return {"births": births, "persistences": persistences, "sigma": sigma, "normalizer": greatest}
 
 
 def normal(z: float) -> float:
@@ -110,14 +113,14 @@ def vector(
     lengths: list[float],
     persistences,
     sigma: float,
-    scale: float,
+    normalizer: float,
     resolution: int,
     weight: str = "persistence",
-    unit: str = "mean",
-    detach_unit: bool = False,
+    scale: str = "death_mean",
+    detach_scale: bool = False,
 ):
     """The smoothed histogram of lengths in units of their mean, each weighted by itself."""
-    length = unit_of(unit, lengths)
+    length = scale_of(scale, lengths)
     relative = [p / length for p in lengths]
     edges = nodes(*persistences, resolution + 1)
     return [
@@ -125,7 +128,7 @@ def vector(
             weight_of(weight, 0.0, p) * (normal((high - p) / sigma) - normal((low - p) / sigma))
             for p in relative
         )
-        / scale
+        / normalizer
         for low, high in zip(edges, edges[1:], strict=False)
     ]
 
@@ -136,7 +139,7 @@ def fit_vector(diagrams: list[list[float]], resolution: int = 20) -> dict:
     cell = greatest / (resolution - 3)
     ends = (0.0, resolution * cell)
     top = max(max(vector(d, ends, cell, 1.0, resolution)) for d in diagrams)
-    return {"persistences": ends, "sigma": cell, "scale": top}
+    return {"persistences": ends, "sigma": cell, "normalizer": top}
 
 
 def betti(bars: Bars, t: float, sigma: float = 0.0) -> float:

@@ -1,9 +1,9 @@
-"""What describes the clouds of a teacher: fitted on them, and learned by networks that guess it."""
+"""Vectorizations that are fitted to a teacher's clouds, and approximators trained on them."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from topkd._io import files, state
 from topkd.losses.base import LossContext
-from topkd.topology import Diagrams, PersistenceImage, PersistenceVector, length_unit, rips
+from topkd.topology import Diagrams, length_scale, rips
 from topkd.topology.approximation import (
     Approximation,
     Exact,
@@ -22,69 +22,62 @@ from topkd.topology.approximation import (
     fidelity,
     train,
 )
-from topkd.topology.scaling import Unit
-from topkd.topology.serialization import Form
+from topkd.topology.scaling import DiagramScale, TreeScale
+from topkd.topology.vectorization import vectorization_type
 
-HELD_OUT = 256  # clouds, at least, by which an approximator is judged
+HELD_OUT = 256  # minimum number of clouds for evaluating an approximator
 WARN_BELOW = 0.5  # R² of an approximator
 
 
-def fit(diagrams: Diagrams, form: Form, dimension: int, scale: Unit | None) -> Exact:
-    """Chooses what describes clouds, from diagrams of the teacher's.
+def fit(diagrams: Diagrams, form: str, dimension: int, scale: TreeScale | None) -> Exact:
+    """Fits a vectorization to diagrams of the teacher.
 
     Args:
-        diagrams: Of all dimensions up to that one.
-        form: How one is described.
-        dimension: Which of them is.
-        scale: What the lengths of each cloud are divided by, a statistic of its deaths of H0. If
-            not told, the mean for vectors and none for images.
+        diagrams: Diagrams of all dimensions up to ``dimension``.
+        form: Name of the vectorization.
+        dimension: Dimension that is vectorized.
+        scale: Scale of lengths, a statistic of H0. Defaults to that of the vectorization.
 
     Raises:
-        ValueError: If there is no bar of any length.
+        ValueError: If the form is unknown, or all bars have length zero.
     """
-    unit: Unit = scale or ("mean" if form == "vector" else "none")
-    scaled = diagrams.scaled(1 / length_unit(diagrams.of(0), unit)).of(dimension)
-    if dimension > 0:
-        loops = (
-            PersistenceVector.fit(scaled, unit="none")
-            if form == "vector"
-            else PersistenceImage.fit_cells(scaled)
-        )
-        return Exact(loops, dimension, unit)
-    if form == "vector":
-        return Exact(PersistenceVector.fit(diagrams, unit=unit))
-    return Exact(replace(PersistenceImage.fit(scaled), unit=unit))
+    kind = vectorization_type(form)
+    scale = scale or kind.default_scale
+    if dimension == 0:
+        return Exact(kind.fit_dimension(diagrams.of(0), 0, scale=scale))
+    scaled = diagrams.scaled(1 / length_scale(diagrams.of(0), scale)).of(dimension)
+    return Exact(kind.fit_dimension(scaled, dimension, scale="none"), dimension, scale)
 
 
-def scale_of(exact: Exact) -> Unit:
-    """What :func:`fit` was told."""
-    return exact.unit if exact.dimension > 0 else exact.vectorization.unit
+def scale_of(exact: Exact) -> DiagramScale:
+    """Returns the scale that was passed to :func:`fit`."""
+    return exact.scale if exact.dimension > 0 else exact.vectorization.scale
 
 
 def learn(
     context: LossContext,
     size: int,
-    form: Form,
+    form: str,
     network: Name,
     training: Training,
     dimension: int = 0,
-    scale: Unit | None = None,
+    scale: TreeScale | None = None,
 ) -> Approximation:
-    """Trains an approximator on clouds of a teacher's embeddings, or loads it where that is done.
+    """Trains an approximator on clouds of a teacher's embeddings, or loads it from the cache.
 
-    The embeddings of ``training.passes`` augmented passes are kept, 4 d bytes an image and pass;
-    each epoch cuts them into new clouds. One image in ten is in no training cloud: the clouds of
-    these judge the network.
+    The embeddings of ``training.passes`` augmented passes are kept in memory, 4 d bytes per image
+    and pass; each epoch splits them into new clouds. One image in ten is held out for evaluation.
 
     Args:
-        context: The teacher's answers to the training images, and where to keep the result.
-        size: Points in a cloud.
-        form: What the network learns to guess.
-        network: Which it is.
-        training: How it is trained.
-        dimension: Of what it learns to guess.
-        scale: See :func:`fit`.
+        context: Teacher features of the training images, and the cache folder.
+        size: Number of points per cloud.
+        form: Name of the vectorization.
+        network: Architecture of the approximator.
+        training: Training options.
+        dimension: Dimension that is vectorized.
+        scale: Scale of lengths, see :func:`fit`.
     """
+    scale = scale or vectorization_type(form).default_scale
     about = json.dumps([context.teacher_hash, size, form, asdict(training), dimension, scale])
     path = context.folder / f"{network}-{files.sha256(about.encode())[:8]}.safetensors"
     if not files.is_complete(path):
@@ -96,14 +89,14 @@ def learn(
 def _learn(
     context: LossContext,
     size: int,
-    form: Form,
+    form: str,
     network: Name,
     training: Training,
     dimension: int,
-    scale: Unit | None,
+    scale: TreeScale | None,
     path: Path,
 ) -> None:
-    """Trains an approximator and writes it, unless another process has done so by now."""
+    """Trains an approximator and writes it, unless another process already has."""
     if files.is_complete(path):
         return
     stream = _Clouds(context, size, training.passes)
@@ -131,49 +124,48 @@ def _learn(
             state=resumed,
             after_epoch=after_epoch,
         )
-    judged = fidelity(trained, exact, first, held_out)
-    context.progress.say(f"{title}: {judged}")
-    if judged.r2 < WARN_BELOW:
+    accuracy = fidelity(trained, exact, first, held_out)
+    context.progress.say(f"{title}: {accuracy}")
+    if accuracy.r2 < WARN_BELOW:
         context.progress.say(
-            f"warning: this {title} explains {max(judged.r2, 0):.0%} of what differs between "
-            "clouds; `via: exact` explains all of it and is faster"
+            f"warning: this {title} explains {max(accuracy.r2, 0):.0%} of the variance between "
+            "clouds; `via: exact` is accurate and faster"
         )
     width = first.shape[-1]
-    approximation = Approximation(trained, exact, size, width, context.teacher_hash, judged)
+    approximation = Approximation(trained, exact, size, width, context.teacher_hash, accuracy)
     files.write_checked(path, approximation.to_bytes())
     state.delete(kept)
 
 
 class _Clouds:
-    """Clouds of a teacher's embeddings, cut anew each epoch from some augmented passes."""
+    """Clouds of a teacher's embeddings, split anew in each epoch from augmented passes."""
 
     def __init__(self, context: LossContext, size: int, passes: int) -> None:
         if context.images < 3 * size:
             raise ValueError(
                 f"{context.images} training images are too few for an approximator: it needs "
-                f"clouds of {size} to learn from and two more to be judged by; use `via: exact`"
+                f"clouds of {size} to train on and two more for evaluation; use `via: exact`"
             )
         self.size = size
         self.passes = []
         with context.progress.bar("Clouds", passes * context.images, "images") as advance:
             for epoch in range(passes):
-                answers = context.teacher_batches(epoch)
                 index, embeddings = [], []
-                for batch, features in answers:
+                for batch, features in context.teacher_batches(epoch):
                     index.append(batch.index)
                     embeddings.append(features.embedding)
                     advance(len(batch.index), "")
                 self.passes.append((torch.cat(index), torch.cat(embeddings)))
         order = torch.randperm(context.images, generator=torch.Generator().manual_seed(0))
-        self.kept_back = torch.zeros(context.images, dtype=torch.bool)
-        self.kept_back[order[: max(context.images // 10, 2 * size)]] = True
+        self.is_held_out = torch.zeros(context.images, dtype=torch.bool)
+        self.is_held_out[order[: max(context.images // 10, 2 * size)]] = True
 
     def training(self, epoch: int) -> Tensor:
-        """Clouds without the images that are kept back, (clouds, n, d)."""
+        """Clouds without held-out images, (clouds, n, d)."""
         return torch.cat(
             [
                 cut_clouds(
-                    embeddings[~self.kept_back[index]],
+                    embeddings[~self.is_held_out[index]],
                     self.size,
                     torch.Generator().manual_seed(epoch * len(self.passes) + number),
                 )
@@ -182,12 +174,12 @@ class _Clouds:
         )
 
     def held_out(self) -> Tensor:
-        """Clouds of the images that are kept back, at least 256, (clouds, n, d)."""
+        """Clouds of held-out images, at least 256, (clouds, n, d)."""
         generator = torch.Generator().manual_seed(0)
         clouds: list[Tensor] = []
         while sum(map(len, clouds)) < HELD_OUT:
             index, embeddings = self.passes[len(clouds) % len(self.passes)]
-            clouds.append(cut_clouds(embeddings[self.kept_back[index]], self.size, generator))
+            clouds.append(cut_clouds(embeddings[self.is_held_out[index]], self.size, generator))
         return torch.cat(clouds)
 
 
@@ -197,28 +189,27 @@ def check_fit(
     teacher: str,
     size: int,
     dimension: int,
-    scale: Unit | None,
+    scale: TreeScale | None,
 ) -> None:
-    """Refuses an approximator that was made for something else.
+    """Validates that an approximator matches the loss.
 
     Raises:
-        ValueError: If it guesses another dimension or scale, or was made for another teacher or
-            clouds of another size.
+        ValueError: If it was trained for another dimension, scale, teacher or cloud size.
     """
     exact = approximation.exact
     if exact.dimension != dimension:
         raise ValueError(
-            f"{file} guesses dimension {exact.dimension}, here it is dimension: {dimension}"
+            f"{file} was trained for dimension {exact.dimension}, not for dimension: {dimension}"
         )
     if scale not in (None, scale_of(exact)):
-        raise ValueError(f"{file} guesses at scale: {scale_of(exact)}, here it is scale: {scale}")
+        raise ValueError(f"{file} was trained at scale: {scale_of(exact)}, not at scale: {scale}")
     if approximation.teacher != teacher:
         raise ValueError(
-            f"{file} was made for another teacher: it learned {approximation.teacher[:8]}, "
-            f"this one is {teacher[:8]}"
+            f"{file} was trained for another teacher, {approximation.teacher[:8]}, "
+            f"not for {teacher[:8]}"
         )
     if approximation.cloud_size != size:
         raise ValueError(
-            f"{file} was made for clouds of {approximation.cloud_size} points, "
-            f"the batches here have {size}"
+            f"{file} was trained for clouds of {approximation.cloud_size} points, "
+            f"not for batches of {size}"
         )

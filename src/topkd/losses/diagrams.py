@@ -16,8 +16,8 @@ from topkd.losses._validation import at_least_one, check_floats, one_of, positiv
 from topkd.losses.base import LossContext, LossInfo
 from topkd.losses.controls import Edges, PermutationInvariant, Target, check_tree, tree_diagram
 from topkd.losses.relations import directions
-from topkd.topology import Diagrams, length_unit, rips, wasserstein
-from topkd.topology.scaling import Unit, told_in
+from topkd.topology import Diagrams, length_scale, rips, wasserstein
+from topkd.topology.scaling import TreeScale, normalized
 
 Form = Literal["pce", "em-pce"]
 Norm = Literal["maximum", "euclidean"]
@@ -39,8 +39,8 @@ class Wasserstein(PermutationInvariant):
         order: The exponent p, at least 1.
         ground_norm: By which norm two bars are apart; in sorted lengths they are the same.
         diagonal: Whether bars of dimension 0 may be matched with the diagonal, too.
-        scale: What the lengths of each cloud are divided by: "none", or the "mean", "median" or
-            "max" of the lengths of its spanning tree.
+        scale: Scale of lengths: a statistic of the edges of the minimum spanning tree, see
+            :mod:`topkd.topology.scaling`. Defaults to their mean.
         edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
         target: ``other`` for the teacher's answers to other images, ``mean`` for the means of the
             teacher's sorted lengths, see there.
@@ -76,7 +76,7 @@ class Wasserstein(PermutationInvariant):
         order: float = 1.0,
         ground_norm: Norm = "maximum",
         diagonal: bool = False,
-        scale: Unit = "mean",
+        scale: TreeScale = "tree_mean",
         edges: Edges = "persistent",
         target: Target = "own",
     ) -> None:
@@ -88,20 +88,20 @@ class Wasserstein(PermutationInvariant):
                 " use other"
             )
         one_of("dimension", dimension, Literal[0, 1])
-        one_of("scale", scale, Unit)
+        one_of("scale", scale, TreeScale)
         at_least_one("order", order, finite=False)
         self.dimension, self.order, self.diagonal, self.scale = dimension, order, diagonal, scale
         one_of("ground_norm", ground_norm, Norm)
         self.ground_norm = math.inf if ground_norm == "maximum" else 2.0
 
     def described(self, points: Tensor, tree: Tensor | None) -> Tensor:
-        """Births and deaths in units of the cloud, (bars, 2)."""
+        """Scaled births and deaths, (bars, 2)."""
         if tree is None:
             diagrams = rips(points, max_dim=self.dimension)
         else:
             diagrams = tree_diagram(points, tree)
-        unit = length_unit(diagrams.of(0), self.scale)
-        return told_in(diagrams.of(self.dimension), unit).bars
+        scale = length_scale(diagrams.of(0), self.scale)
+        return normalized(diagrams.of(self.dimension), scale).bars
 
     def compared(self, student: Tensor, teacher: Tensor) -> Tensor:
         ours, theirs = (Diagrams._of_bars(bars, self.dimension) for bars in (student, teacher))

@@ -20,7 +20,7 @@ from topkd.losses._validation import MAPS, check_shapes, count, one_of, positive
 from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import paired, to_smaller
 from topkd.losses.regression import mean_square
-from topkd.topology.gradient import SMALL, in_units
+from topkd.topology.gradient import SMALL, bounded_divide
 
 SLOPE = 0.1  # of the leaky ReLUs
 
@@ -65,7 +65,7 @@ def factor_transfer(student: Tensor, teacher: Tensor, *, form: Form = "map") -> 
     numbers = [f.square().mean(1) if form == "map" else f for f in factors]
     small = SMALL**2 if form == "map" else SMALL
     rows = [q.flatten(1) for q in numbers]
-    own, aim = (in_units(q, q.norm(dim=1, keepdim=True), small) for q in rows)
+    own, aim = (bounded_divide(q, q.norm(dim=1, keepdim=True), small) for q in rows)
     return F.l1_loss(own, aim)
 
 

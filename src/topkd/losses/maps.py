@@ -13,7 +13,7 @@ from torch import Tensor
 from topkd.features import Batch, Features
 from topkd.losses._validation import MAPS, check_shapes, one_of, skipped
 from topkd.losses.base import Loss, LossContext, LossInfo
-from topkd.topology.gradient import SMALL, in_units
+from topkd.topology.gradient import SMALL, bounded_divide
 
 
 def paired(
@@ -153,7 +153,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, form: AttentionForm 
     maps = to_smaller(student, teacher)
     energies = (torch.linalg.vecdot(m, m, dim=1) / m.shape[1] for m in maps)
     rows = [energy.flatten(1) for energy in energies]
-    seen, aim = (in_units(q, q.norm(dim=1, keepdim=True), SMALL**2) for q in rows)
+    seen, aim = (bounded_divide(q, q.norm(dim=1, keepdim=True), SMALL**2) for q in rows)
     if form == "paper":
         return torch.linalg.vector_norm(seen - aim, dim=1).mean()
     return F.mse_loss(seen, aim)

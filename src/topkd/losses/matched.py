@@ -11,7 +11,7 @@ from topkd.losses._validation import at_least_one, one_of
 from topkd.losses.base import LossInfo
 from topkd.losses.controls import Edges, Matched, Target
 from topkd.topology import edge_matching, rtd_lite, ultrametric
-from topkd.topology.correspondence import Unit
+from topkd.topology.scaling import DistanceScale
 
 
 class EdgeMatching(Matched):
@@ -22,8 +22,9 @@ class EdgeMatching(Matched):
     weight. Here that number is the exponential of a weight, so that it stays positive.
 
     Args:
-        scale: What lengths are divided by, see :mod:`topkd.topology.correspondence`; or "learned".
-        detach_scale: Whether the scale counts as a constant.
+        scale: Scale of lengths, see :mod:`topkd.topology.scaling`, or "learned". Defaults to the
+            mean of all pairwise distances.
+        detach_scale: Whether the scale is a constant for the gradient.
         symmetric: Whether the edges of the student's tree count, and not the teacher's alone.
         edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
         target: ``permuted`` for the teacher's answers to other images, see there.
@@ -48,7 +49,7 @@ class EdgeMatching(Matched):
     def __init__(
         self,
         *,
-        scale: Unit | Literal["learned"] = "mean",
+        scale: DistanceScale | Literal["learned"] = "mean",
         detach_scale: bool = False,
         symmetric: bool = True,
         edges: Edges = "persistent",
@@ -56,7 +57,7 @@ class EdgeMatching(Matched):
     ) -> None:
         super().__init__(edges, target)
         if scale != "learned":
-            one_of("scale", scale, Unit)
+            one_of("scale", scale, DistanceScale)
         self.scale, self.detach_scale, self.symmetric = scale, detach_scale, symmetric
         self.log_scale = nn.Parameter(torch.zeros(())) if scale == "learned" else None
 
@@ -66,9 +67,9 @@ class EdgeMatching(Matched):
         return edge_matching(
             student,
             teacher,
-            unit="none" if self.scale == "learned" else self.scale,
-            teacher_unit="max" if self.scale == "learned" else self.scale,
-            detach_unit=self.detach_scale,
+            scale="none" if self.scale == "learned" else self.scale,
+            teacher_scale="max" if self.scale == "learned" else self.scale,
+            detach_scale=self.detach_scale,
             symmetric=self.symmetric,
             edges="tree" if tree is None else tree,
         )
@@ -78,9 +79,9 @@ class RTDLite(Matched):
     """:func:`~topkd.topology.rtd_lite` of the embeddings: when the same clusters form.
 
     Args:
-        scale: What lengths are divided by, see :mod:`topkd.topology.correspondence`: the paper's
-            quantile of all distances, or ``matrix_quantile`` as in its released code.
-        detach_scale: Whether the scale counts as a constant.
+        scale: Scale of lengths, see :mod:`topkd.topology.scaling`. Defaults to the 0.9-quantile of
+            all pairwise distances, as in the paper; ``matrix_quantile`` is that of its code.
+        detach_scale: Whether the scale is a constant for the gradient.
         edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
         target: ``permuted`` for the teacher's answers to other images, see there.
 
@@ -105,17 +106,17 @@ class RTDLite(Matched):
     def __init__(
         self,
         *,
-        scale: Unit = "quantile",
+        scale: DistanceScale = "quantile",
         detach_scale: bool = False,
         edges: Edges = "persistent",
         target: Target = "own",
     ) -> None:
         super().__init__(edges, target)
-        self.scale, self.detach_scale = one_of("scale", scale, Unit), detach_scale
+        self.scale, self.detach_scale = one_of("scale", scale, DistanceScale), detach_scale
 
     def compared(self, student: Tensor, teacher: Tensor, tree: Tensor | None) -> Tensor:
         return rtd_lite(
-            student, teacher, unit=self.scale, detach_unit=self.detach_scale, edges=tree
+            student, teacher, scale=self.scale, detach_scale=self.detach_scale, edges=tree
         )
 
 
@@ -124,8 +125,9 @@ class Ultrametric(Matched):
 
     Args:
         order: The exponent of a difference, at least 1.
-        scale: What lengths are divided by, see :mod:`topkd.topology.correspondence`.
-        detach_scale: Whether the scale counts as a constant.
+        scale: Scale of lengths, see :mod:`topkd.topology.scaling`. Defaults to the mean of all
+            pairwise distances.
+        detach_scale: Whether the scale is a constant for the gradient.
         edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
         target: ``permuted`` for the teacher's answers to other images, see there.
 
@@ -151,13 +153,13 @@ class Ultrametric(Matched):
         self,
         *,
         order: float = 1.0,
-        scale: Unit = "mean",
+        scale: DistanceScale = "mean",
         detach_scale: bool = False,
         edges: Edges = "persistent",
         target: Target = "own",
     ) -> None:
         super().__init__(edges, target)
-        one_of("scale", scale, Unit)
+        one_of("scale", scale, DistanceScale)
         at_least_one("order", order)
         self.order, self.scale, self.detach_scale = order, scale, detach_scale
 
@@ -166,7 +168,7 @@ class Ultrametric(Matched):
             student,
             teacher,
             order=self.order,
-            unit=self.scale,
-            detach_unit=self.detach_scale,
+            scale=self.scale,
+            detach_scale=self.detach_scale,
             edges=tree,
         )

@@ -13,7 +13,7 @@ from topkd.features import Batch, Features
 from topkd.losses._validation import EMBEDDINGS, check_shapes, count, not_negative, one_of, positive
 from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import deepest
-from topkd.topology.gradient import SMALL, in_units
+from topkd.topology.gradient import SMALL, bounded_divide
 
 Form = Literal["products", "kernel"]
 
@@ -26,7 +26,7 @@ def directions(vectors: Tensor, small: float = SMALL) -> Tensor:
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
-    return in_units(vectors, vectors.norm(dim=-1, keepdim=True), small)
+    return bounded_divide(vectors, vectors.norm(dim=-1, keepdim=True), small)
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ def relational_distances(student: Tensor, teacher: Tensor) -> Tensor:
 def _scaled_distances(points: Tensor) -> Tensor:
     distances = (points[:, None] - points).norm(dim=2)
     mean = distances.sum() / (distances > 0).sum().clamp(min=1)
-    return in_units(distances, mean)
+    return bounded_divide(distances, mean)
 
 
 def relational_angles(student: Tensor, teacher: Tensor) -> Tensor:

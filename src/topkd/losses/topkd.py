@@ -29,8 +29,9 @@ from topkd.losses.controls import (
 )
 from topkd.topology import rips
 from topkd.topology.approximation import Approximation, Exact, Training
-from topkd.topology.scaling import Unit
-from topkd.topology.serialization import Form, to_json
+from topkd.topology.scaling import TreeScale
+from topkd.topology.serialization import to_json
+from topkd.topology.vectorization import vectorization_type
 
 Via = Literal["exact", "ripsnet", "distancenet"]
 
@@ -78,13 +79,14 @@ class TopKD(PermutationInvariant):
     Args:
         via: Whether persistence is computed exactly, approximated by a RipsNet, as in the paper, or
             approximated from distances by a DistanceNet, which is more accurate.
-        form: The vectorization, "vector" (20 numbers without scale) or "image" (the paper's 400
-            pixels; of dimension 1, integrals over cells, weighted by persistence). Defaults to the
-            image for RipsNet and to the vector otherwise.
+        form: Name of a vectorization: "vector" (20 numbers), "image" (the paper's 400 pixels; in
+            dimension 1, integrals over cells weighted by persistence), "betti", "landscape",
+            "silhouette" or "entropy". Defaults to the image for RipsNet and to the vector
+            otherwise.
         dimension: 0 for clusters, 1 for loops.
-        scale: What the lengths of each cloud are divided by: "none", or the "mean", "median" or
-            "max" of the lengths of its spanning tree. Defaults to the mean for vectors and to none
-            for images, as in the paper.
+        scale: Scale of lengths: a statistic of the edges of the minimum spanning tree, see
+            :mod:`topkd.topology.scaling`. Defaults to "none" for images, as in the paper, and to
+            "tree_mean" for all other vectorizations.
         edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
         target: ``other`` for the teacher's features of other images, ``mean`` for the mean of V
             over clouds of the teacher, see there.
@@ -109,9 +111,9 @@ class TopKD(PermutationInvariant):
         self,
         *,
         via: Via = "exact",
-        form: Form | None = None,
+        form: str | None = None,
         dimension: Literal[0, 1] = 0,
-        scale: Unit | None = None,
+        scale: TreeScale | None = None,
         edges: Edges = "persistent",
         target: Target = "own",
         training: Training = Training(),  # noqa: B008  (it is frozen)
@@ -122,7 +124,10 @@ class TopKD(PermutationInvariant):
         self.via: Via = one_of("via", via, Via)
         if via != "exact" and edges == "random":
             raise ValueError(f"edges: random has no meaning for {via}; use via: exact")
-        self.form: Form = form or ("image" if via == "ripsnet" else "vector")
+        self.form = form or ("image" if via == "ripsnet" else "vector")
+        vectorization_type(self.form)
+        if scale is not None:
+            one_of("scale", scale, TreeScale)
         self.dimension, self.scale = one_of("dimension", dimension, Literal[0, 1]), scale
         self.training_of_approximator, self.file = training, file
         self.describe: Callable[..., Tensor] | None = None

@@ -296,7 +296,9 @@ def _guesses(study: Study, approximation: Approximation) -> list[Picture]:
     with torch.no_grad():
         exact = approximation.exact(clouds)
         guess = approximation.network(clouds)
-    resolution = approximation.exact.vectorization.resolution
+    vectorization = approximation.exact.vectorization
+    is_image = vectorization.size == vectorization.resolution**2
+    resolution = vectorization.resolution if is_image else vectorization.size
     figure = plots.persistence_images(exact.numpy(), guess.numpy(), resolution=resolution)
     alt = f"exact persistence images of {len(clouds)} clouds above those that are guessed"
     return [Picture(figure, alt, raster=True)]

@@ -1,14 +1,14 @@
-"""The compiled kernel behind H1: persistent cohomology over Z/2, with sets of vertices as bits.
+"""The compiled kernel behind H1: persistent cohomology over Z/2 with bit sets of vertices.
 
-Edges are added one after the other, and for every H1 class that is alive one cocycle is kept: a
-symmetric matrix of bits, bit w of row v being its value on the edge vw. Adding the edge uv also
-adds every triangle uvw with w in its lune, the common neighbors of u and v so far:
+Edges are added one by one. Each living H1 class has a cocycle, stored as a symmetric bit matrix:
+bit w of row v is its value on the edge vw. Adding the edge uv also adds the triangles uvw for all w
+in its lune, the common neighbors of u and v so far:
 
-* an empty lune adds no triangle: two components merge, or an H1 class is born;
-* otherwise every cocycle is extended to uv by what the first triangle demands of it; one XOR and
-  one AND of rows tell which other triangles it then violates;
-* the youngest cocycle that violates a triangle dies there, and is added to the older ones that
-  violate the same: Gaussian elimination over Z/2, with the youngest as pivot.
+* If the lune is empty, no triangle is added: two components merge, or an H1 class is born.
+* Otherwise, the first triangle determines the value of each cocycle on uv. One XOR and one AND of
+  rows give the other triangles on which the cocycle condition fails.
+* The youngest cocycle that fails on a triangle dies, and is added to the older ones that fail on
+  the same triangle: Gaussian elimination over Z/2 with the youngest as pivot.
 
 References:
     Computing persistent cohomology by annotations (Boissonnat et al., 2013)
@@ -23,36 +23,36 @@ from numpy.typing import NDArray
 from topkd.topology._kernels import FINITE, Floats, Integers, load
 from topkd.topology.compiled import compiled
 
-ONE, ZERO = np.uint64(1), np.uint64(0)  # both sides: numba makes float64 of int64 with uint64
-DIGIT = np.uint64(255)  # the bits that a pass of the sort looks at
-PATIENCE = 8  # moves for each key that the last pass of the sort may take
+ONE, ZERO = np.uint64(1), np.uint64(0)  # Numba promotes int64 with uint64 to float64
+DIGIT = np.uint64(255)  # bits per pass of the radix sort
+PATIENCE = 8  # maximum moves per key in the insertion sort
 
 Words = NDArray[np.uint64]
 
 
 class Room(NamedTuple):
-    """What a thread needs to find the classes of clouds of up to n points, beside its ``Work``."""
+    """Workspace of a thread for H1 of clouds of up to n points, in addition to ``Work``."""
 
-    # The edges up to the enclosing radius, row by row:
+    # Edges up to the enclosing radius, in row-major order:
     length: Floats  # (edges)
     ends: Integers  # (edges), i << 32 | j
-    order: Integers  # (edges), where they stand by length
+    order: Integers  # (edges), sorted order by length
     spare: Integers  # (edges)
     starts: Integers  # (256)
-    # The H1 classes that are alive, in the order of birth, each at a place of its own:
-    slot: Integers  # (store), that place
-    birth: Integers  # (store), the edge that began it
+    # Living H1 classes, in order of birth:
+    slot: Integers  # (store), storage position
+    birth: Integers  # (store), birth edge
     cocycle: Words  # (store, n, words)
-    bad: Words  # (store, words), which triangles it violates
-    bars: Integers  # (2 store, 2), the edges that began and ended those that are over
-    key: Floats  # (2 store), how long these lived
-    # The graph so far:
+    bad: Words  # (store, words), triangles on which the condition fails
+    bars: Integers  # (2 store, 2), birth and death edges of dead classes
+    key: Floats  # (2 store), persistence of these
+    # Graph of the edges so far:
     adjacent: Words  # (n, words)
     lune: Words  # (words)
 
 
 def room(n: int, words: int, store: int) -> Room:
-    """Room for clouds of up to n points of which ``store`` classes are alive at once."""
+    """Allocates a workspace for n points and ``store`` simultaneously living classes."""
     edges = n * (n - 1) // 2 + 1
     return Room(
         length=np.empty(edges),
@@ -73,7 +73,7 @@ def room(n: int, words: int, store: int) -> Room:
 
 @compiled(fastmath=FINITE)
 def _enclosing_radius(distances, n):
-    """Beyond it every point is joined to one point, and nothing is alive."""
+    """Enclosing radius: beyond it the complex is a cone and has no living classes."""
     radius = np.inf
     for i in range(n):
         farthest = 0.0
@@ -85,18 +85,18 @@ def _enclosing_radius(distances, n):
 
 @compiled()
 def _collect_edges(distances, n, length, ends):
-    """Lists the edges up to the enclosing radius, row by row; their number."""
+    """Lists the edges up to the enclosing radius in row-major order; returns their number."""
     radius, m = _enclosing_radius(distances, n), 0
     for i in range(n):
         for j in range(i + 1, n):
             length[m], ends[m] = distances[i, j], i << 32 | j
-            m += distances[i, j] <= radius  # no branch: it would be guessed wrong too often
+            m += distances[i, j] <= radius  # branch-free: a branch would be mispredicted too often
     return m
 
 
 @compiled()
 def _pass(bits, low, shift, m, before, after, starts):
-    """Stable order by the eight bits from ``shift`` on: one pass of a radix sort."""
+    """One pass of a stable radix sort, by the eight bits from ``shift``."""
     for k in range(len(starts)):
         starts[k] = 0
     for s in range(m):
@@ -112,10 +112,10 @@ def _pass(bits, low, shift, m, before, after, starts):
 
 @compiled()
 def _sort(length, m, order, spare, starts):
-    """Stable order of m non-negative numbers, whose bits are ordered as they are.
+    """Stable sort of m non-negative floats, whose bit patterns have the same order.
 
-    Two passes over the leading 16 bits in which they differ, then insertion; where that takes too
-    many moves, because nearly all share these bits, eight passes over all 64.
+    Two radix passes over the leading 16 bits that differ, then insertion sort. If that needs too
+    many moves, because most keys share these bits, eight passes over all 64 bits.
     """
     bits = length.view(np.uint64)
     low, high, shift = bits[0], bits[0], ZERO
@@ -154,8 +154,8 @@ def _find(parent, v):
 
 @compiled()
 def _bars_of_cloud(n, room, m, parent, merging, bits):
-    """H0 deaths to ``merging``, H1 bars to ``room.bars``; their number, -1 if there is no room."""
-    words = len(bits)  # known when this is compiled, so that the loops over words unroll
+    """Writes H0 deaths and H1 bars; returns the number of H1 bars, or -1 if storage is full."""
+    words = len(bits)  # a compile-time constant, so loops over words are unrolled
     length, ends, order = room.length, room.ends, room.order
     adjacent, lune = room.adjacent, room.lune
     slot, birth, cocycle, bad, bars = room.slot, room.birth, room.cocycle, room.bad, room.bars
@@ -194,7 +194,7 @@ def _bars_of_cloud(n, room, m, parent, merging, bits):
             alive += 1
             continue
         pivot, dirty = lune[first] & (~lune[first] + ONE), ZERO
-        for k in range(alive):  # extend every cocycle by what the first triangle demands
+        for k in range(alive):  # the first triangle determines the value on uv
             c = slot[k]
             holds = (cocycle[c, u, first] ^ cocycle[c, v, first]) & pivot != ZERO
             for w in range(words):
@@ -213,7 +213,7 @@ def _bars_of_cloud(n, room, m, parent, merging, bits):
                     first = w
             if first < 0:
                 continue
-            if length[birth[y]] < length[e]:  # an H1 class dies; none of length zero is told
+            if length[birth[y]] < length[e]:  # an H1 class dies; bars of length zero are omitted
                 if ended == len(bars):
                     return -1
                 bars[ended, 0], bars[ended, 1] = birth[y], e
@@ -229,7 +229,7 @@ def _bars_of_cloud(n, room, m, parent, merging, bits):
                             cocycle[c, x, w] ^= cocycle[y, x, w]
             birth[y] = -1
         kept = 0
-        for k in range(alive):  # close the gaps, in the order of birth
+        for k in range(alive):  # compact, in order of birth
             c = slot[k]
             if birth[c] >= 0:
                 slot[k], slot[kept] = slot[kept], c
@@ -240,7 +240,7 @@ def _bars_of_cloud(n, room, m, parent, merging, bits):
 
 @compiled()
 def _sort_by_persistence(bars, count, length, given, key):
-    """The most persistent first, of equal ones the first that died: insertion, in place."""
+    """Insertion sort by decreasing persistence, in place; ties by death."""
     for k in range(count):
         birth, death, first = length[bars[k, 0]], length[bars[k, 1]], bars[k, 0]
         last, t = bars[k, 1], k
@@ -253,19 +253,19 @@ def _sort_by_persistence(bars, count, length, given, key):
 
 @compiled()
 def critical_edges(source, inside, given, start, stop, work, room, bits, births, deaths, count):
-    """Critical edges of clouds start to stop, H0 by length and H1 by persistence.
+    """Finds critical edges of clouds start to stop, H0 by length and H1 by persistence.
 
     Args:
         source: Points (clouds, n, d), or distances (clouds, n, n) if ``given``.
-        inside: Which points are no padding, (clouds, n).
-        bits: Zeros, one for each word of a row of the widest cloud.
-        births: (clouds, n - 1 + rows, 2), written: where classes are born; H0 first, without edges.
-        deaths: The same where they die.
-        count: (clouds, 2), written: H1 bars at 1, also those for which there is no row.
+        inside: False for padding, (clouds, n).
+        bits: Tuple of zeros, one per word of a row; its length is a compile-time constant.
+        births: Output, (clouds, n - 1 + rows, 2): birth edges; H0 is first and has none.
+        deaths: Output, (clouds, n - 1 + rows, 2): death edges.
+        count: Output, (clouds, 2): number of H1 bars in column 1, including those beyond the rows.
 
     Returns:
-        Where it stopped, and whether for want of room: ``stop`` if all are done; else the first
-        cloud that has too many classes for ``room``, or that :func:`load` refuses.
+        The cloud at which it stopped, and whether storage was full. The cloud is ``stop`` if all
+        are done; otherwise it has too many classes for ``room``, or :func:`load` rejects it.
     """
     label, length, ends, first = work.label, room.length, room.ends, source.shape[1] - 1
     for cloud in range(start, stop):

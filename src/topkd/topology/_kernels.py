@@ -1,9 +1,9 @@
 """The compiled kernels behind :mod:`topkd.topology.rips`: distances, spanning trees, lengths.
 
-They read points or distance matrices in their own type, choose in float64, release the GIL and
-allocate nothing inside a cloud. Edges are totally ordered by (length, i, j) with i < j, so that the
-spanning tree is unique and results do not depend on the order in which anything is visited.
-Lengths are compared as their squares where points are given.
+They read points or distance matrices of any float type, compute in float64, release the GIL and do
+not allocate per cloud. Edges are totally ordered by (length, i, j) with i < j, so the minimum
+spanning tree is unique and results do not depend on the order of traversal. For points, squared
+lengths are compared.
 """
 
 from typing import NamedTuple
@@ -16,33 +16,33 @@ from topkd.topology.compiled import compiled
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# Sums may be re-associated, so that they vectorize. Never fastmath=True: it also assumes that there
-# is neither NaN nor infinity, and these kernels are what finds them.
+# Re-association lets sums vectorize. Do not use fastmath=True: it assumes that there are no NaN and
+# no infinities, which these kernels have to detect.
 SUMS = {"reassoc", "contract"}
-FINITE = SUMS | {"nnan", "nsz"}  # for what has been checked, so that minima vectorize too
-TILE = 4  # distances that are summed side by side
+FINITE = SUMS | {"nnan", "nsz"}  # for validated input; lets minima vectorize too
+TILE = 4  # distances that are summed in parallel
 
 
-MATRIX = 256  # points up to which all distances are computed first: they fit into a core's cache
+MATRIX = 256  # maximum points for a full distance matrix, which fits into a core's cache
 
 
 class Work(NamedTuple):
-    """What a thread needs to work on clouds of up to n points, one after the other."""
+    """Workspace of a thread for clouds of up to n points."""
 
-    label: Integers  # (n), which points of the padded cloud these are
+    label: Integers  # (n), indices of the points in the padded cloud
     points: Floats  # (n + TILE, d)
     distances: Floats  # (n + TILE, n + TILE); squared where points are given
-    outside: Integers  # (n), points that are not in the tree yet
-    gap: Floats  # (n), their distances to the tree
-    near: Integers  # (n), the points of the tree that are nearest to them
-    joined: Floats  # (d), the point that joined the tree last
-    row: Floats  # (n + TILE), its distances to what is outside
-    edges: Integers  # (n, 2), of the tree, as it grew
+    outside: Integers  # (n), points outside the tree
+    gap: Floats  # (n), distances of these to the tree
+    near: Integers  # (n), nearest points of the tree
+    joined: Floats  # (d), point that was added last
+    row: Floats  # (n + TILE), its distances to the points outside
+    edges: Integers  # (n, 2), edges of the tree in order of insertion
     length: Floats  # (n)
 
 
 def work(n: int, width: int, *, matrix: bool) -> Work:
-    """Room for clouds of up to n points in ``width`` dimensions, and for all their distances."""
+    """Allocates a workspace for n points in ``width`` dimensions, optionally with a matrix."""
     side = n + TILE if matrix else 0
     return Work(
         label=np.empty(n, np.int64),
@@ -60,7 +60,7 @@ def work(n: int, width: int, *, matrix: bool) -> Work:
 
 @compiled(inline="always")
 def rank(u, v, n):
-    """Position of edge uv among edges of equal length."""
+    """Sort key of edge uv among edges of equal length."""
     return u * n + v if u < v else v * n + u
 
 
@@ -72,7 +72,7 @@ def _load_points(source, inside, work):
             for k in range(source.shape[1]):
                 value = np.float64(source[i, k])
                 work.points[m, k] = value
-                check += value - value  # NaN of NaN and of infinity
+                check += value - value  # NaN for NaN and infinity
             work.label[m] = i
             m += 1
     return m if check == 0.0 else 0
@@ -98,10 +98,10 @@ def _load_distances(source, inside, work):
 
 @compiled()
 def load(source, inside, given, matrix, work):
-    """Copies what is inside of points (n, d), or of distances (n, n) if these are given.
+    """Copies unmasked points (n, d), or distances (n, n) if ``given``, to the workspace.
 
     Returns:
-        How many points; 0 if there is none, or a number that no point or distance can have.
+        Number of points; 0 if there are none or a value is invalid.
     """
     if given:
         return _load_distances(source, inside, work)
@@ -113,7 +113,7 @@ def load(source, inside, given, matrix, work):
 
 @compiled(fastmath=FINITE, inline="always")
 def _squares_from(joined, x, m, row):
-    """Squared distances from a point to the first m rows of x, and of some beyond."""
+    """Squared distances from a point to the first m rows of x, rounded up to a full tile."""
     for t in range(0, m, TILE):
         a = b = c = d = 0.0
         for k in range(x.shape[1]):
@@ -131,7 +131,7 @@ def _squares_from(joined, x, m, row):
 
 @compiled(fastmath=SUMS)
 def _squares_from_two(i, x, n, distances):
-    """Squared distances from rows i and i + 1 of x to the rows behind i, and some beyond n."""
+    """Squared distances from rows i and i + 1 of x to later rows, rounded up to a full tile."""
     for j in range(i + 1, n, TILE):
         a = b = c = d = e = f = g = h = 0.0
         for k in range(x.shape[1]):
@@ -168,7 +168,7 @@ def _squares(n, work):
 
 @compiled(fastmath=FINITE, inline="always")
 def _approach(row, v, n, m, gap, near, outside):
-    """Lets point v, at distances ``row``, join the tree; the least gap that is left."""
+    """Updates distances to the tree after adding point v; returns the least of them."""
     least, ties = np.inf, 0
     for t in range(m):
         closer = row[t] < gap[t]
@@ -186,7 +186,7 @@ def _approach(row, v, n, m, gap, near, outside):
 
 @compiled(fastmath=FINITE, inline="always")
 def _first_at(least, n, m, gap, near, outside):
-    """Where the gap is least; of several, the first in the order of edges."""
+    """Position of the least distance to the tree; ties follow the order of edges."""
     best = 0
     while gap[best] != least:
         best += 1
@@ -204,10 +204,10 @@ def _copy(x, t, row):
 
 @compiled(fastmath=FINITE)
 def _prim(n, matrix, work):
-    """Minimum spanning tree of n points, in the order in which it grows from point 0.
+    """Minimum spanning tree of n points by Prim's algorithm, starting at point 0.
 
-    Without a matrix, the distances from a point are computed when it joins the tree, each pair
-    once; what is outside is kept together, so that ``work.points`` is used up on the way.
+    Without a matrix, distances from a point are computed when it is added, each pair once. Points
+    outside the tree are kept contiguous, which overwrites ``work.points``.
     """
     x, row, outside, gap, near = work.points, work.row, work.outside, work.gap, work.near
     v, m = 0, n - 1
@@ -237,7 +237,7 @@ def _prim(n, matrix, work):
 
 @compiled()
 def _write_sorted(count, n, work, result):
-    """Writes the edges of the tree by (length, i, j): each goes where its rank says."""
+    """Writes the edges of the tree sorted by (length, i, j), by counting ranks."""
     edges, length, index = work.edges, work.length, work.label
     for s in range(count):
         place, equal, size = 0, 0, length[s]
@@ -254,16 +254,16 @@ def _write_sorted(count, n, work, result):
 
 @compiled()
 def merging_edges(source, inside, given, matrix, start, stop, work, edges):
-    """Edges at which components merge, by length, of clouds start to stop.
+    """Finds the death edges of H0, sorted by length, for clouds start to stop.
 
     Args:
         source: Points (clouds, n, d), or distances (clouds, n, n) if ``given``.
-        inside: Which points are no padding, (clouds, n).
-        matrix: Whether ``work`` has room for all distances, which makes small clouds faster.
-        edges: (clouds, n - 1, 2), written: where H0 classes die.
+        inside: False for padding, (clouds, n).
+        matrix: Whether ``work`` has a distance matrix, which is faster for small clouds.
+        edges: Output, (clouds, n - 1, 2).
 
     Returns:
-        The first cloud that :func:`load` refuses; -1 if there is none.
+        The first cloud that :func:`load` rejects, or -1.
     """
     for cloud in range(start, stop):
         n = load(source[cloud], inside[cloud], given, matrix, work)
@@ -281,7 +281,7 @@ def lengths(points, edges, result):
         for k in range(edges.shape[1]):
             i, j = edges[cloud, k, 0], edges[cloud, k, 1]
             total = 0.0
-            if i != j:  # what pads a cloud may be NaN
+            if i != j:  # padding may be NaN
                 for c in range(points.shape[2]):
                     difference = np.float64(points[cloud, i, c]) - np.float64(points[cloud, j, c])
                     total += difference * difference
@@ -290,10 +290,10 @@ def lengths(points, edges, result):
 
 @compiled()
 def pull_lengths(points, edges, length, grad, result):
-    """Adds to ``result`` (clouds, n, d) what gradients at the lengths are at the points."""
+    """Accumulates gradients with respect to points from gradients of lengths."""
     for cloud in range(edges.shape[0]):
         for k in range(edges.shape[1]):
-            if length[cloud, k] > 0:  # the root has no derivative at 0; 0 is a subgradient
+            if length[cloud, k] > 0:  # the square root has no derivative at 0; 0 is a subgradient
                 i, j = edges[cloud, k, 0], edges[cloud, k, 1]
                 factor = grad[cloud, k] / length[cloud, k]
                 for c in range(points.shape[2]):

@@ -1,4 +1,4 @@
-"""Spanning trees of many clouds at once in plain torch, for points that are on a GPU."""
+"""Batched minimum spanning trees in PyTorch operations, for points on a GPU."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def merging_edges(squares: Tensor, inside: Tensor) -> Tensor:
-    """Finds the spanning trees under the order (length, i, j); all clouds grow together.
+    """Finds the minimum spanning trees of all clouds at once, with edges ordered by (length, i, j).
 
     Args:
         squares: Distances or their squares, (clouds, n, n).
-        inside: Which points are no padding, (clouds, n).
+        inside: False for padding, (clouds, n).
 
     Returns:
-        Edges (clouds, n - 1, 2) by length, i < j; those of padding are 0 and 0.
+        Edges (clouds, n - 1, 2), i < j, sorted by length; (0, 0) for padding.
     """
     clouds, n, _ = squares.shape
     vertex, each = (
@@ -23,16 +23,16 @@ def merging_edges(squares: Tensor, inside: Tensor) -> Tensor:
     )
     v = inside.int().argmax(1)  # the first point
     outside = inside.clone()
-    gap = squares.new_full((clouds, n), torch.inf)
-    tag = torch.zeros_like(gap, dtype=torch.int64)  # i n + j of the edge that gives the gap
+    nearest = squares.new_full((clouds, n), torch.inf)
+    tag = torch.zeros_like(nearest, dtype=torch.int64)  # i n + j of the edge of that distance
     lengths, tags = [], []
     for _ in range(n - 1):
         outside[each, v] = False
         row = squares[each, v]
         code = torch.minimum(v[:, None], vertex) * n + torch.maximum(v[:, None], vertex)
-        closer = (row < gap) | ((row == gap) & (code < tag))
-        gap, tag = torch.where(closer, row, gap), torch.where(closer, code, tag)
-        left = torch.where(outside, gap, torch.inf)
+        closer = (row < nearest) | ((row == nearest) & (code < tag))
+        nearest, tag = torch.where(closer, row, nearest), torch.where(closer, code, tag)
+        left = torch.where(outside, nearest, torch.inf)
         least = left.amin(1)
         first = torch.where(outside & (left == least[:, None]), tag, n * n).amin(1)
         joined = outside & (tag == first[:, None]) & (left == least[:, None])

@@ -1,4 +1,4 @@
-"""H2, and H1 of large clouds, by redzed-tda where it is installed: which edges are critical.
+"""Critical edges of H2, and of H1 of large clouds, by redzed-tda if it is installed.
 
 References:
     RedZeD (Kershaw, 2026) https://arxiv.org/abs/2606.06310
@@ -14,14 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_SIMPLICES = 200_000_000  # tetrahedra of a cloud: some gigabytes
+MAX_TETRAHEDRA = 200_000_000  # per cloud: a few gigabytes
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
 def is_installed() -> bool:
-    """Tells whether :func:`critical_edges` can be called."""
+    """Returns whether redzed-tda is installed."""
     return find_spec("redzed_tda") is not None
 
 
@@ -30,20 +30,20 @@ def critical_edges(
 ) -> list[int]:
     """Finds the critical edges of one cloud.
 
-    It compares lengths in float32; the edges are what is taken from it, no length.
+    redzed-tda compares lengths in float32. Only its edges are used, not its lengths.
 
     Args:
         distances: (n, n).
-        merging: (n - 1, 2), written: the edges at which H0 classes die, by length.
-        higher: For H1, or for H1 and H2, twice (rows, 2), written: the edges at which their
-            classes are born, and at which they die, by decreasing persistence.
+        merging: Output, (n - 1, 2): death edges of H0, sorted by length.
+        higher: Outputs for H1, or for H1 and H2: birth edges and death edges, both (rows, 2), in
+            order of decreasing persistence.
 
     Returns:
-        How many bars there are in each dimension from 1, also those for which there is no row.
+        Number of bars in each dimension from 1, including those beyond the rows.
 
     Raises:
         ImportError: If redzed-tda is not installed.
-        ValueError: If H2 of so many points would not fit into memory.
+        ValueError: If H2 of so many points exceeds the limit on tetrahedra.
     """
     try:
         from redzed_tda import rips
@@ -51,10 +51,10 @@ def critical_edges(
         raise ImportError("H2 needs redzed-tda: pip install 'topkd[topology]'") from error
     n, max_dim = len(distances), len(higher)
     tetrahedra = n * (n - 1) * (n - 2) * (n - 3) // 24
-    if max_dim == 2 and tetrahedra > MOST_SIMPLICES:
+    if max_dim == 2 and tetrahedra > MAX_TETRAHEDRA:
         raise ValueError(
-            f"H2 of {n} points has {tetrahedra / 1e6:.0f} million tetrahedra to look at, more than "
-            f"{MOST_SIMPLICES / 1e6:.0f}: take fewer points"
+            f"H2 of {n} points has {tetrahedra / 1e6:.0f} million tetrahedra, more than the limit "
+            f"of {MAX_TETRAHEDRA / 1e6:.0f} million: use fewer points"
         )
     _, pairs = rips(distances, max_dim, simplex_pairs=True)
     merged = _longest_edges(distances, [death for _, death in pairs[0] if death])
@@ -78,11 +78,13 @@ class _Edges(NamedTuple):
 
 
 def _longest_edges(distances: Floats, simplices: Sequence[Sequence[int]]) -> _Edges:
-    """The last edge of each simplex in the order of (length, i, j); all have as many vertices."""
+    """Last edge of each simplex in the order (length, i, j); all have the same dimension."""
     if not simplices:
         return _Edges(np.empty(0), np.empty((0, 2), np.int64))
     vertices = np.sort(np.array(simplices), axis=1)
-    sides = list(combinations(range(vertices.shape[1]), 2))[::-1]  # of equal ones, the last
+    sides = list(combinations(range(vertices.shape[1]), 2))[
+        ::-1
+    ]  # reversed, so that argmax selects the last of equal edges
     i, j = (vertices[:, list(column)] for column in zip(*sides, strict=True))
     lengths, each = distances[i, j], np.arange(len(vertices))
     longest = lengths.argmax(1)

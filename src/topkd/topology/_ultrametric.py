@@ -7,21 +7,21 @@ from topkd.topology.compiled import compiled
 
 @compiled()
 def attaining_edges(edges, result):
-    """Finds the greatest edge on the path between any two points of a spanning tree.
+    """Finds the longest edge on the path between each pair of points of a spanning tree.
 
-    Edges come by length, so that the one which joins two clusters is the greatest on every path
-    from one to the other: each pair is written once, when its clusters merge, in O(n²) for all.
+    Edges are sorted by length, so the edge that merges two clusters is the longest on every path
+    between them. Each pair is written once, when its clusters merge: O(n²) per cloud.
 
     Args:
-        edges: Spanning trees by length, (clouds, n - 1, 2).
-        result: (clouds, n (n - 1) / 2), for pairs in the order of the upper triangle, row by row,
-            the row of ``edges`` that holds their edge.
+        edges: Edges of spanning trees, sorted by length, (clouds, n - 1, 2).
+        result: Output, (clouds, n (n - 1) / 2): the row of ``edges`` for each pair, in row-major
+            order of the upper triangle.
     """
     clouds, merges, _ = edges.shape
     n = merges + 1
     root, following, last = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
     for cloud in range(clouds):
-        for v in range(n):  # every point is a cluster, and clusters are chains of points
+        for v in range(n):  # each point is a cluster; clusters are linked lists of points
             root[v], following[v], last[v] = v, -1, v
         for e in range(merges):
             a, b = root[edges[cloud, e, 0]], root[edges[cloud, e, 1]]

@@ -1,4 +1,4 @@
-"""Approximators of exact persistence: how they are trained, how well they do, and their files."""
+"""Neural approximators of persistence: training, fidelity and files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from topkd.topology.distancenet import DistanceNet
 from topkd.topology.rips import rips
 from topkd.topology.ripsnet import Pooling, RipsNet
-from topkd.topology.scaling import Unit, length_unit, told_in
-from topkd.topology.serialization import Vectorization, from_json, to_json
+from topkd.topology.scaling import TreeScale, length_scale, normalized
+from topkd.topology.serialization import from_json, to_json
+from topkd.topology.vectorization import Vectorization
 
 Approximator = RipsNet | DistanceNet
 Name = Literal["ripsnet", "distancenet"]
@@ -29,39 +30,39 @@ NETWORKS: dict[Name, type[Approximator]] = {"ripsnet": RipsNet, "distancenet": D
 
 @dataclass(frozen=True)
 class Exact:
-    """What an approximator stands for: a vectorization of the exact diagram of one dimension."""
+    """Exact target of an approximator: the vectorized diagram of one dimension."""
 
     vectorization: Vectorization
     dimension: int = 0
-    unit: Unit = "none"
-    """Of all lengths, before any of the vectorization's own: a statistic of the deaths of H0, which
-    loops, few as they are, are better told in."""
+    scale: TreeScale = "none"
+    """Scale of all lengths, applied before that of the vectorization. It is a statistic of H0,
+    because loops are few and their deaths vary."""
 
     def __call__(self, points: Tensor) -> Tensor:
-        """Describes one cloud (n, d) or several (clouds, n, d)."""
+        """Vectorizes one cloud (n, d) or several (clouds, n, d)."""
         diagrams = rips(points, max_dim=self.dimension)
-        if self.unit != "none":
-            diagrams = told_in(diagrams, length_unit(diagrams.of(0), self.unit))
+        if self.scale != "none":
+            diagrams = normalized(diagrams, length_scale(diagrams.of(0), self.scale))
         return self.vectorization(diagrams.of(self.dimension))
 
     @property
-    def sees_scale(self) -> bool:
-        """Whether a cloud and a larger copy of it differ."""
-        return self.unit == self.vectorization.unit == "none"
+    def is_scale_invariant(self) -> bool:
+        """Whether a cloud and a larger copy of it have the same vector."""
+        return not self.scale == self.vectorization.scale == "none"
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How well an approximator stands for exact persistence on clouds that it has not seen.
+    """Accuracy of an approximator on held-out clouds.
 
-    A network that always answers with the mean image of its training clouds has R² = 0.
+    A network that always predicts the mean vector of the training clouds has R² = 0.
     """
 
     r2: float
     gradient_cosine: float  # with the exact gradient, median over pairs of clouds
-    gradient_cosine_low: float  # 10 % of the pairs are below
+    gradient_cosine_low: float  # 10 % quantile over pairs
     clouds: int
-    silent: int  # pairs at which one of the gradients is 0, not counted in the cosines
+    silent: int  # pairs excluded from the cosines, because one of the gradients is 0
 
     def __str__(self) -> str:
         return (
@@ -72,54 +73,56 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Training:
-    """How an approximator is trained.
+    """Training options of an approximator.
 
-    What is not told is, for RipsNet, the paper's, but for passes and epochs.
+    Defaults for RipsNet are the paper's, except for passes and epochs.
     """
 
-    passes: int = 8  # augmented passes over the training images that make one epoch of clouds
+    passes: int = 8  # augmented passes over the training images per epoch of clouds
     epochs: int | None = None  # 300 for RipsNet, 40 for DistanceNet
     patience: int = 50  # epochs without improvement on the held-out clouds
     lr: float | None = None  # 5e-4 for RipsNet; 1e-2 for DistanceNet, falling to 0
     clouds_per_step: int | None = None  # 64 for RipsNet, 16 for DistanceNet
-    pooling: Pooling | None = None  # of RipsNet alone; the mean, if not told
+    pooling: Pooling | None = None  # RipsNet only; defaults to the mean
 
     def length(self, network: Name) -> int:
-        """Epochs, at most."""
-        usual = {"ripsnet": 300, "distancenet": 40}[network]
-        return usual if self.epochs is None else self.epochs
+        """Returns the maximum number of epochs."""
+        default = {"ripsnet": 300, "distancenet": 40}[network]
+        return default if self.epochs is None else self.epochs
 
     def step(self, network: Name) -> int:
-        """Clouds for each step."""
-        usual = {"ripsnet": 64, "distancenet": 16}[network]
-        return usual if self.clouds_per_step is None else self.clouds_per_step
+        """Returns the number of clouds per step."""
+        default = {"ripsnet": 64, "distancenet": 16}[network]
+        return default if self.clouds_per_step is None else self.clouds_per_step
 
     def rate(self, network: Name, epoch: int) -> float:
-        """Learning rate in an epoch, counted from 1."""
+        """Returns the learning rate in an epoch, counted from 1."""
         if network == "ripsnet":
             return 5e-4 if self.lr is None else self.lr
         start = 1e-2 if self.lr is None else self.lr
         return start * (1 - (epoch - 1) / self.length(network))
 
     def build(self, network: Name, clouds: Tensor, exact: Exact) -> Approximator:
-        """Makes the network for such clouds, (clouds, n, d).
+        """Creates the network for clouds (clouds, n, d).
 
         Raises:
-            ValueError: If pooling is told to a network that has no choice.
+            ValueError: If pooling is set for a network without this option.
         """
         _, n, width = clouds.shape
         outputs = exact.vectorization.size
         if network == "ripsnet":
             return RipsNet(width, outputs, pooling=self.pooling or "mean")
         if self.pooling is not None:
-            raise ValueError(f"pooling is an option of ripsnet; {network} has no choice")
-        built = DistanceNet(outputs, neighbors=min(16, n - 1), sees_scale=exact.sees_scale)
-        built.standardize(clouds, exact(clouds))
-        return built
+            raise ValueError(f"pooling is an option of ripsnet, not of {network}")
+        model = DistanceNet(
+            outputs, neighbors=min(16, n - 1), scale_aware=not exact.is_scale_invariant
+        )
+        model.standardize(clouds, exact(clouds))
+        return model
 
 
 def cut_clouds(embeddings: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Shuffles embeddings (images, d) and cuts them into clouds (clouds, size, d); drops a rest."""
+    """Shuffles embeddings (images, d) and splits them into clouds (clouds, size, d)."""
     order = torch.randperm(len(embeddings), generator=generator)
     order = order[: len(order) - len(order) % size]
     return embeddings[order].view(-1, size, embeddings.shape[-1])
@@ -136,31 +139,31 @@ def train(
     state: dict[str, Any] | None = None,
     after_epoch: Callable[[int, float, dict[str, Any]], None] = lambda epoch, error, state: None,
 ) -> Approximator:
-    """Trains an approximator by Adamax on the mean squared error, and keeps the best on held-out.
+    """Trains an approximator with Adamax on the mean squared error; keeps the best epoch.
 
     Args:
-        stream: Epoch -> clouds (clouds, n, d), a function of the epoch alone. The exact vectors
-            they are compared with are made here, in microseconds a cloud.
-        held_out: Clouds that never are in the stream, (clouds, n, d).
-        exact: What the network learns to guess; for RipsNet, at most 1.
-        training: How long and at which rate.
-        network: Which it is.
-        seed: Of the weights at the start and of the order of the clouds.
-        state: As ``after_epoch`` was given it, to go on from there to the same result.
-        after_epoch: Called with the epoch, the held-out error and the state, which changes with the
-            next step: copy or write it at once.
+        stream: Epoch -> training clouds (clouds, n, d), a function of the epoch only. Their exact
+            vectors are computed on the fly, in microseconds per cloud.
+        held_out: Clouds that are not in the stream, (clouds, n, d); they select the best epoch.
+        exact: Regression target; for RipsNet, its values must be at most 1.
+        training: Training options.
+        network: Architecture.
+        seed: Seed of the initial weights and of the order of the clouds.
+        state: A state passed to ``after_epoch``, to resume from; the result is the same.
+        after_epoch: Called with the epoch, the held-out error and the training state. The state is
+            updated in place by the next step, so copy or save it immediately.
 
     Returns:
-        The network, in eval mode and without gradients.
+        The network, in eval mode and frozen.
     """
     clouds, truth = stream(1), exact(held_out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built = training.build(network, clouds, exact)
-    optimizer = torch.optim.Adamax(built.parameters())
-    best, best_error, best_epoch, first = copy.deepcopy(built.state_dict()), math.inf, 0, 1
+        model = training.build(network, clouds, exact)
+    optimizer = torch.optim.Adamax(model.parameters())
+    best, best_error, best_epoch, first = copy.deepcopy(model.state_dict()), math.inf, 0, 1
     if state is not None:
-        built.load_state_dict(state["network"])
+        model.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         best, best_error, best_epoch = state["best"], state["best_error"], state["best_epoch"]
         first = state["epoch"] + 1
@@ -173,17 +176,17 @@ def train(
         optimizer.param_groups[0]["lr"] = training.rate(network, epoch)
         for step in order.split(training.step(network)):
             optimizer.zero_grad()
-            F.mse_loss(built(clouds[step]), vectors[step]).backward()
+            F.mse_loss(model(clouds[step]), vectors[step]).backward()
             optimizer.step()
         with torch.no_grad():
-            error = F.mse_loss(built(held_out), truth).item()
+            error = F.mse_loss(model(held_out), truth).item()
         if error < best_error - 1e-10:
-            best, best_error, best_epoch = copy.deepcopy(built.state_dict()), error, epoch
+            best, best_error, best_epoch = copy.deepcopy(model.state_dict()), error, epoch
         after_epoch(
             epoch,
             error,
             {
-                "network": built.state_dict(),
+                "network": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "best": best,
                 "best_error": best_error,
@@ -191,40 +194,40 @@ def train(
                 "epoch": epoch,
             },
         )
-    built.load_state_dict(best)
-    return built.eval().requires_grad_(False)
+    model.load_state_dict(best)
+    return model.eval().requires_grad_(False)
 
 
 def fidelity(network: nn.Module, exact: Exact, clouds: Tensor, held_out: Tensor) -> Fidelity:
-    r"""Measures how well a network stands for exact persistence.
+    r"""Evaluates an approximator against exact persistence.
 
     .. math:: R^2 = 1 - \frac{\sum_X \lVert R(X) - V(X) \rVert^2}
         {\sum_X \lVert \bar V - V(X) \rVert^2}
 
-    over held-out clouds, where V is exact and :math:`\bar V` its mean over training clouds; and
-    the cosine between the gradients of :math:`\mathrm{MSE}(R(X), R(Y))` and of
-    :math:`\mathrm{MSE}(V(X), V(Y))` with respect to the points of Y, for neighboring X and Y.
+    over held-out clouds, where V is the exact target and :math:`\bar V` its mean over training
+    clouds. The gradient cosine compares the gradients of :math:`\mathrm{MSE}(R(X), R(Y))` and of
+    :math:`\mathrm{MSE}(V(X), V(Y))` with respect to the points of Y, for consecutive clouds X, Y.
 
     Args:
         network: The approximator R.
-        exact: The exact V.
+        exact: The exact target V.
         clouds: Training clouds, (clouds, n, d).
         held_out: Held-out clouds, at least two, (clouds, n, d).
     """
     with torch.no_grad():
-        truth, guess = exact(held_out), network(held_out)
+        truth, predicted = exact(held_out), network(held_out)
         mean = exact(clouds).mean(0)
-    r2 = 1 - (guess - truth).square().sum() / (mean - truth).square().sum()
+    r2 = 1 - (predicted - truth).square().sum() / (mean - truth).square().sum()
 
     moved = held_out.roll(1, 0).clone().requires_grad_()
     losses = (
-        (network(moved) - guess).square().mean(-1).sum(),
+        (network(moved) - predicted).square().mean(-1).sum(),
         (exact(moved) - truth).square().mean(-1).sum(),
     )
-    guessed, true = (torch.autograd.grad(loss, moved)[0].flatten(1).double() for loss in losses)
-    lengths = guessed.norm(dim=1) * true.norm(dim=1)
+    approximate, true = (torch.autograd.grad(loss, moved)[0].flatten(1).double() for loss in losses)
+    lengths = approximate.norm(dim=1) * true.norm(dim=1)
     active = lengths > 0
-    cosines = (guessed * true).sum(1)[active] / lengths[active]
+    cosines = (approximate * true).sum(1)[active] / lengths[active]
     low, median = (
         cosines.quantile(torch.tensor([0.1, 0.5]).double()).tolist() if len(cosines) else (0.0, 0.0)
     )
@@ -233,24 +236,24 @@ def fidelity(network: nn.Module, exact: Exact, clouds: Tensor, held_out: Tensor)
 
 @dataclass(frozen=True)
 class Approximation:
-    """A trained network with all that is needed to use it again."""
+    """A trained approximator and its metadata."""
 
     network: Approximator
-    exact: Exact  # what it stands for
-    cloud_size: int  # points in each cloud it was trained on
-    width: int  # of these points
-    teacher: str  # hash of the weights whose embeddings it was trained on
+    exact: Exact  # regression target
+    cloud_size: int  # number of points per training cloud
+    width: int  # dimension of the points
+    teacher: str  # hash of the teacher's weights
     fidelity: Fidelity
 
     def to_bytes(self) -> bytes:
-        """Writes weights and description in the safetensors format."""
+        """Serializes weights and metadata in the safetensors format."""
         name = next(name for name, kind in NETWORKS.items() if isinstance(self.network, kind))
         description = {
             "network": name,
             "settings": self.network.settings,
             "vectorization": to_json(self.exact.vectorization),
             "dimension": self.exact.dimension,
-            "unit": self.exact.unit,
+            "scale": self.exact.scale,
             "cloud_size": self.cloud_size,
             "width": self.width,
             "teacher": self.teacher,
@@ -260,23 +263,23 @@ class Approximation:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Approximation:
-        """Reads what :meth:`to_bytes` wrote.
+        """Reads the output of :meth:`to_bytes`.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If the content is not an approximator of this version.
         """
         try:
             size = int.from_bytes(content[:8], "little")
             header = json.loads(content[8 : 8 + size])
             about = json.loads(header["__metadata__"]["approximation"])
             vectorization = from_json(about["vectorization"])
-            exact = Exact(vectorization, about["dimension"], about.get("unit", "none"))
+            exact = Exact(vectorization, about["dimension"], about["scale"])
             network = NETWORKS[about["network"]](**about["settings"])
             network.load_state_dict(load(content))
-            judged = Fidelity(**about["fidelity"])
-            facts = about["cloud_size"], about["width"], about["teacher"]
+            accuracy = Fidelity(**about["fidelity"])
+            metadata = about["cloud_size"], about["width"], about["teacher"]
         except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"this is no approximator that topkd has written ({error!r})"
+                f"this is not an approximator file of this version of topkd ({error!r})"
             ) from error
-        return cls(network.eval().requires_grad_(False), exact, *facts, judged)
+        return cls(network.eval().requires_grad_(False), exact, *metadata, accuracy)

@@ -1,4 +1,4 @@
-"""Compilation of kernels, which are cached on disk where that is possible."""
+"""Compilation of kernels with an on-disk cache."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numba.core.caching import FunctionCache
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Decorates a function that numba compiles when it is first called; it releases the GIL.
+    """Decorates a function that Numba compiles on first call; it releases the GIL.
 
-    The compiled code is cached on disk. Where no folder can be written, as in a container without
-    a home, each process compiles it again, and one line in the log says so.
+    Compiled code is cached on disk. If no folder is writable, as in a container without a home
+    directory, each process compiles again and logs one warning.
 
     Args:
-        options: As of ``numba.njit``.
+        options: Options of ``numba.njit``.
     """
 
     def decorated(function: Callable[..., Any]) -> Any:
@@ -33,7 +33,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 class _Cache(FunctionCache):
-    """Numba's cache of a function; what cannot be read or written is compiled again."""
+    """Numba's function cache; functions are recompiled if it cannot be read or written."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
@@ -52,6 +52,6 @@ class _Cache(FunctionCache):
 @cache
 def _warn() -> None:
     logging.getLogger(__name__).warning(
-        "topkd: compiled kernels cannot be cached, so that each process compiles them again; "
-        "set NUMBA_CACHE_DIR to a folder that can be written"
+        "topkd: compiled kernels cannot be cached, so each process compiles them again; "
+        "set NUMBA_CACHE_DIR to a writable folder"
     )

@@ -1,4 +1,4 @@
-"""Which edges are critical: found on detached points, by the kernels, by redzed-tda or on a GPU."""
+"""Critical edges of detached points: by the CPU kernels, by redzed-tda or on a GPU."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from torch.library import custom_op
 
 from topkd.topology import _cocycles, _kernels, _prim, _redzed
 
-OWN_UP_TO = 256  # points up to which H1 is found by our own kernel, which then leaves the cache
-WORTH_A_THREAD = 4  # clouds
+KERNEL_POINTS = 256  # maximum points for our H1 kernel, whose working set then exceeds the cache
+CLOUDS_PER_THREAD = 4  # minimum
 
 
 class _Task(NamedTuple):
-    """What is asked of a backend, and where it writes the answer."""
+    """Input and output arrays of a backend."""
 
     source: NDArray[Any]  # points (clouds, n, d), or distances (clouds, n, n) if given
     inside: NDArray[np.bool_]  # (clouds, n)
     given: bool
     births: NDArray[np.int64]  # (clouds, n - 1 + max_dim * rows, 2), zeros
     deaths: NDArray[np.int64]  # the same
-    bars: NDArray[np.int64]  # (clouds, max_dim + 1), how many; that of H0 is there
+    bars: NDArray[np.int64]  # (clouds, max_dim + 1), number of bars; H0 is already set
 
 
 @custom_op("topkd::critical_edges", mutates_args=())
 def critical_edges(
     source: Tensor, inside: Tensor, given: bool, max_dim: int, rows: int, strict: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Finds the edges at which classes are born and die.
+    """Finds the edges at which homology classes are born and die.
 
     Args:
         source: Detached points (clouds, n, d), or distances (clouds, n, n) if ``given``.
-        inside: Which points are no padding, (clouds, n).
-        given: Whether these are distances.
-        max_dim: The highest dimension.
-        rows: Most bars of each dimension above 0.
-        strict: Whether more are an error.
+        inside: False for padding, (clouds, n).
+        given: Whether the source contains distances.
+        max_dim: Maximum dimension.
+        rows: Maximum number of bars in each dimension above 0.
+        strict: Whether more bars raise an error.
 
     Returns:
-        Edges (clouds, n - 1 + max_dim * rows, 2) at which classes are born, the same at which they
-        die, and how many there are, (clouds, max_dim + 1). H0 comes by length, born without an
-        edge, then the higher dimensions by persistence; what is not used is 0.
+        Birth edges and death edges, both (clouds, n - 1 + max_dim * rows, 2), and numbers of bars,
+        (clouds, max_dim + 1). H0 is first, sorted by length and without birth edges, then the
+        higher dimensions, sorted by persistence. Unused rows are 0.
 
     Raises:
-        ValueError: If a cloud has no point, or holds what is no coordinate or no distance; the
-            message names it. If there are more bars than rows, and this is strict.
+        ValueError: If a cloud has no point, or a coordinate or distance is invalid; the message
+            names it. If there are more bars than rows and ``strict`` is set.
         ImportError: If redzed-tda is needed and not installed.
     """
     clouds, n, _ = source.shape
@@ -62,15 +62,14 @@ def critical_edges(
     births, deaths = np.zeros((2, clouds, n - 1 + max_dim * rows, 2), np.int64)
     count = np.zeros((clouds, max_dim + 1), np.int64)
     count[:, 0] = there.sum(1) - 1
-    if max_dim == 2 or (max_dim == 1 and n > OWN_UP_TO and _redzed.is_installed()):
+    if max_dim == 2 or (max_dim == 1 and n > KERNEL_POINTS and _redzed.is_installed()):
         _by_redzed(_Task(cpu, there, given, births, deaths, count))
     else:
         _by_kernels(_Task(cpu, there, given, births, deaths, count))
     if strict and max_dim > 0 and (most := count[:, 1:].max(initial=0)) > rows:
         raise ValueError(
-            f"cloud {count[:, 1:].max(1).argmax()} has {most} bars of one dimension, more than "
-            f"the {rows} there is room for; give max_bars={most}, or fewer to keep the most "
-            "persistent"
+            f"cloud {count[:, 1:].max(1).argmax()} has {most} bars of one dimension, more than the "
+            f"maximum of {rows}; pass max_bars={most}, or fewer to keep the most persistent"
         )
     done = (torch.from_numpy(array).to(source.device) for array in (births, deaths, count))
     return tuple(done)  # type: ignore[return-value]
@@ -88,14 +87,14 @@ def _(
 
 
 def _on_device(source: Tensor, inside: Tensor, given: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """H0 where the points are."""
+    """Computes H0 on the device of the points."""
     finite = (source.isfinite() | ~inside[..., None]).all() & inside.any(1).all()
     if given:
         pairs = inside[:, :, None] & inside[:, None]
         finite = ((source >= 0) & source.isfinite() & (source == source.mT) | ~pairs).all()
         finite &= (source.diagonal(dim1=1, dim2=2)[inside] == 0).all() & inside.any(1).all()
     if not finite:
-        _refuse(source.cpu().numpy(), inside.cpu().numpy(), given)
+        _raise_invalid(source.cpu().numpy(), inside.cpu().numpy(), given)
     squares = source
     if not given:
         wide = source if source.device.type == "mps" else source.double()
@@ -110,15 +109,20 @@ def _by_kernels(task: _Task) -> None:
     clouds, n, width = source.shape
     loops = count.shape[1] == 2
     matrix = given or loops or n <= _kernels.MATRIX
-    bits = (0,) * (1 << (max(1, -(-n // 64)) - 1).bit_length())  # compiled for each power of two
+    bits = (0,) * (
+        1 << (max(1, -(-n // 64)) - 1).bit_length()
+    )  # the kernel is compiled for each power of two
 
-    def share(start: int, stop: int) -> int:
-        """The first cloud that is refused; -1 if there is none."""
+    def process(start: int, stop: int) -> int:
+        """Processes clouds; returns the first invalid one, or -1."""
         work = _kernels.work(n, 0 if given else width, matrix=matrix)
         read = source, inside, given
         if not loops:
             return int(_kernels.merging_edges(*read, matrix, start, stop, work, deaths))
-        store, is_full = n, True  # Gaussian clouds in up to 64-d keep fewer classes than points
+        store, is_full = (
+            n,
+            True,
+        )  # Gaussian clouds in up to 64 dimensions have fewer classes alive than points
         while is_full:
             room = _cocycles.room(n, len(bits), store)
             start, is_full = _cocycles.critical_edges(
@@ -127,15 +131,15 @@ def _by_kernels(task: _Task) -> None:
             store *= 2
         return int(start) if start < stop else -1
 
-    threads = min(torch.get_num_threads(), clouds // WORTH_A_THREAD)
+    threads = min(torch.get_num_threads(), clouds // CLOUDS_PER_THREAD)
     if threads < 2:
-        refused = [share(0, clouds)]
+        invalid = [process(0, clouds)]
     else:
         ends = [clouds * t // threads for t in range(threads + 1)]
         with ThreadPoolExecutor(threads) as pool:
-            refused = list(pool.map(share, ends[:-1], ends[1:]))
-    if max(refused) >= 0:
-        _refuse(source, inside, given)
+            invalid = list(pool.map(process, ends[:-1], ends[1:]))
+    if max(invalid) >= 0:
+        _raise_invalid(source, inside, given)
 
 
 def _by_redzed(task: _Task) -> None:
@@ -143,11 +147,11 @@ def _by_redzed(task: _Task) -> None:
     n, max_dim = source.shape[1], count.shape[1] - 1
     rows = (births.shape[1] - n + 1) // max_dim
     warnings.warn(
-        f"H{max_dim} of {n} points is found by redzed-tda, which compares lengths in float32",
+        f"H{max_dim} of {n} points is computed by redzed-tda, which compares lengths in float32",
         stacklevel=2,
     )
     for cloud, (values, there) in enumerate(zip(source, inside, strict=True)):
-        _refuse(source[cloud : cloud + 1], inside[cloud : cloud + 1], given, cloud)
+        _raise_invalid(source[cloud : cloud + 1], inside[cloud : cloud + 1], given, cloud)
         index = there.nonzero()[0]
         few = values[index].astype(np.float64)
         distances = few[:, index] if given else squareform(pdist(few))
@@ -161,12 +165,14 @@ def _by_redzed(task: _Task) -> None:
                 edges[:bars] = index[edges[:bars]]
 
 
-def _refuse(source: NDArray[Any], inside: NDArray[np.bool_], given: bool, number: int = 0) -> None:
-    """Raises an error that names what is no point, or no distance, if there is such a thing."""
+def _raise_invalid(
+    source: NDArray[Any], inside: NDArray[np.bool_], given: bool, number: int = 0
+) -> None:
+    """Raises ``ValueError`` that names the first invalid point or distance, if there is one."""
     for cloud, (values, there) in enumerate(zip(source, inside, strict=True), number):
         index = there.nonzero()[0]
         if len(index) == 0:
-            raise ValueError(f"cloud {cloud}: a cloud needs at least one point, all are masked")
+            raise ValueError(f"cloud {cloud}: a cloud needs at least one point, but all are masked")
         if not given:
             bad = ~np.isfinite(values[index]).all(1)
             if bad.any():
@@ -176,11 +182,12 @@ def _refuse(source: NDArray[Any], inside: NDArray[np.bool_], given: bool, number
                 )
             continue
         few = values[np.ix_(index, index)]
-        wrong = ~(np.isfinite(few) & (few >= 0) & (few == few.T))
-        np.fill_diagonal(wrong, few.diagonal() != 0)
-        if wrong.any():
-            i, j = (index[k] for k in np.argwhere(wrong)[0])
+        invalid = ~(np.isfinite(few) & (few >= 0) & (few == few.T))
+        np.fill_diagonal(invalid, few.diagonal() != 0)
+        if invalid.any():
+            i, j = (index[k] for k in np.argwhere(invalid)[0])
             raise ValueError(
-                f"cloud {cloud}: {values[i, j]} from point {i} to {j}, and {values[j, i]} back, is "
-                "no distance; these are finite, symmetric, not negative, and 0 on the diagonal"
+                f"cloud {cloud}: invalid distances {values[i, j]} from point {i} to {j} and "
+                f"{values[j, i]} back; they must be finite, symmetric, non-negative and 0 on the "
+                "diagonal"
             )

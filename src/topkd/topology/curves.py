@@ -1,23 +1,23 @@
-"""Persistence diagrams as functions of length, read at a grid of nodes.
+"""Persistence diagrams as functions of length, sampled on a grid.
 
-=========================  ==============================================  ==================
-what                       value at a length t                             gradient
-=========================  ==============================================  ==================
-:class:`BettiCurve`        how many bars are open                          only if smoothed
-:class:`Landscape`         the k-th greatest tent, of several k            almost everywhere
-:class:`Silhouette`        the mean tent, weighted                         almost everywhere
-:class:`EntropyCurve`      what the open bars add to the entropy           smoothed: all of it
-:func:`entropy`            one number: how evenly lengths are shared out   everywhere
-=========================  ==============================================  ==================
+=========================  ==============================================  ====================
+vectorization              value at length t                               gradient
+=========================  ==============================================  ====================
+:class:`BettiCurve`        number of bars that contain t                   only if smoothed
+:class:`Landscape`         k-th largest tent function, for several k       almost everywhere
+:class:`Silhouette`        weighted mean of the tent functions             almost everywhere
+:class:`EntropyCurve`      entropy of the bars that contain t              complete if smoothed
+:func:`entropy`            a single number: persistence entropy            everywhere
+=========================  ==============================================  ====================
 
-The tent of a bar rises from 0 at its birth to half its length and falls to 0 at its death. Curves,
-as images and vectors do, take diagrams of one dimension and leave out padding and bars of length
-zero; see :class:`Curve` for what they have in common and :func:`length_unit` for units.
+The tent function of a bar rises from 0 at its birth to half its persistence and falls back to 0 at
+its death. Like all vectorizations, curves take diagrams of one dimension and ignore padding and
+bars of length zero. :class:`Curve` documents the common parameters.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar, get_args
 
@@ -25,73 +25,72 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from topkd.topology.gradient import in_units
-from topkd.topology.rips import Diagrams
-from topkd.topology.scaling import (
-    MARGIN,
-    Unit,
+from topkd.topology._validation import (
     check_choice,
     check_not_negative,
     check_positive,
     check_range,
-    detached,
-    measured,
 )
+from topkd.topology.gradient import bounded_divide
+from topkd.topology.rips import Diagrams
+from topkd.topology.scaling import DiagramScale, normalized_bars
+from topkd.topology.vectorization import MARGIN, Vectorization, detached
 
 if TYPE_CHECKING:
-    from typing_extensions import Self  # of typing from Python 3.11 on
+    from typing_extensions import Self  # in typing from Python 3.11
 
 
 @dataclass(frozen=True)
-class Curve(ABC):
-    """What all curves have in common: where they are read, in which unit, what they are divided by.
+class Curve(Vectorization):
+    """Base class of curves: grid, normalization and scale.
 
     Args:
-        lengths: The lowest and the highest node. What bars do outside is not seen, and has no
-            gradient; see :func:`topkd.topology.serialization.lost_mass`.
-        resolution: Number of nodes, both ends included.
-        scale: What values are divided by; ``fit`` takes the greatest of the clouds it sees.
-        unit: Of births, deaths and nodes: "none", or the "mean", "median" or "max" of the deaths
-            of each cloud.
-        detach_unit: Whether the gradient takes the unit for a constant. If not, it passes through,
-            and making a cloud larger has no gradient, as it has no effect.
+        lengths: First and last node of the grid. Bars have no effect and no gradient outside; see
+            :func:`topkd.topology.serialization.lost_mass`.
+        resolution: Number of nodes, including both ends.
+        normalizer: Values are divided by this number; ``fit`` sets it to the maximum over the
+            training diagrams.
+        scale: Scale of births and deaths, see :mod:`topkd.topology.scaling`. The grid is in the
+            same unit.
+        detach_scale: Whether the scale is a constant for the gradient. By default, gradients pass
+            through it, so the size of a cloud has neither an effect nor a gradient.
 
     Raises:
-        ValueError: If the range is empty, a number that must be positive is not, or the unit is
-            none of these.
+        ValueError: If the range is empty, a number is not positive, or the scale is not a statistic
+            of diagrams.
     """
 
     lengths: tuple[float, float]
     resolution: int = 100
-    scale: float = 1.0
-    unit: Unit = "none"
-    detach_unit: bool = False
+    normalizer: float = 1.0
+    scale: DiagramScale = "none"
+    detach_scale: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "resolution", "scale")
+        check_positive(self, "resolution", "normalizer")
         check_range(self, "lengths")
-        check_choice(self, "unit", get_args(Unit))
+        check_choice("scale", self.scale, get_args(DiagramScale))
 
     @property
     def size(self) -> int:
-        """How many numbers describe one diagram."""
+        """Length of the vector."""
         return self.resolution
 
     def __call__(self, diagrams: Diagrams) -> Tensor:
         """Computes the curves of diagrams, (clouds, size)."""
-        births, deaths = measured(diagrams, self.unit, detach_unit=self.detach_unit)
+        births, deaths = normalized_bars(diagrams, self.scale, detach_scale=self.detach_scale)
         nodes = torch.linspace(
             *self.lengths, self.resolution, dtype=births.dtype, device=births.device
         )
-        return self._values(nodes, births[..., None], deaths[..., None]) / self.scale
+        return self._values(nodes, births[..., None], deaths[..., None]) / self.normalizer
 
     @abstractmethod
     def _values(self, nodes: Tensor, births: Tensor, deaths: Tensor) -> Tensor:
-        """Values at nodes (nodes) of bars (..., bars, 1), which are 0 and 0 in padding."""
+        """Evaluates the curve at nodes (nodes) for bars (..., bars, 1); padding is (0, 0)."""
 
     def masses(self, diagrams: Diagrams) -> tuple[Tensor, Tensor]:
-        """Lengths of all bars, and of what of them lies between the ends, both (clouds, bars)."""
-        births, deaths = measured(diagrams, self.unit, detach_unit=self.detach_unit)
+        """Computes the persistence of each bar, in total and within the range, (clouds, bars)."""
+        births, deaths = normalized_bars(diagrams, self.scale, detach_scale=self.detach_scale)
         low, high = self.lengths
         return deaths - births, deaths.clamp(low, high) - births.clamp(low, high)
 
@@ -101,22 +100,23 @@ AnyCurve = TypeVar("AnyCurve", bound=Curve)
 
 @dataclass(frozen=True)
 class BettiCurve(Curve):
-    r"""How many classes are alive at each length.
+    r"""The Betti curve: the number of homology classes at each length.
 
     .. math:: \beta(t) = \#\{k : b_k \le t < d_k\}
 
-    It is piecewise constant: its gradient is zero almost everywhere, and none is given. Smoothing
-    by a Gaussian gives one, and the same area:
+    The curve is piecewise constant, so its gradient is zero. Gaussian smoothing yields a gradient
+    and preserves the area:
 
     .. math:: \beta_\sigma(t) = \sum_k \Phi\Big(\frac{t - b_k}{\sigma}\Big)
         - \Phi\Big(\frac{t - d_k}{\sigma}\Big)
 
     Args:
-        lengths, resolution, scale, unit, detach_unit: As in :class:`Curve`.
-        sigma: Standard deviation of the smoothing, in the unit; 0 is none.
+        lengths, resolution, normalizer, scale, detach_scale: See :class:`Curve`.
+        sigma: Standard deviation of the smoothing kernel, in the unit of the grid; 0 disables
+            smoothing.
 
     Raises:
-        ValueError: If a parameter is impossible.
+        ValueError: If a parameter is invalid.
 
     References:
         Topology and data (Carlsson, 2009), for Betti numbers along a filtration
@@ -125,9 +125,11 @@ class BettiCurve(Curve):
     Examples:
         >>> from topkd.topology import rips
         >>> square = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
-        >>> BettiCurve((0.0, 2.0), resolution=5)(rips(square))  # the last one never dies
+        >>> BettiCurve((0.0, 2.0), resolution=5)(rips(square))  # the fourth component never dies
         tensor([3., 3., 0., 0., 0.])
     """
+
+    name = "betti"
 
     sigma: float = 0.0
 
@@ -141,49 +143,50 @@ class BettiCurve(Curve):
         diagrams: Diagrams,
         *,
         resolution: int = 100,
-        unit: Unit = "none",
-        detach_unit: bool = False,
+        scale: DiagramScale = "none",
+        detach_scale: bool = False,
         smoothing: float = 1.0,
     ) -> Self:
-        """Chooses range, width and scale from several diagrams.
+        """Chooses range, smoothing and normalization from training diagrams.
 
-        The range reaches from the first birth to the last death and three steps beyond, but not
-        below 0.
+        The range extends from the first birth to the last death plus three grid steps on both
+        sides, but not below 0.
 
         Args:
-            diagrams: Of clouds that the teacher makes of training images.
+            diagrams: Diagrams of the teacher on training data.
             resolution: Number of nodes.
-            unit: As in :class:`Curve`.
-            detach_unit: As in :class:`Curve`.
-            smoothing: Width of the smoothing in steps of the grid; 0 is none, and no gradient.
+            scale: See :class:`Curve`.
+            detach_scale: See :class:`Curve`.
+            smoothing: Standard deviation of the smoothing in grid steps; 0 disables smoothing, and
+                the curve then has no gradient.
 
         Raises:
-            ValueError: If there is no bar of any length, or too few nodes.
+            ValueError: If all bars have length zero, or there are too few nodes.
         """
-        lengths = _span(diagrams, resolution, unit)
+        lengths = _span(diagrams, resolution, scale)
         sigma = smoothing * (lengths[1] - lengths[0]) / (resolution - 1)
-        return _to_greatest(cls(lengths, resolution, 1.0, unit, detach_unit, sigma), diagrams)
+        return _normalized(cls(lengths, resolution, 1.0, scale, detach_scale, sigma), diagrams)
 
     def _values(self, nodes: Tensor, births: Tensor, deaths: Tensor) -> Tensor:
-        return _open(nodes, births, deaths, self.sigma).sum(-2)
+        return _indicators(nodes, births, deaths, self.sigma).sum(-2)
 
 
 @dataclass(frozen=True)
 class Landscape(Curve):
-    r"""The greatest tents at each length, the second greatest, and so on.
+    r"""The persistence landscape: the largest tent functions at each length.
 
     .. math:: \lambda_k(t) = \operatorname*{kmax}_j \, \max(0, \min(t - b_j, d_j - t))
 
-    Layers follow one another in the result, the greatest first; reshape it by
-    ``unflatten(-1, (layers, resolution))``. Layers beyond the number of bars are 0. GUDHI's are
-    these times the root of 2.
+    Layers are concatenated, the largest first; ``unflatten(-1, (layers, resolution))`` separates
+    them. Layers beyond the number of bars are 0. GUDHI multiplies landscapes by the square root of
+    2.
 
     Args:
-        lengths, resolution, scale, unit, detach_unit: As in :class:`Curve`.
-        layers: How many.
+        lengths, resolution, normalizer, scale, detach_scale: See :class:`Curve`.
+        layers: Number of layers.
 
     Raises:
-        ValueError: If a parameter is impossible.
+        ValueError: If a parameter is invalid.
 
     References:
         Statistical topological data analysis using persistence landscapes (Bubenik, JMLR 2015)
@@ -197,6 +200,8 @@ class Landscape(Curve):
                 [0., 0., 1., 0., 0.]])
     """
 
+    name = "landscape"
+
     layers: int = 5
 
     def __post_init__(self) -> None:
@@ -205,7 +210,7 @@ class Landscape(Curve):
 
     @property
     def size(self) -> int:
-        """How many numbers describe one diagram."""
+        """Length of the vector."""
         return self.layers * self.resolution
 
     @classmethod
@@ -214,24 +219,24 @@ class Landscape(Curve):
         diagrams: Diagrams,
         *,
         resolution: int = 100,
-        unit: Unit = "none",
-        detach_unit: bool = False,
+        scale: DiagramScale = "none",
+        detach_scale: bool = False,
         layers: int = 5,
-    ) -> Landscape:
-        """Chooses range and scale from several diagrams, as :meth:`BettiCurve.fit` does.
+    ) -> Self:
+        """Chooses range and normalization from training diagrams, as :meth:`BettiCurve.fit`.
 
         Args:
-            diagrams: Of clouds that the teacher makes of training images.
+            diagrams: Diagrams of the teacher on training data.
             resolution: Number of nodes.
-            unit: As in :class:`Curve`.
-            detach_unit: As in :class:`Curve`.
-            layers: How many.
+            scale: See :class:`Curve`.
+            detach_scale: See :class:`Curve`.
+            layers: Number of layers.
 
         Raises:
-            ValueError: If there is no bar of any length, or too few nodes.
+            ValueError: If all bars have length zero, or there are too few nodes.
         """
-        lengths = _span(diagrams, resolution, unit)
-        return _to_greatest(cls(lengths, resolution, 1.0, unit, detach_unit, layers), diagrams)
+        lengths = _span(diagrams, resolution, scale)
+        return _normalized(cls(lengths, resolution, 1.0, scale, detach_scale, layers), diagrams)
 
     def _values(self, nodes: Tensor, births: Tensor, deaths: Tensor) -> Tensor:
         tents = F.pad(_tents(nodes, births, deaths), (0, 0, 0, self.layers))
@@ -240,19 +245,19 @@ class Landscape(Curve):
 
 @dataclass(frozen=True)
 class Silhouette(Curve):
-    r"""The mean of all tents, weighted by a power of the persistence.
+    r"""The persistence silhouette: the mean tent function, weighted by a power of persistence.
 
     .. math:: \phi(t) = \frac{\sum_k p_k^q \max(0, \min(t - b_k, d_k - t))}{\sum_k p_k^q}
 
-    A large power tells of the longest bars, a small one of all. GUDHI's are these times the root
-    of 2.
+    Large powers emphasize long bars; small powers weight all bars similarly. GUDHI multiplies
+    silhouettes by the square root of 2.
 
     Args:
-        lengths, resolution, scale, unit, detach_unit: As in :class:`Curve`.
+        lengths, resolution, normalizer, scale, detach_scale: See :class:`Curve`.
         power: The exponent q, not negative.
 
     Raises:
-        ValueError: If a parameter is impossible.
+        ValueError: If a parameter is invalid.
 
     References:
         Stochastic convergence of persistence landscapes and silhouettes (Chazal et al., 2014)
@@ -263,6 +268,8 @@ class Silhouette(Curve):
         >>> Silhouette((0.0, 4.0), resolution=5, power=0.0)(Diagrams.from_bars(bars))
         tensor([0.0000, 0.5000, 1.5000, 0.5000, 0.0000])
     """
+
+    name = "silhouette"
 
     power: float = 1.0
 
@@ -276,29 +283,29 @@ class Silhouette(Curve):
         diagrams: Diagrams,
         *,
         resolution: int = 100,
-        unit: Unit = "none",
-        detach_unit: bool = False,
+        scale: DiagramScale = "none",
+        detach_scale: bool = False,
         power: float = 1.0,
-    ) -> Silhouette:
-        """Chooses range and scale from several diagrams, as :meth:`BettiCurve.fit` does.
+    ) -> Self:
+        """Chooses range and normalization from training diagrams, as :meth:`BettiCurve.fit`.
 
         Args:
-            diagrams: Of clouds that the teacher makes of training images.
+            diagrams: Diagrams of the teacher on training data.
             resolution: Number of nodes.
-            unit: As in :class:`Curve`.
-            detach_unit: As in :class:`Curve`.
-            power: As in the class.
+            scale: See :class:`Curve`.
+            detach_scale: See :class:`Curve`.
+            power: The exponent q.
 
         Raises:
-            ValueError: If there is no bar of any length, or too few nodes.
+            ValueError: If all bars have length zero, or there are too few nodes.
         """
-        lengths = _span(diagrams, resolution, unit)
-        return _to_greatest(cls(lengths, resolution, 1.0, unit, detach_unit, power), diagrams)
+        lengths = _span(diagrams, resolution, scale)
+        return _normalized(cls(lengths, resolution, 1.0, scale, detach_scale, power), diagrams)
 
     def _values(self, nodes: Tensor, births: Tensor, deaths: Tensor) -> Tensor:
         persistence = deaths - births
-        bars = persistence > 0  # a power below 1 has no derivative at 0
-        # Only ratios count: of the longest bar, no power is too large or too small for a float.
+        bars = persistence > 0  # powers below 1 have no derivative at 0
+        # Ratios to the longest bar neither overflow nor underflow, whatever the power.
         longest = F.pad(persistence.detach(), (0, 0, 0, 1)).amax(-2, keepdim=True)
         relative = persistence / longest.where(longest > 0, 1)
         weights = relative.where(bars, 1).pow(self.power).where(bars, 0)
@@ -309,13 +316,14 @@ class Silhouette(Curve):
 
 @dataclass(frozen=True)
 class EntropyCurve(BettiCurve):
-    r"""The Betti curve in which each bar counts by what it adds to the persistence entropy.
+    r"""The entropy curve: a Betti curve that weights each bar by its term of the entropy.
 
     .. math:: S(t) = -\sum_{k : b_k \le t < d_k} q_k \log q_k,
         \qquad q_k = p_k \Big/ \sum_j p_j
 
-    Its gradient sees how long bars are, but when they are born and die only if it is smoothed.
-    GUDHI's is this one, not normalized. Parameters and ``fit`` are those of :class:`BettiCurve`.
+    Without smoothing, gradients pass only through the persistence of bars; with smoothing, also
+    through the position of births and deaths. It equals GUDHI's entropy without normalization.
+    Parameters and ``fit`` are those of :class:`BettiCurve`.
 
     References:
         On the stability of persistent entropy and new summary functions (Atienza et al., 2020)
@@ -327,24 +335,25 @@ class EntropyCurve(BettiCurve):
         tensor([0.3466, 0.6931, 0.3466, 0.0000])
     """
 
+    name = "entropy"
+
     def _values(self, nodes: Tensor, births: Tensor, deaths: Tensor) -> Tensor:
         terms = _entropy_terms((deaths - births).squeeze(-1))[..., None]
-        return (terms * _open(nodes, births, deaths, self.sigma)).sum(-2)
+        return (terms * _indicators(nodes, births, deaths, self.sigma)).sum(-2)
 
 
 def entropy(diagrams: Diagrams) -> Tensor:
-    r"""Computes the persistence entropy: how evenly the total length is shared among the bars.
+    r"""Computes the persistence entropy: how evenly persistence is distributed over the bars.
 
     .. math:: E = -\sum_k q_k \log q_k, \qquad q_k = p_k \Big/ \sum_j p_j
 
-    It is log k for k bars of equal length, and does not see the scale of a cloud: a unit would
-    change nothing.
+    It is log k for k bars of equal length, and invariant to the scale of a cloud.
 
     Args:
-        diagrams: Of one dimension.
+        diagrams: Diagrams of one dimension.
 
     Returns:
-        One number for each cloud, (clouds), in nats; 0 of one bar or none.
+        Entropies in nats, (clouds); 0 for at most one bar.
 
     Raises:
         ValueError: If there are bars of more than one dimension.
@@ -357,19 +366,19 @@ def entropy(diagrams: Diagrams) -> Tensor:
         >>> entropy(Diagrams.from_bars(torch.tensor([[0.0, 2.0], [1.0, 3.0]])))
         tensor(0.6931)
     """
-    births, deaths = measured(diagrams, "none", detach_unit=False)
+    births, deaths = normalized_bars(diagrams, "none", detach_scale=False)
     return _entropy_terms(deaths - births).sum(-1)
 
 
 def _entropy_terms(persistence: Tensor) -> Tensor:
     total = persistence.sum(-1, keepdim=True)
-    share = in_units(persistence, total)
-    share = share.where(share > 0, 1)  # 1 log 1 is 0, and so is the limit at 0
+    share = bounded_divide(persistence, total)
+    share = share.where(share > 0, 1)  # 1 log 1 = 0, the limit of p log p at 0
     return -share * share.log()
 
 
-def _open(nodes: Tensor, births: Tensor, deaths: Tensor, sigma: float) -> Tensor:
-    """Whether bars (..., bars, 1) are open at nodes: 0 or 1, or in between if smoothed."""
+def _indicators(nodes: Tensor, births: Tensor, deaths: Tensor, sigma: float) -> Tensor:
+    """Indicators of bars (..., bars, 1) at nodes, smoothed if sigma is positive."""
     if sigma == 0:
         return ((births <= nodes) & (nodes < deaths)).to(births.dtype)
     born = torch.special.ndtr((nodes - births) / sigma)
@@ -380,22 +389,25 @@ def _tents(nodes: Tensor, births: Tensor, deaths: Tensor) -> Tensor:
     return torch.minimum(nodes - births, deaths - nodes).clamp(min=0)
 
 
-def _span(diagrams: Diagrams, resolution: int, unit: Unit) -> tuple[float, float]:
-    """From the first birth to the last death and three steps beyond, but not below 0."""
+def _span(diagrams: Diagrams, resolution: int, scale: DiagramScale) -> tuple[float, float]:
+    """Range from the first birth to the last death with a margin, but not below 0."""
     if resolution <= 2 * MARGIN + 1:
         raise ValueError(f"resolution must be more than {2 * MARGIN + 1}, got {resolution}")
-    births, deaths = measured(detached(diagrams), unit, detach_unit=True)
+    births, deaths = normalized_bars(detached(diagrams), scale, detach_scale=True)
     bars = deaths > births
     if not bars.any():
-        raise ValueError("there is no bar of any length: a curve needs a range")
+        raise ValueError("all bars have length zero: a curve needs a range")
     low, high = births[bars].min().item(), deaths[bars].max().item()
     margin = MARGIN * (high - low) / (resolution - 1 - 2 * MARGIN)
     return max(low - margin, 0.0), high + margin
 
 
-def _to_greatest(curve: AnyCurve, diagrams: Diagrams) -> AnyCurve:
-    """The same curve with a scale that makes the greatest value of these diagrams 1."""
-    scale = curve(detached(diagrams)).max().item()
-    if scale <= 0:
-        raise ValueError(f"no bar reaches any of the {curve.resolution} nodes: take more of them")
-    return replace(curve, scale=scale)
+def _normalized(curve: AnyCurve, diagrams: Diagrams) -> AnyCurve:
+    """The same curve, normalized to a maximum of 1 over these diagrams."""
+    normalizer = curve(detached(diagrams)).max().item()
+    if normalizer <= 0:
+        raise ValueError(
+            f"the curve is 0 at all {curve.resolution} nodes: increase resolution, or use another "
+            "vectorization if clouds have a single bar, whose entropy is 0"
+        )
+    return replace(curve, normalizer=normalizer)

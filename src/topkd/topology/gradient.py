@@ -1,4 +1,4 @@
-"""Gradients that are bounded where a value does not see scale."""
+"""Gradients that stay bounded where a value does not depend on scale."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALL = 1e-3  # sizes of what networks make are 0.01 and more; below this, relations are noise
+SMALL = 1e-3  # feature norms and distances are 0.01 and more; smaller ones are mostly noise
 
 
 def scaled_gradient(value: Tensor, factor: Tensor | float) -> Tensor:
-    """Passes a value on as it is, and its gradient back multiplied by a factor.
+    """Returns the value unchanged and multiplies its gradient by a factor.
 
     Examples:
         >>> x = torch.tensor(3.0, requires_grad=True)
@@ -24,27 +24,28 @@ def scaled_gradient(value: Tensor, factor: Tensor | float) -> Tensor:
     return scaled
 
 
-def in_units(values: Tensor, unit: Tensor, small: float = SMALL) -> Tensor:
-    r"""Divides by a size, with a gradient that stays bounded however small that is.
+def bounded_divide(values: Tensor, scale: Tensor, small: float = SMALL) -> Tensor:
+    r"""Divides by a scale, with a gradient that stays bounded as the scale goes to 0.
 
-    The result does not see scale, so that its slope is one over the size: it would throw a student
-    far off whose embeddings nearly coincide. Where the size is below ``small``, the gradient is
-    multiplied by :math:`\mathrm{size} / \mathrm{small}`; the value stays as it is.
+    The quotient does not depend on the size of its input, so its derivative is proportional to one
+    over the scale: nearly coincident embeddings would receive huge updates. Where the scale is
+    below ``small``, the gradient is multiplied by :math:`\mathrm{scale} / \mathrm{small}`. The
+    value is not changed.
 
     Args:
-        values: What to divide.
-        unit: The size, not negative, of a shape that goes with that of the values; 0 counts as 1.
-        small: Up to which size the gradient is left as it is.
+        values: Dividend.
+        scale: Divisor, not negative, broadcastable to the values; 0 is replaced by 1.
+        small: Scale below which the gradient is reduced.
 
     Examples:
         >>> length = torch.tensor([2.0, 2e-6], requires_grad=True)
-        >>> told = in_units(length, torch.tensor([2.0, 2e-6]))
-        >>> told.sum().backward()
-        >>> told.tolist(), [round(slope, 1) for slope in length.grad.tolist()]
+        >>> ratio = bounded_divide(length, torch.tensor([2.0, 2e-6]))
+        >>> ratio.sum().backward()
+        >>> ratio.tolist(), [round(slope, 1) for slope in length.grad.tolist()]
         ([1.0, 1.0], [0.5, 1000.0])
     """
-    unit = unit.where(unit > 0, 1)
-    return scaled_gradient(values / unit, (unit.detach() / small).clamp(max=1))
+    scale = scale.where(scale > 0, 1)
+    return scaled_gradient(values / scale, (scale.detach() / small).clamp(max=1))
 
 
 class _Scaled(torch.autograd.Function):

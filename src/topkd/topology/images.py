@@ -1,12 +1,11 @@
-"""Persistence diagrams as vectors of fixed size, whose parameters are fitted once and stored.
+"""Persistence images and persistence vectors, which are fitted once and stored.
 
-:class:`PersistenceImage` is a picture of births against persistences: as the field defines it,
-as GUDHI samples it, or as the TopKD paper fits that. In H0 all births are 0, so that the columns of
-an image are equal: TopKD's 20 x 20 pixels hold 20 numbers. :class:`PersistenceVector` says the same
-in 20 numbers, and reads lengths in units of their mean, so that networks of different widths
-compare. :mod:`topkd.topology.curves` has functions of length.
-
-How they are stored is told in :mod:`topkd.topology.serialization`.
+:class:`PersistenceImage` is a weighted sum of Gaussians over births and persistences: integrated
+over cells as in the definition, or sampled at nodes as GUDHI and the TopKD paper do. In H0 all
+births are 0, so the columns of an image are equal: TopKD's 20 x 20 pixels hold 20 distinct numbers.
+:class:`PersistenceVector` holds the same information in 20 numbers, and is scale-invariant by
+default, so networks of different widths can be compared. :mod:`topkd.topology.curves` has functions
+of length, and :mod:`topkd.topology.serialization` stores vectorizations.
 """
 
 from __future__ import annotations
@@ -14,21 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from topkd.topology._validation import check_choice, check_positive, check_range
 from topkd.topology.rips import Diagrams
-from topkd.topology.scaling import (
-    MARGIN,
-    Unit,
-    check_choice,
-    check_positive,
-    check_range,
-    detached,
-    measured,
-)
+from topkd.topology.scaling import DiagramScale, TreeScale, normalized_bars
+from topkd.topology.vectorization import MARGIN, Vectorization, detached
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11
 
 Sampling = Literal["density", "integral"]
 Weight = Literal["topkd", "persistence", "one"]
@@ -38,47 +34,48 @@ WEIGHTS: Mapping[Weight, Callable[[Tensor, Tensor], Tensor]] = {
     "persistence": lambda births, persistence: persistence,
     "one": lambda births, persistence: (persistence > 0).to(persistence.dtype),
 }
-"""What a bar counts, by its birth and persistence. Only "persistence" is 0 on the diagonal in every
-dimension, which stability needs; "topkd" is in H0. All are 0 at (0, 0), where padding is."""
+"""Weight of a bar as a function of birth and persistence. Stability requires weights that vanish on
+the diagonal: "persistence" does in every dimension, "topkd" only in H0. All vanish at (0, 0), which
+is padding."""
 
 
 @dataclass(frozen=True)
-class PersistenceImage:
+class PersistenceImage(Vectorization):
     r"""The persistence image: a weighted sum of Gaussians over births and persistences.
 
     .. math:: \rho(x, y) = \sum_k w(b_k, p_k) \frac{1}{2 \pi \sigma^2}
         \exp\Big({-\frac{(x - b_k)^2 + (y - p_k)^2}{2 \sigma^2}}\Big)
 
-    over the bars with birth :math:`b` and persistence :math:`p`. A pixel is, after division by the
-    scale,
+    over the bars with birth :math:`b` and persistence :math:`p`. Pixels are divided by the
+    normalizer. Two kinds of sampling are supported:
 
-    * "integral": the integral of :math:`\rho` over its cell, as the authors of persistence images
-      define it. The ranges end at edges of cells. :meth:`fit_cells` fits this.
-    * "density": :math:`\rho` at a node, which is what GUDHI computes. The ranges end at nodes.
-      :meth:`fit` fits this as the authors of TopKD do. A density times the area of a cell is a good
-      integral while :math:`\sigma` is a cell or more: it is off by 3 % at one, by 64 % at a
-      quarter. Narrower Gaussians fall between the nodes; nothing warns of that, as the authors' own
-      fit may do it.
+    * "integral": the integral of :math:`\rho` over each cell, which is the definition of
+      persistence images. The ranges end at cell edges. :meth:`fit_cells` fits this kind.
+    * "density": :math:`\rho` at each node, which GUDHI computes. The ranges end at nodes.
+      :meth:`fit` fits this kind as the authors of TopKD do. A density times the area of a cell
+      approximates the integral if :math:`\sigma` is at least one cell: the error is 3 % at one
+      cell and 64 % at a quarter. Narrower Gaussians fall between the nodes. There is no warning,
+      because the authors' own fit can produce them.
 
-    What a bar counts, :math:`w`, is :math:`10 \tanh p + 10 \ln(100 b + 1)` for "topkd", :math:`p`
-    for "persistence" and 1 for "one". Only with "persistence" do short bars fade out in every
+    The weight :math:`w` of a bar is :math:`10 \tanh p + 10 \ln(100 b + 1)` for "topkd", :math:`p`
+    for "persistence" and 1 for "one". Only with "persistence" do short bars vanish in every
     dimension: :math:`w(1, 0) = 46` for "topkd".
 
     Args:
-        births: Range of the births, lowest and highest; for densities they may be equal.
-        persistences: Range of the persistences, likewise.
-        sigma: Standard deviation of the Gaussians, in the unit.
-        scale: What images are divided by: the greatest pixel of the clouds it was fitted on.
-        resolution: Number of cells or nodes on each side.
-        sampling: What a pixel is.
-        weight: What a bar counts.
-        unit: Of all lengths: "none", or the "mean", "median" or "max" of the deaths of each cloud,
-            see :func:`topkd.topology.scaling.length_unit`.
-        detach_unit: Whether the gradient takes the unit for a constant. If not, it passes through.
+        births: Range of births, low and high; for densities they may be equal.
+        persistences: Range of persistences, likewise.
+        sigma: Standard deviation of the Gaussians, in the unit of the ranges.
+        normalizer: Pixels are divided by this number; ``fit`` sets it to the greatest pixel over
+            the training diagrams.
+        resolution: Number of cells or nodes per side.
+        sampling: "density" or "integral".
+        weight: Weight of a bar: "topkd", "persistence" or "one".
+        scale: Scale of births and deaths, see :mod:`topkd.topology.scaling`.
+        detach_scale: Whether the scale is a constant for the gradient.
 
     Raises:
-        ValueError: If sigma, scale or resolution is not positive, a range is none, or a name is not
-            among these.
+        ValueError: If sigma, normalizer or resolution is not positive, a range is empty, or an
+            option is unknown.
 
     References:
         Persistence Images (Adams et al., JMLR 2017)
@@ -98,21 +95,24 @@ class PersistenceImage:
         torch.Size([10, 100])
     """
 
+    name = "image"
+    default_scale: ClassVar[TreeScale] = "none"
+
     births: tuple[float, float]
     persistences: tuple[float, float]
     sigma: float
-    scale: float = 1.0
+    normalizer: float = 1.0
     resolution: int = 20
     sampling: Sampling = "density"
     weight: Weight = "topkd"
-    unit: Unit = "none"
-    detach_unit: bool = False
+    scale: DiagramScale = "none"
+    detach_scale: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "sigma", "scale", "resolution")
-        check_choice(self, "sampling", get_args(Sampling))
-        check_choice(self, "weight", WEIGHTS)
-        check_choice(self, "unit", get_args(Unit))
+        check_positive(self, "sigma", "normalizer", "resolution")
+        check_choice("sampling", self.sampling, get_args(Sampling))
+        check_choice("weight", self.weight, WEIGHTS)
+        check_choice("scale", self.scale, get_args(DiagramScale))
         for name in ("births", "persistences"):
             low, high = getattr(self, name)
             if self.sampling == "integral" or low != high:
@@ -120,31 +120,42 @@ class PersistenceImage:
 
     @property
     def size(self) -> int:
-        """How many numbers describe one diagram."""
+        """Length of the vector."""
         return self.resolution**2
 
     @classmethod
-    def fit(cls, diagrams: Diagrams, *, resolution: int = 20) -> PersistenceImage:
-        """Chooses range, width and scale of densities as the authors of TopKD do.
+    def fit(
+        cls,
+        diagrams: Diagrams,
+        *,
+        resolution: int = 20,
+        scale: DiagramScale = "none",
+        detach_scale: bool = False,
+    ) -> Self:
+        """Chooses ranges, sigma and normalization of densities as the authors of TopKD do.
 
-        The width is the 0.2-quantile of the distances, above 1e-5, between the first 200 points.
+        Sigma is the 0.2-quantile of the distances above 1e-5 between the first 200 bars, as points
+        of births and persistences.
 
         Args:
-            diagrams: Of clouds that the teacher makes of training images, (clouds, bars, 2).
-            resolution: Number of nodes on each side.
+            diagrams: Diagrams of the teacher on training data.
+            resolution: Number of nodes per side.
+            scale: Scale of births and deaths.
+            detach_scale: Whether the scale is a constant for the gradient.
 
         Raises:
-            ValueError: If all of the first 200 bars are equal, so that there is no width.
+            ValueError: If the first 200 bars are equal and do not determine sigma.
         """
-        points = _points(diagrams, "none")
+        points = _points(diagrams, scale)
         distances = torch.nn.functional.pdist(points[:200])
         distances = distances[distances > 1e-5]
         if len(distances) == 0:
-            raise ValueError("the first 200 bars are equal: a persistence image needs a width")
+            raise ValueError("the first 200 bars are equal and do not determine sigma")
         low, high = points.amin(0).tolist(), points.amax(0).tolist()
         sigma = distances.quantile(0.2).item()
         image = cls((low[0], high[0]), (low[1], high[1]), sigma, 1.0, resolution)
-        return replace(image, scale=image(detached(diagrams)).max().item())
+        image = replace(image, scale=scale, detach_scale=detach_scale)
+        return replace(image, normalizer=image(detached(diagrams)).max().item())
 
     @classmethod
     def fit_cells(
@@ -153,46 +164,56 @@ class PersistenceImage:
         *,
         resolution: int = 20,
         weight: Weight = "persistence",
-        unit: Unit = "none",
-        detach_unit: bool = False,
-    ) -> PersistenceImage:
-        """Chooses range, width and scale of integrals over cells.
+        scale: DiagramScale = "none",
+        detach_scale: bool = False,
+    ) -> Self:
+        """Chooses ranges, sigma and normalization of integrals over cells.
 
-        The width is the longer side of a cell. Births reach three widths beyond those of the
-        diagrams, persistences from 0 to three widths beyond the greatest: there a student that is
-        spread otherwise than its teacher still finds a gradient.
+        Sigma is the longer side of a cell. The range of births extends three sigmas beyond those
+        of the diagrams, and persistences range from 0 to three sigmas beyond the greatest. In this
+        margin, a student whose diagrams differ from its teacher's still has a gradient.
 
         Args:
-            diagrams: Of clouds that the teacher makes of training images, of dimension 1 or more.
-            resolution: Number of cells on each side.
-            weight: What a bar counts.
-            unit: Of all lengths.
-            detach_unit: Whether the gradient takes the unit for a constant.
+            diagrams: Diagrams of the teacher on training data, of dimension 1 or more.
+            resolution: Number of cells per side.
+            weight: Weight of a bar.
+            scale: Scale of births and deaths.
+            detach_scale: Whether the scale is a constant for the gradient.
 
         Raises:
-            ValueError: If there is no bar, if all births are 0, or there are too few cells.
+            ValueError: If there are no bars, all births are 0, or there are too few cells.
         """
         if resolution <= 2 * MARGIN:
             raise ValueError(f"resolution must be more than {2 * MARGIN}, got {resolution}")
-        points = _points(diagrams, unit)
+        points = _points(diagrams, scale)
         if len(points) == 0:
-            raise ValueError("there is no bar of any length: a persistence image needs a range")
+            raise ValueError("all bars have length zero: a persistence image needs a range")
         low, high = points.amin(0).tolist(), points.amax(0).tolist()
         if low[0] == high[0] == 0:
             raise ValueError(
-                "all births are 0, so that columns would say the same: use a PersistenceVector"
+                "all births are 0, so all columns would be equal: use a PersistenceVector"
             )
         sigma = max((high[0] - low[0]) / (resolution - 2 * MARGIN), high[1] / (resolution - MARGIN))
         births = low[0] - MARGIN * sigma, high[0] + MARGIN * sigma
         persistences = 0.0, high[1] + MARGIN * sigma
         image = cls(
-            births, persistences, sigma, 1.0, resolution, "integral", weight, unit, detach_unit
+            births, persistences, sigma, 1.0, resolution, "integral", weight, scale, detach_scale
         )
-        return replace(image, scale=image(detached(diagrams)).max().item())
+        return replace(image, normalizer=image(detached(diagrams)).max().item())
+
+    @classmethod
+    def fit_dimension(cls, diagrams: Diagrams, dimension: int, *, scale: DiagramScale) -> Self:
+        """Fits densities as TopKD does in H0, and integrals weighted by persistence above.
+
+        Raises:
+            ValueError: If these diagrams do not determine the parameters.
+        """
+        fit = cls.fit if dimension == 0 else cls.fit_cells
+        return fit(diagrams, scale=scale)
 
     def __call__(self, diagrams: Diagrams) -> Tensor:
-        """Computes the images of diagrams, (clouds, resolution²), rows of persistence."""
-        births, deaths = measured(diagrams, self.unit, detach_unit=self.detach_unit)
+        """Computes images, (clouds, resolution²), with rows of constant persistence."""
+        births, deaths = normalized_bars(diagrams, self.scale, detach_scale=self.detach_scale)
         persistence = deaths - births
         weight = WEIGHTS[self.weight](births, persistence)
         sample, peak = _cells, 1.0
@@ -200,13 +221,13 @@ class PersistenceImage:
             sample, peak = _nodes, 2 * math.pi * self.sigma**2
         columns = sample(births, self.births, self.resolution, self.sigma)
         rows = sample(persistence, self.persistences, self.resolution, self.sigma)
-        with _unrounded(weight):
+        with _full_precision(weight):
             pixels = torch.einsum("...k,...kr,...kc->...rc", weight, rows, columns)
-        return pixels.flatten(-2) / (peak * self.scale)
+        return pixels.flatten(-2) / (peak * self.normalizer)
 
     def masses(self, diagrams: Diagrams) -> tuple[Tensor, Tensor]:
-        """Weights of all bars, and again, 0 for those outside the ranges, both (clouds, bars)."""
-        births, deaths = measured(diagrams, self.unit, detach_unit=self.detach_unit)
+        """Computes the weight of each bar, in total and within the ranges, (clouds, bars)."""
+        births, deaths = normalized_bars(diagrams, self.scale, detach_scale=self.detach_scale)
         persistence = deaths - births
         weight = WEIGHTS[self.weight](births, persistence)
         inside = _inside(births, self.births) & _inside(persistence, self.persistences)
@@ -214,32 +235,33 @@ class PersistenceImage:
 
 
 @dataclass(frozen=True)
-class PersistenceVector:
-    r"""A diagram as a smoothed histogram of its persistences, by default in units of their mean.
+class PersistenceVector(Vectorization):
+    r"""The persistence vector: a smoothed histogram of persistences, scale-invariant by default.
 
     .. math:: v_i = \frac{1}{s} \sum_k w(p_k)
         \Big[\Phi\Big(\frac{u_{i+1} - p_k}{\sigma}\Big)
         - \Phi\Big(\frac{u_i - p_k}{\sigma}\Big)\Big],
         \qquad p_k = (d_k - b_k) \Big/ \frac{1}{n-1} \sum_j d_j
 
-    with cells :math:`[u_i, u_{i+1}]` and the normal distribution function :math:`\Phi`. Each bar
-    counts by its persistence, :math:`w(p) = p`, so that bars of length zero count nothing. A cloud
-    whose points coincide gives zeros. In higher dimensions it is what is left of a persistence
-    image if births are forgotten.
+    with cells :math:`[u_i, u_{i+1}]` and the normal distribution function :math:`\Phi`. Bars are
+    weighted by their persistence, :math:`w(p) = p`, so bars of length zero have no effect.
+    Coincident points give zeros. In higher dimensions, it is the marginal of a persistence image
+    over births.
 
     Args:
-        persistences: Lowest and highest cell edge, in the unit.
-        sigma: Width of the smoothing, in the unit.
-        scale: What vectors are divided by: the greatest entry of the clouds it was fitted on.
+        persistences: First and last cell edge, in units of the scale.
+        sigma: Standard deviation of the smoothing, in units of the scale.
+        normalizer: Entries are divided by this number; ``fit`` sets it to the greatest entry over
+            the training diagrams.
         resolution: Number of cells.
-        weight: What a bar counts, as in :class:`PersistenceImage`.
-        unit: Of all lengths: the "mean", "median" or "max" of the deaths of each cloud, or "none".
-        detach_unit: Whether the gradient takes the unit for a constant. If not, it passes through,
-            and making a cloud larger has no gradient, as it has no effect.
+        weight: Weight of a bar, see :class:`PersistenceImage`.
+        scale: Scale of births and deaths, see :mod:`topkd.topology.scaling`.
+        detach_scale: Whether the scale is a constant for the gradient. By default, gradients pass
+            through it, so the size of a cloud has neither an effect nor a gradient.
 
     Raises:
-        ValueError: If sigma, scale or resolution is not positive, the range is empty, or a name is
-            not among these.
+        ValueError: If sigma, normalizer or resolution is not positive, the range is empty, or an
+            option is unknown.
 
     References:
         Persistence Images (Adams et al., JMLR 2017)
@@ -255,23 +277,25 @@ class PersistenceVector:
         True
     """
 
+    name = "vector"
+
     persistences: tuple[float, float]
     sigma: float
-    scale: float = 1.0
+    normalizer: float = 1.0
     resolution: int = 20
     weight: Weight = "persistence"
-    unit: Unit = "mean"
-    detach_unit: bool = False
+    scale: DiagramScale = "death_mean"
+    detach_scale: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "sigma", "scale", "resolution")
+        check_positive(self, "sigma", "normalizer", "resolution")
         check_range(self, "persistences")
-        check_choice(self, "weight", WEIGHTS)
-        check_choice(self, "unit", get_args(Unit))
+        check_choice("weight", self.weight, WEIGHTS)
+        check_choice("scale", self.scale, get_args(DiagramScale))
 
     @property
     def size(self) -> int:
-        """How many numbers describe one diagram."""
+        """Length of the vector."""
         return self.resolution
 
     @classmethod
@@ -281,69 +305,69 @@ class PersistenceVector:
         *,
         resolution: int = 20,
         weight: Weight = "persistence",
-        unit: Unit = "mean",
-        detach_unit: bool = False,
-    ) -> PersistenceVector:
-        """Chooses range, width and scale from several diagrams.
+        scale: DiagramScale = "death_mean",
+        detach_scale: bool = False,
+    ) -> Self:
+        """Chooses range, sigma and normalization from training diagrams.
 
-        The width is one cell; the range reaches from 0 to the greatest persistence and three widths
-        beyond, where a student that is spread more widely than its teacher still finds a gradient.
+        Sigma is one cell. The range extends from 0 to three cells beyond the greatest persistence;
+        in this margin, a student with longer bars than its teacher still has a gradient.
 
         Args:
-            diagrams: Of clouds that the teacher makes of training images, (clouds, bars, 2).
+            diagrams: Diagrams of the teacher on training data.
             resolution: Number of cells.
-            weight: What a bar counts.
-            unit: Of all lengths.
-            detach_unit: Whether the gradient takes the unit for a constant.
+            weight: Weight of a bar.
+            scale: Scale of births and deaths.
+            detach_scale: Whether the scale is a constant for the gradient.
 
         Raises:
-            ValueError: If there is no bar, or only bars of length zero, or too few cells.
+            ValueError: If all bars have length zero, or there are too few cells.
         """
         if resolution <= MARGIN:
             raise ValueError(f"resolution must be more than {MARGIN}, got {resolution}")
-        points = _points(diagrams, unit)
+        points = _points(diagrams, scale)
         if len(points) == 0:
-            raise ValueError("there is no bar of any length: a persistence vector needs a range")
+            raise ValueError("all bars have length zero: a persistence vector needs a range")
         cell = points[:, 1].max().item() / (resolution - MARGIN)
         ends = 0.0, resolution * cell
-        vector = cls(ends, cell, 1.0, resolution, weight, unit, detach_unit)
-        return replace(vector, scale=vector(detached(diagrams)).max().item())
+        vector = cls(ends, cell, 1.0, resolution, weight, scale, detach_scale)
+        return replace(vector, normalizer=vector(detached(diagrams)).max().item())
 
     def __call__(self, diagrams: Diagrams) -> Tensor:
-        """Computes the vectors of diagrams, (clouds, resolution)."""
-        births, deaths = measured(diagrams, self.unit, detach_unit=self.detach_unit)
+        """Computes vectors, (clouds, resolution)."""
+        births, deaths = normalized_bars(diagrams, self.scale, detach_scale=self.detach_scale)
         persistence = deaths - births
         weight = WEIGHTS[self.weight](births, persistence)
         cells = _cells(persistence, self.persistences, self.resolution, self.sigma)
-        with _unrounded(weight):
-            return torch.einsum("...k,...ki->...i", weight, cells) / self.scale
+        with _full_precision(weight):
+            return torch.einsum("...k,...ki->...i", weight, cells) / self.normalizer
 
     def masses(self, diagrams: Diagrams) -> tuple[Tensor, Tensor]:
-        """Weights of all bars, and again, 0 for those outside the range, both (clouds, bars)."""
-        births, deaths = measured(diagrams, self.unit, detach_unit=self.detach_unit)
+        """Computes the weight of each bar, in total and within the range, (clouds, bars)."""
+        births, deaths = normalized_bars(diagrams, self.scale, detach_scale=self.detach_scale)
         weight = WEIGHTS[self.weight](births, deaths - births)
         return weight, weight * _inside(deaths - births, self.persistences)
 
 
-def _unrounded(values: Tensor) -> torch.autocast:
-    """Sums in the type of the values, also under autocast, where matrices become half precision."""
+def _full_precision(values: Tensor) -> torch.autocast:
+    """Disables autocast, which would compute sums over bars in half precision."""
     return torch.autocast(values.device.type, enabled=False)
 
 
-def _points(diagrams: Diagrams, unit: Unit) -> Tensor:
-    """Births and persistences of all bars of all diagrams, (bars, 2), float64, no gradient."""
-    births, deaths = measured(detached(diagrams), unit, detach_unit=True)
+def _points(diagrams: Diagrams, scale: DiagramScale) -> Tensor:
+    """Births and persistences of all bars, (bars, 2), detached, in float64."""
+    births, deaths = normalized_bars(detached(diagrams), scale, detach_scale=True)
     return torch.stack([births, deaths - births], dim=-1)[deaths > births]
 
 
 def _nodes(values: Tensor, ends: tuple[float, float], count: int, sigma: float) -> Tensor:
-    """Gaussians around values (..., k) at nodes, with a peak of 1, (..., k, nodes)."""
+    """Gaussians centered at values (..., k), with peak 1, at nodes, (..., k, nodes)."""
     nodes = torch.linspace(*ends, count, dtype=values.dtype, device=values.device)
     return (-0.5 * ((nodes - values[..., None]) / sigma).square()).exp()
 
 
 def _cells(values: Tensor, ends: tuple[float, float], count: int, sigma: float) -> Tensor:
-    """What of Gaussians around values (..., k) falls into each cell, (..., k, cells)."""
+    """Mass of Gaussians centered at values (..., k) in each cell, (..., k, cells)."""
     edges = torch.linspace(*ends, count + 1, dtype=values.dtype, device=values.device)
     return torch.special.ndtr((edges - values[..., None]) / sigma).diff(dim=-1)
 

@@ -1,4 +1,4 @@
-"""Lengths of chosen edges, read off the points with gradients that reach no other point."""
+"""Lengths of selected edges, with gradients at their end points only, and distance matrices."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from topkd.topology import _kernels
 
 
 def edge_lengths(points: Tensor, edges: Tensor) -> Tensor:
-    r"""Computes :math:`\lVert x_i - x_j \rVert` for chosen edges; length 0 has gradient 0.
+    r"""Computes :math:`\lVert x_i - x_j \rVert` for selected edges; length 0 has gradient 0.
 
-    Sums are in float64 where the device has it, rounded once.
+    Sums are accumulated in float64 where the device supports it, and rounded once.
 
     Args:
         points: (clouds, n, d).
@@ -34,13 +34,29 @@ def edge_lengths(points: Tensor, edges: Tensor) -> Tensor:
     return _plain_lengths(points, edges)
 
 
+def pairwise_distances(points: Tensor) -> Tensor:
+    """Detached distances (clouds, n, n), exactly symmetric, with a diagonal of exact zeros."""
+    upper = difference_form(widened(points.detach())).triu(1)
+    return upper + upper.mT
+
+
+def difference_form(points: Tensor) -> Tensor:
+    """Distances (clouds, n, n) from coordinate differences, which is exact for nearby points."""
+    return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def widened(points: Tensor) -> Tensor:
+    """Converts points to float64 where the device supports it."""
+    return points if points.device.type == "mps" else points.double()
+
+
 def _plain_lengths(points: Tensor, edges: Tensor) -> Tensor:
-    wide = points if points.device.type == "mps" else points.double()
+    wide = widened(points)
     width = points.shape[-1]
     start, end = (wide.gather(1, e[..., None].expand(-1, -1, width)) for e in edges.unbind(-1))
     square = (start - end).square().sum(-1)
-    zero = square == 0  # the root has no derivative there; 0 is a subgradient of the length
-    zero |= edges[..., 0] == edges[..., 1]  # what pads a cloud may be NaN
+    zero = square == 0  # the square root has no derivative at 0; 0 is a subgradient of the length
+    zero |= edges[..., 0] == edges[..., 1]  # padding may be NaN
     return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt()).to(points.dtype)
 
 
@@ -75,7 +91,7 @@ def _numpy(tensor: Tensor) -> NDArray[Any]:
 
 
 class _Lengths(torch.autograd.Function):
-    """Lengths by the kernels; the gradient of the gradient by plain torch."""
+    """Lengths and gradients by the kernels; second derivatives by PyTorch operations."""
 
     @staticmethod
     def forward(ctx: Any, points: Tensor, edges: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
-"""Comparisons of two clouds that know which point of one is which point of the other.
+"""Comparisons of two clouds of corresponding points.
 
-The losses on diagrams do not see it when the points of a cloud change places; these do. Point i of
-the student and point i of the teacher are the same image, so that an edge (i, j) has a length in
-both clouds, whatever their widths. Which edges matter is found on detached points; their lengths
-are then read off both clouds, so that gradients need memory for these edges alone.
+Losses on diagrams are invariant to permutations of the points; these are not. Point i of the
+student and point i of the teacher belong to the same image, so an edge (i, j) has a length in both
+clouds, whatever their widths. Critical edges are found on detached points, and their lengths are
+recomputed in both clouds, so the autograd graph stores these edges only.
 
-Widths and scales of two networks differ, so lengths are divided by a unit of each cloud's own, see
-the module ``correspondence``. Nothing else is detached but what is said to be: gradients reach the
-teacher where it requires them, so it is usually given detached, or computed without gradients.
+Lengths are divided by a scale of each cloud, see :mod:`topkd.topology.scaling`. Gradients reach the
+teacher if it requires them; pass it detached otherwise.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from torch import Tensor
 from torch.library import custom_op
 
 from topkd.topology import _ultrametric
-from topkd.topology.correspondence import Unit, distances_of, paired
-from topkd.topology.lengths import edge_lengths
+from topkd.topology.correspondence import match_clouds
+from topkd.topology.lengths import edge_lengths, pairwise_distances
 from topkd.topology.rips import rips
+from topkd.topology.scaling import DistanceScale
 
 Edges = Literal["tree", "random"]
 
@@ -31,43 +31,43 @@ def edge_matching(
     student: Tensor,
     teacher: Tensor,
     *,
-    unit: Unit = "mean",
-    teacher_unit: Unit | None = None,
-    detach_unit: bool = False,
+    scale: DistanceScale = "mean",
+    teacher_scale: DistanceScale | None = None,
+    detach_scale: bool = False,
     symmetric: bool = True,
     edges: Edges | Tensor = "tree",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Compares the lengths of the edges of both spanning trees, edge by edge.
+    r"""Compares the lengths of the edges of both minimum spanning trees, edge by edge.
 
     .. math:: \frac{1}{2n} \sum_{e \in E_T} (D_S[e] - D_T[e])^2
         + \frac{1}{2n} \sum_{e \in E_S} (D_S[e] - D_T[e])^2
 
-    with the edges :math:`E` of the minimum spanning trees and lengths :math:`D` in units of their
-    cloud. It costs O(n² d) time a cloud, and memory for 4 n lengths.
+    with the edges :math:`E` of the minimum spanning trees and scaled lengths :math:`D`. The cost is
+    O(n² d) time per cloud, and memory for 4 n lengths.
 
-    The released code of the paper divides the input's lengths by their maximum and those of the
-    latent space by a learned scalar, and has no ½: ``edge_matching(latent / scalar, input,
-    unit="none", teacher_unit="max")``, twice.
+    The authors' code divides the lengths of the input by their maximum and those of the latent
+    space by a learned scalar, and omits the factor ½. This is twice
+    ``edge_matching(latent / scalar, input, scale="none", teacher_scale="max")``.
 
     Args:
         student: Points :math:`S`, (n, d) or (clouds, n, d).
-        teacher: Points :math:`T`, as many; their width may differ.
-        unit: What lengths are divided by, see :mod:`topkd.topology.correspondence`.
-        teacher_unit: The teacher's, if it is another.
-        detach_unit: Whether units count as constants.
-        symmetric: Whether the second sum is there, over the edges of the student's tree.
-        edges: ``random`` is a control: each sum is then over n - 1 pairs of different points,
-            drawn uniformly and with replacement, instead of a tree. So are edges that are given,
-            (k, 2) or (clouds, k, 2): both sums are over these.
-        generator: What draws them; the global one of torch, if not told.
+        teacher: Points :math:`T`, equally many; the width may differ.
+        scale: Scale of lengths, see :mod:`topkd.topology.scaling`.
+        teacher_scale: Scale of the teacher's lengths. Defaults to ``scale``.
+        detach_scale: Whether scales are constants for the gradient.
+        symmetric: Whether to include the second sum, over the edges of the student's tree.
+        edges: ``random`` is an ablation control: each sum runs over n - 1 pairs of different
+            points, drawn uniformly with replacement, instead of a tree. A tensor of edges, (k, 2)
+            or (clouds, k, 2), replaces both trees.
+        generator: Random generator for ``random``. Defaults to PyTorch's global generator.
 
     Returns:
-        One number for each cloud, (clouds); a scalar for a single cloud.
+        Losses, (clouds); a scalar for a single cloud.
 
     Raises:
         ValueError: If the clouds are not floats of these shapes, differ in their number of points,
-            or have a coordinate that is NaN or infinite; if an option is unknown.
+            or have a coordinate that is NaN or infinite; if an option is invalid.
 
     References:
         Topological Autoencoders (Moor et al., ICML 2020)
@@ -75,61 +75,61 @@ def edge_matching(
 
     Examples:
         >>> points = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-        >>> edge_matching(3 * points, points).item() < 1e-9  # it does not see scale
+        >>> edge_matching(3 * points, points).item() < 1e-9  # invariant to scale
         True
-        >>> edge_matching(points.flip(0), points).item() > 0.1  # but which point is which
+        >>> edge_matching(points.flip(0), points).item() > 0.1  # but not to permutations
         True
     """
     if not isinstance(edges, Tensor) and edges not in get_args(Edges):
-        raise ValueError(f"edges are one of {', '.join(get_args(Edges))}; got {edges!r}")
-    pair = paired(student, teacher, unit, teacher_unit or unit, detach_unit)
-    clouds, n, _ = pair.student.shape
-    total = pair.student.new_zeros(clouds)
-    for chosen_by in (pair.teacher, pair.student) if symmetric else (pair.teacher,):
+        raise ValueError(f"edges must be one of {', '.join(get_args(Edges))}, got {edges!r}")
+    clouds = match_clouds(student, teacher, scale, teacher_scale or scale, detach_scale)
+    batch, n, _ = clouds.student.shape
+    total = clouds.student.new_zeros(batch)
+    for source in (clouds.teacher, clouds.student) if symmetric else (clouds.teacher,):
         if isinstance(edges, Tensor):
-            chosen = edges.expand(clouds, -1, -1)
+            selected = edges.expand(batch, -1, -1)
         elif edges == "tree":
-            chosen = rips(chosen_by.detach()).death_edges
+            selected = rips(source.detach()).death_edges
         else:
-            chosen = _random_edges(clouds, n, chosen_by.device, generator)
-        total = total + pair.gap(chosen).square().sum(1)
-    return pair.result(total / (2 * n))
+            selected = _random_edges(batch, n, source.device, generator)
+        total = total + clouds.length_difference(selected).square().sum(1)
+    return clouds.unbatched(total / (2 * n))
 
 
 def rtd_lite(
     student: Tensor,
     teacher: Tensor,
     *,
-    unit: Unit = "quantile",
-    detach_unit: bool = False,
+    scale: DistanceScale = "quantile",
+    detach_scale: bool = False,
     edges: Tensor | None = None,
 ) -> Tensor:
-    r"""Compares at which lengths the same clusters form, by the weights of three spanning trees.
+    r"""Compares the lengths at which the same clusters form, by weights of three spanning trees.
 
     .. math:: \tfrac{1}{2} \big(M(A) + M(B)\big) - M\big(\min(A, B)\big)
 
-    with the distance matrices :math:`A` of the teacher and :math:`B` of the student, in units of
-    their cloud, and the weight :math:`M` of the minimum spanning tree. It is never negative; it is
-    0 if both clouds merge the same clusters at the same lengths. It is a sum of about n lengths,
-    and grows with n. O(n² d) time and, for a moment, O(n²) memory a cloud.
+    with the scaled distance matrices :math:`A` of the teacher and :math:`B` of the student, and the
+    weight :math:`M` of the minimum spanning tree. The loss is never negative; it is 0 if both
+    clouds merge the same clusters at the same lengths. It is a sum of about n lengths and grows
+    with n. The cost is O(n² d) time and O(n²) temporary memory per cloud.
 
-    The unit of the paper is the 0.9-quantile; its released code takes it over the whole matrix,
-    ``unit="matrix_quantile"``, with gradient.
+    The paper divides by the 0.9-quantile of distances; the authors' code uses the quantile of the
+    full matrix, with gradient: ``scale="matrix_quantile"``.
 
     Args:
         student: Points, (n, d) or (clouds, n, d).
-        teacher: Points, as many; their width may differ.
-        unit: What lengths are divided by, see :mod:`topkd.topology.correspondence`.
-        detach_unit: Whether units count as constants.
-        edges: Of a tree that stands in for all three, as a control, (n - 1, 2) or (clouds, n - 1,
-            2); the loss is then half the sum of the differences of their lengths.
+        teacher: Points, equally many; the width may differ.
+        scale: Scale of lengths, see :mod:`topkd.topology.scaling`.
+        detach_scale: Whether scales are constants for the gradient.
+        edges: Edges of a tree that replaces all three, as an ablation control, (n - 1, 2) or
+            (clouds, n - 1, 2). The loss is then half the sum of absolute length differences.
 
     Returns:
-        One number for each cloud, (clouds); a scalar for a single cloud.
+        Losses, (clouds); a scalar for a single cloud.
 
     Raises:
         ValueError: If the clouds are not floats of these shapes, differ in their number of points,
-            or have a coordinate that is NaN or infinite; if the unit is unknown.
+            or have a coordinate that is NaN or infinite; if the scale is invalid.
 
     References:
         RTD-Lite: Scalable Topological Analysis for Comparing Weighted Graphs in Learning Tasks
@@ -138,42 +138,47 @@ def rtd_lite(
 
     Examples:
         >>> segment = torch.tensor([[0.0], [1.0], [3.0]])
-        >>> rtd_lite(segment, segment[[1, 0, 2]], unit="none")  # 1 + 2 twice, and 1 + 2 of both
+        >>> rtd_lite(segment, segment[[1, 0, 2]], scale="none")  # trees 3 and 3, of the minimum 3
         tensor(0.)
-        >>> rtd_lite(segment, segment[[0, 2, 1]], unit="none")  # 1 + 2 twice, and 1 + 1 of both
+        >>> rtd_lite(segment, segment[[0, 2, 1]], scale="none")  # trees 3 and 3, of the minimum 2
         tensor(1.)
     """
-    pair = paired(student, teacher, unit, unit, detach_unit)
+    clouds = match_clouds(student, teacher, scale, scale, detach_scale)
     if edges is not None:
-        ours, theirs = pair.lengths(edges.expand(len(pair.student), -1, -1))
-        return pair.result((ours - theirs).abs().sum(1) / 2)
+        student_lengths, teacher_lengths = clouds.edge_lengths(
+            edges.expand(len(clouds.student), -1, -1)
+        )
+        return clouds.unbatched((student_lengths - teacher_lengths).abs().sum(1) / 2)
     least = torch.minimum(
-        distances_of(pair.student) / pair.student_unit.detach()[..., None],
-        distances_of(pair.teacher) / pair.teacher_unit.detach()[..., None],
+        pairwise_distances(clouds.student) / clouds.student_scale.detach()[..., None],
+        pairwise_distances(clouds.teacher) / clouds.teacher_scale.detach()[..., None],
     )
     shared = rips(distances=least).death_edges
-    ours, theirs = pair.lengths(shared)
-    student_tree, teacher_tree = pair.told(rips(pair.student).deaths, rips(pair.teacher).deaths)
-    gap = (student_tree + teacher_tree) / 2 - torch.minimum(ours, theirs)
-    return pair.result(gap.sum(1).clamp(min=0))  # nothing but rounding makes it negative
+    student_lengths, teacher_lengths = clouds.edge_lengths(shared)
+    student_tree, teacher_tree = clouds.scaled(
+        rips(clouds.student).deaths, rips(clouds.teacher).deaths
+    )
+    excess = (student_tree + teacher_tree) / 2 - torch.minimum(student_lengths, teacher_lengths)
+    return clouds.unbatched(excess.sum(1).clamp(min=0))  # only rounding makes it negative
 
 
 def single_linkage(points: Tensor, *, edges: Tensor | None = None) -> Tensor:
-    r"""Computes at which length any two points fall into one cluster of single linkage.
+    r"""Computes the length at which single linkage merges each pair of points into one cluster.
 
     .. math:: U_{uv} = \min_{\text{paths from } u \text{ to } v} \; \max_{\text{edges } e} D[e]
 
-    which is the greatest edge between them in the minimum spanning tree: an ultrametric, and the
-    greatest that is nowhere above the distances. Gradients pass through the n - 1 edges of the
-    tree. The edges are found on the CPU in O(n²) time beyond that for the tree.
+    This is the longest edge between them in the minimum spanning tree: the subdominant ultrametric,
+    the greatest that does not exceed the distances. Gradients pass through the n - 1 edges of the
+    tree. Finding the longest edges takes O(n²) time on the CPU, in addition to the tree.
 
     Args:
         points: (n, d) or (clouds, n, d).
-        edges: Of a tree that stands in for the minimum spanning tree, as a control, (n - 1, 2) or
-            (clouds, n - 1, 2).
+        edges: Edges of a tree that replaces the minimum spanning tree, as an ablation control,
+            (n - 1, 2) or (clouds, n - 1, 2).
 
     Returns:
-        (n (n - 1) / 2) or (clouds, n (n - 1) / 2), pairs u < v in the order of scipy's ``pdist``.
+        Heights of pairs u < v in the order of SciPy's ``pdist``, (n (n - 1) / 2) or
+        (clouds, n (n - 1) / 2).
 
     Raises:
         ValueError: If the points are not floats of that shape, or not finite.
@@ -183,7 +188,7 @@ def single_linkage(points: Tensor, *, edges: Tensor | None = None) -> Tensor:
         (Carlsson & Mémoli, JMLR 2010) https://jmlr.org/papers/v11/carlsson10a.html
 
     Examples:
-        >>> single_linkage(torch.tensor([[0.0], [1.0], [3.0]]))  # of 0 and 1, 0 and 2, 1 and 2
+        >>> single_linkage(torch.tensor([[0.0], [1.0], [3.0]]))  # pairs 01, 02, 12
         tensor([1., 2., 2.])
     """
     clouds = points[None] if points.ndim == 2 else points
@@ -203,34 +208,34 @@ def ultrametric(
     teacher: Tensor,
     *,
     order: float = 1.0,
-    unit: Unit = "mean",
-    detach_unit: bool = False,
+    scale: DistanceScale = "mean",
+    detach_scale: bool = False,
     edges: Tensor | None = None,
 ) -> Tensor:
-    r"""Compares at which lengths any two points fall into one cluster of single linkage.
+    r"""Compares the lengths at which single linkage merges each pair of points.
 
     .. math:: \frac{2}{n (n - 1)} \sum_{u < v} \lvert U^S_{uv} - U^T_{uv} \rvert^p
 
-    with the ultrametrics :math:`U` of :func:`single_linkage` in units of their cloud. Every pair
-    counts, and all gradient passes through the n - 1 edges of the student's tree, to each as much
-    as there are pairs in the two clusters that it joins. Without a unit, and for order 1, it is at
-    most the greatest change of a distance. O(n² d) time and O(n²) memory a cloud.
+    with the scaled ultrametrics :math:`U` of :func:`single_linkage`. All pairs contribute, but
+    gradients pass only through the n - 1 edges of the student's tree; each edge is weighted by the
+    number of pairs that it merges. For scale "none" and order 1, the loss is at most the greatest
+    change of a distance. The cost is O(n² d) time and O(n²) memory per cloud.
 
     Args:
         student: Points, (n, d) or (clouds, n, d).
-        teacher: Points, as many; their width may differ.
+        teacher: Points, equally many; the width may differ.
         order: The exponent p, at least 1.
-        unit: What lengths are divided by, see :mod:`topkd.topology.correspondence`.
-        detach_unit: Whether units count as constants.
-        edges: Of a tree that stands in for both, as a control, see :func:`single_linkage`.
+        scale: Scale of lengths, see :mod:`topkd.topology.scaling`.
+        detach_scale: Whether scales are constants for the gradient.
+        edges: Edges of a tree that replaces both, see :func:`single_linkage`.
 
     Returns:
-        One number for each cloud, (clouds); a scalar for a single cloud.
+        Losses, (clouds); a scalar for a single cloud.
 
     Raises:
         ValueError: If the clouds are not floats of these shapes, differ in their number of points,
-            or have a coordinate that is NaN or infinite; if the order is below 1 or the unit is
-            unknown.
+            or have a coordinate that is NaN or infinite; if the order is below 1 or the scale is
+            invalid.
 
     References:
         Characterization, Stability and Convergence of Hierarchical Clustering Methods
@@ -238,18 +243,18 @@ def ultrametric(
         https://jmlr.org/papers/v11/carlsson10a.html
 
     Examples:
-        >>> segment = torch.tensor([[0.0], [1.0], [3.0]])  # 1, 2, 2 between its points
-        >>> ultrametric(segment[[0, 2, 1]], segment, unit="none")  # 2, 1, 2
+        >>> segment = torch.tensor([[0.0], [1.0], [3.0]])  # heights 1, 2, 2
+        >>> ultrametric(segment[[0, 2, 1]], segment, scale="none")  # heights 2, 1, 2
         tensor(0.6667)
     """
     if not 1 <= order < math.inf:
-        raise ValueError(f"the order is a finite number of at least 1, got {order}")
-    pair = paired(student, teacher, unit, unit, detach_unit)
-    ours, theirs = pair.told(
-        single_linkage(pair.student, edges=edges), single_linkage(pair.teacher, edges=edges)
+        raise ValueError(f"order must be finite and at least 1, got {order}")
+    clouds = match_clouds(student, teacher, scale, scale, detach_scale)
+    student_lengths, teacher_lengths = clouds.scaled(
+        single_linkage(clouds.student, edges=edges), single_linkage(clouds.teacher, edges=edges)
     )
-    gap = (ours - theirs).abs().pow(order)
-    return pair.result(gap.sum(1) / max(gap.shape[1], 1))
+    difference = (student_lengths - teacher_lengths).abs().pow(order)
+    return clouds.unbatched(difference.sum(1) / max(difference.shape[1], 1))
 
 
 def persistence_weighted(
@@ -259,64 +264,63 @@ def persistence_weighted(
     power: float = 1.0,
     max_dim: int = 0,
     symmetric: bool = False,
-    unit: Unit = "mean",
-    detach_unit: bool = False,
+    scale: DistanceScale = "mean",
+    detach_scale: bool = False,
 ) -> Tensor:
-    r"""Compares the lengths of the teacher's critical edges, those of long bars most.
+    r"""Compares the lengths of the teacher's critical edges, weighted by persistence.
 
     .. math:: \sum_{(e, \pi)} \pi^q (D_S[e] - D_T[e])^2 \Big/ \sum_{(e, \pi)} \pi^q
 
-    over the edges :math:`e` at which a class of the teacher's diagram is born or dies, with the
-    detached persistence :math:`\pi` of its bar: of H0 the edges of the spanning tree and their
-    lengths, of H1 the edges of birth and of death, both with death less birth. Lengths :math:`D`
-    are in units of their cloud. A power of 0 counts all edges alike. Where no bar has any length
-    the loss is 0.
+    over the birth and death edges :math:`e` of the teacher's diagram, with the detached persistence
+    :math:`\pi` of their bars and scaled lengths :math:`D`. The critical edges of H0 are those of
+    the minimum spanning tree; each bar of H1 has a birth edge and a death edge. A power of 0
+    weights all edges equally. If all bars have length zero, the loss is 0.
 
     Args:
         student: Points, (n, d) or (clouds, n, d).
-        teacher: Points, as many; their width may differ.
+        teacher: Points, equally many; the width may differ.
         power: The exponent q, not negative.
-        max_dim: The highest dimension of the diagrams, see :func:`~topkd.topology.rips`.
-        symmetric: Whether the same is added for the student's critical edges, weighted by the
+        max_dim: Maximum dimension of the diagrams, see :func:`~topkd.topology.rips`.
+        symmetric: Whether to add the same sum over the student's critical edges, weighted by the
             detached persistence of the student's bars.
-        unit: What lengths are divided by, see :mod:`topkd.topology.correspondence`.
-        detach_unit: Whether units count as constants.
+        scale: Scale of lengths, see :mod:`topkd.topology.scaling`.
+        detach_scale: Whether scales are constants for the gradient.
 
     Returns:
-        One number for each cloud, (clouds); a scalar for a single cloud.
+        Losses, (clouds); a scalar for a single cloud.
 
     Raises:
         ValueError: If the clouds are not floats of these shapes, differ in their number of points,
             or have a coordinate that is NaN or infinite; if the power is negative or an option is
-            unknown.
+            invalid.
         ImportError: If :func:`~topkd.topology.rips` needs redzed-tda for that dimension.
 
     References:
-        Defined here; with power 0 it is one side of the matching of
+        Defined in topkd. With power 0, it is one of the two sums of
         Topological Autoencoders (Moor et al., ICML 2020) https://arxiv.org/abs/1906.00722
 
     Examples:
         >>> segment = torch.tensor([[0.0], [1.0], [4.0]])  # bars of length 1 and 3
         >>> student = torch.tensor([[0.0], [1.0], [5.0]])  # the second is longer by 1
-        >>> persistence_weighted(student, segment, unit="none")
+        >>> persistence_weighted(student, segment, scale="none")
         tensor(0.7500)
     """
     if not 0 <= power < math.inf:
-        raise ValueError(f"the power is a finite number of at least 0, got {power}")
-    pair = paired(student, teacher, unit, unit, detach_unit)
-    total = pair.student.new_zeros(len(pair.student))
-    for chosen_by in (pair.teacher, pair.student) if symmetric else (pair.teacher,):
-        chosen, weights = _weighted_edges(chosen_by.detach(), power, max_dim)
+        raise ValueError(f"power must be finite and at least 0, got {power}")
+    clouds = match_clouds(student, teacher, scale, scale, detach_scale)
+    total = clouds.student.new_zeros(len(clouds.student))
+    for source in (clouds.teacher, clouds.student) if symmetric else (clouds.teacher,):
+        selected, weights = _weighted_edges(source.detach(), power, max_dim)
         sums = weights.sum(1)
-        gaps = (weights * pair.gap(chosen).square()).sum(1)
-        total = total + gaps / torch.where(sums > 0, sums, 1.0)
-    return pair.result(total)
+        squares = (weights * clouds.length_difference(selected).square()).sum(1)
+        total = total + squares / torch.where(sums > 0, sums, 1.0)
+    return clouds.unbatched(total)
 
 
 def _random_edges(
     clouds: int, n: int, device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
-    """As many pairs of different points as a tree has edges, (clouds, n - 1, 2), i < j."""
+    """Draws n - 1 pairs of different points with replacement, (clouds, n - 1, 2), i < j."""
     shape = clouds, n - 1
     place = device if generator is None else generator.device
     start = torch.randint(n, shape, generator=generator, device=place)
@@ -325,23 +329,23 @@ def _random_edges(
 
 
 def _weighted_edges(points: Tensor, power: float, max_dim: int) -> tuple[Tensor, Tensor]:
-    """Critical edges (clouds, k, 2), and powers of the persistence of their bars (clouds, k)."""
+    """Critical edges (clouds, k, 2) and powers of the persistence of their bars (clouds, k)."""
     diagrams = rips(points, max_dim=max_dim)
     weights = diagrams.persistence.pow(power) * diagrams.mask
-    higher = slice(diagrams.sizes[0], None)  # all bars of H0 are born without an edge
+    higher = slice(diagrams.sizes[0], None)  # bars of H0 have no birth edge
     edges = torch.cat([diagrams.death_edges, diagrams.birth_edges[:, higher]], dim=1)
     return edges, torch.cat([weights, weights[:, higher]], dim=1)
 
 
 @custom_op("topkd::attaining_edges", mutates_args=())
 def attaining_edges(edges: Tensor) -> Tensor:
-    """Finds the greatest edge on the path between any two points of spanning trees.
+    """Finds the longest edge on the path between each pair of points of spanning trees.
 
     Args:
-        edges: Trees by length, (clouds, n - 1, 2).
+        edges: Edges of the trees, sorted by length, (clouds, n - 1, 2).
 
     Returns:
-        For pairs in the order of scipy's ``pdist``, (clouds, n (n - 1) / 2), which row it is.
+        Row of that edge for pairs in the order of SciPy's ``pdist``, (clouds, n (n - 1) / 2).
     """
     clouds, merges, _ = edges.shape
     index = torch.empty((clouds, merges * (merges + 1) // 2), dtype=torch.int64)

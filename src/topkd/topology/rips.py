@@ -1,7 +1,7 @@
 """Persistence of Vietoris-Rips filtrations: exact, batched and differentiable.
 
-Which edges are critical is found on detached points and in float64; their lengths are then read off
-the points again, so that gradients reach exactly the points that carry each bar.
+Critical edges are found on detached points in float64. Their lengths are then recomputed from the
+points, so gradients reach exactly the end points of critical edges.
 """
 
 from __future__ import annotations
@@ -19,36 +19,35 @@ from topkd.topology.lengths import edge_lengths
 
 @dataclass(frozen=True)
 class Diagrams:
-    """Persistence diagrams of one or several clouds; one cloud has no batch axis.
+    """Persistence diagrams of one or several clouds; a single cloud has no batch axis.
 
-    Every birth and every death is the length of an edge between two points, the diameter convention
-    of GUDHI and Ripser. Bars are grouped by dimension. In H0 there are n - 1 of them, by increasing
-    death, of length zero where points coincide; the one component that never dies is left out. In
-    H1 and H2 they come by decreasing persistence, without those of length zero. Padding has births,
-    deaths and edges of zero.
+    Births and deaths are lengths of edges between two points, the diameter convention of GUDHI and
+    Ripser. Bars are grouped by dimension. H0 has n - 1 bars in order of death, of length zero for
+    coincident points; the component that never dies is omitted. Bars of H1 and H2 are in order of
+    decreasing persistence, without those of length zero. Births, deaths and edges of padding are 0.
     """
 
     births: Tensor  # (clouds, bars)
     deaths: Tensor  # (clouds, bars)
-    birth_edges: Tensor  # (clouds, bars, 2), i < j; in H0, where no edge is needed, 0 and 0
+    birth_edges: Tensor  # (clouds, bars, 2), i < j; (0, 0) in H0
     death_edges: Tensor  # (clouds, bars, 2), i < j
     mask: Tensor  # (clouds, bars), False in padding
-    count: Tensor  # (clouds, dimensions), how many bars there are, also those cut off
-    sizes: tuple[int, ...]  # bars of each dimension, padding included
+    count: Tensor  # (clouds, dimensions), number of bars, including truncated ones
+    sizes: tuple[int, ...]  # bars per dimension, including padding
 
     @classmethod
     def from_bars(cls, bars: Tensor, *, dimension: int = 1) -> Diagrams:
-        """Makes diagrams of births and deaths that come from elsewhere; they have no edges.
+        """Creates diagrams from given births and deaths; they have no edges.
 
         Args:
-            bars: Births and deaths, (bars, 2) or (clouds, bars, 2), all finite; bars of length
-                zero count as padding in dimensions above 0. Whole numbers become floats of the
-                default type, half precision float32.
-            dimension: Of all of them.
+            bars: Births and deaths, (bars, 2) or (clouds, bars, 2), all finite. In dimensions above
+                0, bars of length zero are padding. Integers are converted to the default dtype,
+                half precision to float32.
+            dimension: Dimension of all bars.
 
         Raises:
-            ValueError: If these are no bars: of another shape or type, NaN, infinite, or with a
-                death below its birth by more than rounding.
+            ValueError: If the bars have an invalid shape or type, are NaN or infinite, or a death
+                is below its birth by more than rounding.
 
         Examples:
             >>> Diagrams.from_bars(torch.tensor([[1.0, 3.0], [2.0, 2.5]])).persistence
@@ -58,7 +57,7 @@ class Diagrams:
 
     @classmethod
     def _of_bars(cls, bars: Tensor, dimension: int) -> Diagrams:
-        """Makes diagrams of bars that were read off points, and need no look."""
+        """Creates diagrams from valid bars, without validation."""
         births, deaths = bars.unbind(-1)
         edges = torch.zeros(bars.shape, dtype=torch.int64, device=bars.device)
         mask = (deaths > births) | (dimension == 0)
@@ -74,24 +73,24 @@ class Diagrams:
 
     @property
     def persistence(self) -> Tensor:
-        """(clouds, bars), deaths less births; never below 0, whatever rounding does."""
+        """(clouds, bars), deaths minus births, clamped at 0."""
         return (self.deaths - self.births).clamp(min=0)
 
     @property
     def dimension(self) -> Tensor:
-        """(bars), the dimension of each."""
-        of_each = [torch.full((size,), d) for d, size in enumerate(self.sizes)]
-        return torch.cat(of_each).to(self.mask.device)
+        """(bars), dimension of each bar."""
+        per_dimension = [torch.full((size,), d) for d, size in enumerate(self.sizes)]
+        return torch.cat(per_dimension).to(self.mask.device)
 
-    def _only(self) -> Diagrams:
-        """The single cloud, without batch axis."""
-        only: dict[str, Any] = {
+    def _unbatched(self) -> Diagrams:
+        """Removes the batch axis of a single cloud."""
+        first: dict[str, Any] = {
             name: value[0] for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **only)
+        return replace(self, **first)
 
     def scaled(self, factor: Tensor | float) -> Diagrams:
-        """Multiplies births and deaths, of each cloud by a factor of its own if there are many."""
+        """Multiplies births and deaths by a factor, or by one factor per cloud."""
         if isinstance(factor, Tensor) and factor.ndim > 0:
             factor = factor[..., None]
         return replace(self, births=factor * self.births, deaths=factor * self.deaths)
@@ -121,7 +120,7 @@ class Diagrams:
 
 def _checked_bars(bars: Tensor, dimension: int) -> Tensor:
     if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 0:
-        raise ValueError(f"dimension must be a whole number, 0 or above, got {dimension!r}")
+        raise ValueError(f"dimension must be an integer, 0 or more, got {dimension!r}")
     if not isinstance(bars, Tensor):
         raise ValueError(f"bars must be a tensor (bars, 2), got {type(bars).__name__}")
     numbers = not bars.is_complex() and bars.dtype != torch.bool
@@ -134,19 +133,19 @@ def _checked_bars(bars: Tensor, dimension: int) -> Tensor:
         bars = bars.to(torch.get_default_dtype())
     if bars.dtype in (torch.float16, torch.bfloat16):
         bars = bars.float()
-    if torch.compiler.is_compiling():  # a graph must not ask for numbers
+    if torch.compiler.is_compiling():  # values are not available while tracing
         return bars
     births, deaths = bars.detach().unbind(-1)
     rounding = 8 * torch.finfo(bars.dtype).eps * births.abs()
-    wrong = ~(bars.detach().isfinite().all(-1) & (deaths >= births - rounding))
-    if wrong.any():
-        place = wrong.nonzero()[0].tolist()
+    invalid = ~(bars.detach().isfinite().all(-1) & (deaths >= births - rounding))
+    if invalid.any():
+        place = invalid.nonzero()[0].tolist()
         where = f"cloud {place[0]}, bar {place[1]}" if len(place) > 1 else f"bar {place[0]}"
         birth, death = births[tuple(place)].item(), deaths[tuple(place)].item()
-        cure = "births and deaths must be finite, and no death below its birth"
+        rule = "births and deaths must be finite, and deaths not below births"
         if death == math.inf and math.isfinite(birth):
-            cure = "births and deaths must be finite, leave out what never dies"
-        raise ValueError(f"{where}: {cure}, got {birth} and {death}")
+            rule = "births and deaths must be finite; omit classes that never die"
+        raise ValueError(f"{where}: {rule}, got {birth} and {death}")
     return bars
 
 
@@ -160,32 +159,32 @@ def rips(
 ) -> Diagrams:
     r"""Computes the persistence diagrams of Vietoris-Rips filtrations, over the field Z/2.
 
-    A simplex is present from the length of its longest edge on. H0 tells at which lengths
-    components merge, which are those of the minimum spanning tree; H1 from which to which length
-    loops are open; H2 the same of voids:
+    A simplex is present from the length of its longest edge on. H0 contains the lengths at which
+    components merge, which are the edges of the minimum spanning tree. H1 contains the lengths at
+    which loops are born and die, and H2 those of voids.
 
     .. math:: H_0 = \{(0, \lVert x_i - x_j \rVert) : (i, j) \in \mathrm{MST}(x)\}
 
-    Edges of equal length are ordered by their end points: values never depend on that, gradients
-    do, and are repeatable. Lengths of zero, of coincident points, have gradient zero.
+    Edges of equal length are ordered by their end points, so gradients are deterministic; values do
+    not depend on this order. Edges of length zero have gradient zero.
 
-    H0 costs O(n² d) time a cloud, and O(n) memory beyond 256 points. H0 of points on a GPU is found
-    there; all else is found on the CPU, by as many threads as torch uses. H1 of more than 256
-    points, and H2, are left to redzed-tda, which ``pip install 'topkd[topology]'`` brings.
+    H0 takes O(n² d) time per cloud, and O(n) memory beyond 256 points. H0 of points on a GPU is
+    computed there; everything else runs on the CPU, with as many threads as PyTorch uses. H2, and
+    H1 of more than 256 points, use redzed-tda: ``pip install 'topkd[topology]'``.
 
     Args:
         points: One cloud, (n, d), or several, (clouds, n, d), of any floating point type; half
             precision gives float32 diagrams.
-        distances: Instead of points, their distances, (n, n) or (clouds, n, n): symmetric, not
-            negative, with a diagonal of zeros. The triangle inequality is not needed.
-        max_dim: The highest dimension, 0, 1 or 2.
-        mask: Which points are there and which are padding, (n) or (clouds, n); all, if not told.
-        max_bars: At most so many bars of H1 and of H2, the most persistent; ``count`` tells how
-            many there are. If not told, room for 4 n, and an error if that is not enough.
+        distances: Distance matrices instead of points, (n, n) or (clouds, n, n): symmetric,
+            non-negative, with zero diagonal. The triangle inequality is not required.
+        max_dim: Maximum dimension, 0, 1 or 2.
+        mask: False for padding, (n) or (clouds, n). Defaults to no padding.
+        max_bars: Maximum number of bars of H1 and of H2; the most persistent are kept, and
+            ``count`` contains the total. Defaults to 4 n, with an error if there are more.
 
     Raises:
         ValueError: If the points are not floats of that shape, a cloud has no point, a coordinate
-            is NaN or infinite, or distances are none.
+            is NaN or infinite, or a distance is invalid.
         ImportError: If redzed-tda is needed and not installed.
 
     References:
@@ -201,13 +200,15 @@ def rips(
         >>> rips(square, max_dim=1).of(1).bars
         tensor([[1.0000, 1.4142]])
     """
-    source, inside, alone = _checked(points, distances, mask, max_dim, max_bars)
+    source, inside, is_single = _checked(points, distances, mask, max_dim, max_bars)
     clouds, n, _ = source.shape
     rows = 0 if max_dim == 0 else 4 * n if max_bars is None else max_bars
     birth_edges, death_edges, count = critical_edges(
         source.detach(), inside, points is None, max_dim, rows, max_bars is None
     )
-    if max_dim > 0 and not torch.compiler.is_compiling():  # drop the rows that no cloud needs
+    if (
+        max_dim > 0 and not torch.compiler.is_compiling()
+    ):  # drop rows that are padding in every cloud
         most = min(rows, int(count[:, 1:].max())) if clouds else 0
         birth_edges, death_edges = (
             _trimmed(edges, n - 1, rows, most) for edges in (birth_edges, death_edges)
@@ -224,11 +225,11 @@ def rips(
         count=count,
         sizes=sizes,
     )
-    return found._only() if alone else found
+    return found._unbatched() if is_single else found
 
 
 def _trimmed(edges: Tensor, first: int, rows: int, most: int) -> Tensor:
-    """Edges (clouds, first + dimensions * rows, 2) with fewer rows a dimension."""
+    """Edges (clouds, first + dimensions * rows, 2), truncated to fewer rows per dimension."""
     if edges.shape[1] == first + rows:
         return edges[:, : first + most]
     blocks = edges[:, first:].unflatten(1, (-1, rows))[:, :, :most]
@@ -236,11 +237,11 @@ def _trimmed(edges: Tensor, first: int, rows: int, most: int) -> Tensor:
 
 
 def _rows_in_use(count: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """(clouds, bars), of counts (clouds, dimensions): which rows hold bars."""
-    of_each = [
+    """Mask (clouds, bars) of rows that hold bars, from counts (clouds, dimensions)."""
+    per_dimension = [
         torch.arange(size, device=count.device) < count[:, d, None] for d, size in enumerate(sizes)
     ]
-    return of_each[0] if len(of_each) == 1 else torch.cat(of_each, dim=1)
+    return per_dimension[0] if len(per_dimension) == 1 else torch.cat(per_dimension, dim=1)
 
 
 def _checked(
@@ -250,13 +251,13 @@ def _checked(
     max_dim: int,
     max_bars: int | None,
 ) -> tuple[Tensor, Tensor, bool]:
-    """Checks shapes and types; clouds, which of their points are there, and if it was one cloud."""
+    """Validates the input; returns clouds, mask and whether there was no batch axis."""
     if (points is None) == (distances is None):
-        raise ValueError("give either points or distances")
+        raise ValueError("pass either points or distances")
     if max_dim not in (0, 1, 2):
-        raise ValueError(f"max_dim is 0, 1 or 2, got {max_dim}")
+        raise ValueError(f"max_dim must be 0, 1 or 2, got {max_dim}")
     if max_bars is not None and max_bars < 1:
-        raise ValueError(f"max_bars is at least 1, got {max_bars}")
+        raise ValueError(f"max_bars must be at least 1, got {max_bars}")
     name, shape = ("points", "(n, d)") if distances is None else ("distances", "(n, n)")
     source = points if points is not None else distances
     assert source is not None
@@ -274,18 +275,18 @@ def _checked(
             f"the mask must be bool {tuple(source.shape[:-1])}, "
             f"got {mask.dtype} {tuple(mask.shape)}"
         )
-    alone = source.ndim == 2
-    if alone:
+    is_single = source.ndim == 2
+    if is_single:
         source, mask = source[None], None if mask is None else mask[None]
     if mask is None:
         mask = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
     if source.dtype in (torch.float16, torch.bfloat16):
         source = source.float()
-    return source, mask, alone
+    return source, mask, is_single
 
 
 def _entries(distances: Tensor, edges: Tensor) -> Tensor:
-    """Reads lengths off distance matrices (clouds, n, n); 0 for what is no edge."""
+    """Entries of distance matrices (clouds, n, n) at edges; 0 for padding."""
     i, j = edges.unbind(-1)
     each = torch.arange(len(distances), device=distances.device)[:, None]
     return torch.where(i == j, 0.0, distances[each, i, j])

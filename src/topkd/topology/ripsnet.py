@@ -1,4 +1,4 @@
-"""RipsNet: the network of the paper, which guesses the persistence image of a cloud."""
+"""RipsNet: the approximator of the TopKD paper."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _WIDTHS = {
 
 
 class RipsNet(nn.Module):
-    r"""Maps a cloud to numbers between 0 and 1, whatever the order of its points (DeepSets).
+    r"""Maps a cloud to a vector in [0, 1], invariant to permutations of its points (DeepSets).
 
     .. math:: R(X) = \psi\Big(\mathrm{pool}_{x \in X}\, \phi(x)\Big)
 
-    with three layers with bias for :math:`\phi`, whose widths depend on the width of the points,
-    and layers of 50, 100, 200 and ``outputs`` without bias for :math:`\psi`; ReLU in between, a
-    sigmoid at the end. The state dict has the keys of the weights that TopKD's authors publish.
+    where :math:`\phi` has three layers with bias, whose widths depend on d, and :math:`\psi` has
+    layers of 50, 100, 200 and ``outputs`` units without bias. Activations are ReLU, with a sigmoid
+    at the end. The keys of the state dict match the weights published by TopKD's authors.
 
     Args:
-        width: Dimension d of the points. Where the paper names no layers for a width, those of
-            the next greater one are used.
-        outputs: How many numbers describe a cloud.
+        width: Dimension d of the points. Dimensions that the paper does not list use the layers of
+            the next larger one.
+        outputs: Length of the vector.
         pooling: Mean or sum over the points.
 
     References:
@@ -62,11 +62,11 @@ class RipsNet(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes a network of this shape again."""
+        """Constructor arguments that recreate this architecture."""
         return {"width": self.width, "outputs": self.outputs, "pooling": self.pooling}
 
     def forward(self, points: Tensor) -> Tensor:
-        """Guesses for one cloud (n, d) or several (clouds, n, d)."""
+        """Predicts the vectors of one cloud (n, d) or several (clouds, n, d)."""
         x = points
         for layer in (self.layer1, self.layer2, self.layer3):
             x = F.relu(layer(x))
@@ -77,7 +77,7 @@ class RipsNet(nn.Module):
 
 
 class _Dense(nn.Module):
-    """A linear layer under the name that published weights give it."""
+    """A linear layer with the key of the published weights."""
 
     def __init__(self, width_in: int, width: int, *, bias: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Vectorizations as data: described without remainder, read again, and part of a ``state_dict``."""
+"""Serialization of vectorizations: to JSON and in a ``state_dict``."""
 
 from __future__ import annotations
 
@@ -6,78 +6,53 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from topkd.topology.curves import BettiCurve, Curve, EntropyCurve, Landscape, Silhouette
-from topkd.topology.images import PersistenceImage, PersistenceVector
 from topkd.topology.rips import Diagrams
+from topkd.topology.vectorization import Vectorization, vectorization_type
 
-WARN_ABOVE = 0.1  # share of the mass that lies outside
-
-Form = Literal["image", "vector"]
-Vectorization = PersistenceImage | PersistenceVector | Curve
-"""Anything that makes numbers of diagrams and can be stored."""
-
-FORMS: Mapping[Form, type[PersistenceImage] | type[PersistenceVector]] = {
-    "image": PersistenceImage,
-    "vector": PersistenceVector,
-}
-"""What a recipe may ask for."""
-
-VECTORIZATIONS: Mapping[str, type[Vectorization]] = {
-    "image": PersistenceImage,
-    "vector": PersistenceVector,
-    "betti": BettiCurve,
-    "landscape": Landscape,
-    "silhouette": Silhouette,
-    "entropy": EntropyCurve,
-}
-"""All that can be stored, by the name it is stored under."""
+WARN_ABOVE = 0.1  # share of mass outside the range
 
 
 def to_json(vectorization: Vectorization) -> dict[str, Any]:
-    """Describes a fitted vectorization, so that :func:`from_json` makes the same again."""
-    kinds = {kind: form for form, kind in VECTORIZATIONS.items()}
-    return {"form": kinds[type(vectorization)]} | asdict(vectorization)
+    """Serializes a vectorization to a dictionary that :func:`from_json` reads."""
+    return {"form": vectorization.name} | asdict(vectorization)
 
 
 def from_json(description: Mapping[str, Any]) -> Vectorization:
-    """Makes the vectorization that :func:`to_json` described.
+    """Creates a vectorization from the output of :func:`to_json`.
 
     Raises:
-        ValueError: If the form is unknown, or its parameters are not these.
+        ValueError: If the form is unknown, or its parameters are invalid.
     """
-    form = str(description.get("form"))
-    if form not in VECTORIZATIONS:
-        raise ValueError(f"form must be one of {', '.join(VECTORIZATIONS)}, got {form!r}")
+    kind = vectorization_type(str(description.get("form")))
     parameters: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in description.items()
         if key != "form"
     }
     try:
-        return VECTORIZATIONS[form](**parameters)
+        return kind(**parameters)
     except TypeError as error:
-        raise ValueError(f"these are not the parameters of the form {form!r}: {error}") from error
+        raise ValueError(f"invalid parameters of the form {kind.name!r}: {error}") from error
 
 
 def lost_mass(vectorization: Vectorization, diagrams: Diagrams) -> Tensor:
-    """Computes the share of the mass of diagrams that lies outside the range of a vectorization.
+    """Computes the share of the mass of diagrams outside the range of a vectorization.
 
-    There a vectorization does not see bars, and gives them no gradient, but for those that are
-    nearer to the range than some sigma. Of an image or vector, the mass is the weight of the bars,
-    each within or without as a whole. Of a curve, it is their length, of which a part may lie
-    within.
+    Bars outside the range have no effect and no gradient, unless they are within a few sigmas of
+    it. For images and vectors, the mass is the weight of the bars, each of which is inside or
+    outside. For curves, it is the persistence of the bars, which may be partly inside.
 
     Args:
-        vectorization: Whose range it is.
-        diagrams: Of one or several clouds.
+        vectorization: A fitted vectorization.
+        diagrams: Diagrams of one or several clouds.
 
     Returns:
-        One number from 0 to 1, of all diagrams together; 0 if they have no mass.
+        The share over all diagrams, from 0 to 1; 0 if they have no mass.
 
     Examples:
         >>> from topkd.topology import rips
@@ -86,23 +61,23 @@ def lost_mass(vectorization: Vectorization, diagrams: Diagrams) -> Tensor:
         >>> [round(lost_mass(image, rips(k * clouds)).item(), 2) for k in (1, 1.5, 3)]
         [0.0, 0.12, 0.97]
     """
-    all_of_it, inside = (mass.sum() for mass in vectorization.masses(diagrams))
-    return (1 - inside / all_of_it.where(all_of_it > 0, 1)).where(all_of_it > 0, 0).clamp(min=0)
+    total, inside = (mass.sum() for mass in vectorization.masses(diagrams))
+    return (1 - inside / total.where(total > 0, 1)).where(total > 0, 0).clamp(min=0)
 
 
 class VectorizationLayer(nn.Module):
-    """A vectorization as a module, so that its parameters are part of a ``state_dict``.
+    """A vectorization as a module, whose parameters are part of the ``state_dict``.
 
-    They are stored as the JSON of :func:`to_json` in a tensor of bytes, which
-    ``torch.load(weights_only=True)`` and safetensors read, too. Loading replaces the vectorization
-    by the stored one, of whatever form. Nothing is learned.
+    Parameters are stored as the JSON of :func:`to_json` in a byte tensor, which
+    ``torch.load(weights_only=True)`` and safetensors can load. Loading replaces the vectorization
+    by the stored one, which may have another form. There are no trainable parameters.
 
-    It warns, once, when more than a tenth of the mass of the diagrams that it sees lies outside the
-    range (:func:`lost_mass`): at calls 1, 2, 4, 8 and so on, so that watching costs nothing in
-    a loop, and never while compiling.
+    The module warns once if more than 10 % of the mass of its input is outside the range, see
+    :func:`lost_mass`. It checks calls 1, 2, 4, 8 and so on, which has no measurable cost in a
+    training loop, and skips the check while compiling.
 
     Args:
-        vectorization: What it computes.
+        vectorization: A fitted vectorization.
 
     Examples:
         >>> from topkd.topology import rips
@@ -122,11 +97,11 @@ class VectorizationLayer(nn.Module):
 
     def forward(self, diagrams: Diagrams) -> Tensor:
         if not torch.compiler.is_compiling():
-            self._watch(diagrams)
+            self._check_range(diagrams)
         return self.vectorization(diagrams)
 
     @torch.no_grad()
-    def _watch(self, diagrams: Diagrams) -> None:
+    def _check_range(self, diagrams: Diagrams) -> None:
         self._calls += 1
         if self._has_warned or self._calls & (self._calls - 1) != 0:
             return
@@ -134,9 +109,9 @@ class VectorizationLayer(nn.Module):
         if lost > WARN_ABOVE:
             self._has_warned = True
             warnings.warn(
-                f"{lost:.0%} of the mass of these diagrams lies outside the range of "
-                f"{type(self.vectorization).__name__}, where nothing is seen and no gradient is "
-                "left; fit it on clouds of this scale, or in a unit",
+                f"{lost:.0%} of the mass of these diagrams is outside the range of "
+                f"{type(self.vectorization).__name__}, where there is no gradient; "
+                "fit it on clouds of this size, or set a scale",
                 stacklevel=2,
             )
 
