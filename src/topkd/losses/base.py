@@ -19,6 +19,8 @@ from topkd._runtime.memory_format import formatted, memory_format
 from topkd.config.recipe import Taps, Term, View
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 
+MIN_GRADIENT_SHARE = 0.001  # below this share of the gradient, a term has no measurable effect
+
 Group = Literal["logits", "feature maps", "relations", "classifier", "topology"]
 
 
