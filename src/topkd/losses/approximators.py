@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from topkd._io import files, state
+from topkd.losses._pretraining import SaveState, fit_once
 from topkd.losses.base import LossContext
 from topkd.topology import Diagrams, PersistenceImage, PersistenceVector, length_unit, rips
 from topkd.topology.approximation import (
+    MIN_R2,
     Approximation,
     Exact,
     Name,
@@ -25,8 +24,7 @@ from topkd.topology.approximation import (
 from topkd.topology.scaling import Unit
 from topkd.topology.serialization import Form
 
-HELD_OUT = 256  # clouds, at least, by which an approximator is judged
-WARN_BELOW = 0.5  # R² of an approximator
+HELD_OUT = 256  # minimum number of held-out clouds
 
 
 def fit(diagrams: Diagrams, form: Form, dimension: int, scale: Unit | None) -> Exact:
@@ -70,78 +68,61 @@ def learn(
     dimension: int = 0,
     scale: Unit | None = None,
 ) -> Approximation:
-    """Trains an approximator on clouds of a teacher's embeddings, or loads it where that is done.
+    """Trains an approximator on clouds of teacher embeddings, or loads it if it was trained before.
 
-    The embeddings of ``training.passes`` augmented passes are kept, 4 d bytes an image and pass;
-    each epoch cuts them into new clouds. One image in ten is in no training cloud: the clouds of
-    these judge the network.
+    The embeddings of ``training.passes`` augmented passes are kept in memory, 4 d bytes per image
+    and pass. Each epoch cuts them into new clouds. One image in ten (at least two clouds) is held
+    out: its clouds select the best epoch and measure the fidelity.
 
     Args:
-        context: The teacher's answers to the training images, and where to keep the result.
-        size: Points in a cloud.
-        form: What the network learns to guess.
-        network: Which it is.
-        training: How it is trained.
-        dimension: Of what it learns to guess.
-        scale: See :func:`fit`.
+        context: Training images with the teacher's features, and the folder of the result.
+        size: Points per cloud.
+        form: Vectorization that the network approximates.
+        network: "ripsnet" or "distancenet".
+        training: Training settings.
+        dimension: Homology dimension.
+        scale: Length scale, see :func:`fit`.
+
+    Raises:
+        ValueError: If there are too few training images, or no bar has positive length.
     """
-    about = json.dumps([context.teacher_hash, size, form, asdict(training), dimension, scale])
-    path = context.folder / f"{network}-{files.sha256(about.encode())[:8]}.safetensors"
-    if not files.is_complete(path):
-        with context.progress.alone(path):
-            _learn(context, size, form, network, training, dimension, scale, path)
-    return Approximation.from_bytes(files.read_checked(path))
+    settings = [size, form, asdict(training), dimension, scale]
 
+    def fit_approximator(resumed: dict[str, Any] | None, save_state: SaveState) -> bytes:
+        stream = _Clouds(context, size, training.passes)
+        first, held_out = stream.training(0), stream.held_out()
+        exact = fit(rips(first, max_dim=dimension), form, dimension, scale)
+        title = {"ripsnet": "RipsNet", "distancenet": "DistanceNet"}[network]
+        with context.progress.bar(title, training.length(network), "epochs") as advance:
+            if resumed is not None:
+                advance(resumed["epoch"], "")
 
-def _learn(
-    context: LossContext,
-    size: int,
-    form: Form,
-    network: Name,
-    training: Training,
-    dimension: int,
-    scale: Unit | None,
-    path: Path,
-) -> None:
-    """Trains an approximator and writes it, unless another process has done so by now."""
-    if files.is_complete(path):
-        return
-    stream = _Clouds(context, size, training.passes)
-    first, held_out = stream.training(0), stream.held_out()
-    exact = fit(rips(first, max_dim=dimension), form, dimension, scale)
-    kept = path.with_suffix(".state")
-    resumed = state.load(kept)
-    title = {"ripsnet": "RipsNet", "distancenet": "DistanceNet"}[network]
-    with context.progress.bar(title, training.length(network), "epochs") as advance:
-        if resumed is not None:
-            advance(resumed["epoch"], "")
+            def after_epoch(epoch: int, error: float, reached: dict[str, Any]) -> None:
+                is_tenth = epoch % 10 == 0
+                advance(1, f"epoch {epoch}, held-out error {error:.5f}" if is_tenth else "")
+                if is_tenth:
+                    save_state(reached)
 
-        def after_epoch(epoch: int, error: float, reached: dict[str, Any]) -> None:
-            often = epoch % 10 == 0
-            advance(1, f"epoch {epoch}, held-out error {error:.5f}" if often else "")
-            if often:
-                state.save(kept, reached)
+            trained = train(
+                stream.training,
+                held_out,
+                exact,
+                training,
+                network=network,
+                state=resumed,
+                after_epoch=after_epoch,
+            )
+        measured = fidelity(trained, exact, first, held_out)
+        context.progress.say(f"{title}: {measured}")
+        if measured.r2 < MIN_R2:
+            context.progress.say(
+                f"warning: this {title} explains {max(measured.r2, 0):.0%} of what differs between "
+                "clouds; `via: exact` explains all of it and is faster"
+            )
+        width = first.shape[-1]
+        return Approximation(trained, exact, size, width, context.teacher_hash, measured).to_bytes()
 
-        trained = train(
-            stream.training,
-            held_out,
-            exact,
-            training,
-            network=network,
-            state=resumed,
-            after_epoch=after_epoch,
-        )
-    judged = fidelity(trained, exact, first, held_out)
-    context.progress.say(f"{title}: {judged}")
-    if judged.r2 < WARN_BELOW:
-        context.progress.say(
-            f"warning: this {title} explains {max(judged.r2, 0):.0%} of what differs between "
-            "clouds; `via: exact` explains all of it and is faster"
-        )
-    width = first.shape[-1]
-    approximation = Approximation(trained, exact, size, width, context.teacher_hash, judged)
-    files.write_checked(path, approximation.to_bytes())
-    state.delete(kept)
+    return Approximation.from_bytes(fit_once(context, network, settings, fit_approximator))
 
 
 class _Clouds:
