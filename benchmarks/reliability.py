@@ -474,7 +474,7 @@ PAGE = """# Reliability
 |---|---|
 {rows}
 
-{text}
+{about}
 """
 
 
@@ -514,7 +514,7 @@ def main() -> None:
     if asked.page:
         text = __doc__.split("\n\n", 2)[2].strip()
         words = f"python benchmarks/reliability.py --kills {asked.kills}"
-        page = PAGE.format(command=words, rows=table(found), text=text)
+        page = PAGE.format(command=words, rows=table(found), about=text)
         asked.page.write_text(page, encoding="utf-8")
 
 

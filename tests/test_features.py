@@ -71,7 +71,7 @@ def test_nothing_is_kept_of_a_batch(directly):
     network = small()
     (network.network if directly else network)(images())
     copy.deepcopy(network)  # which tensors in a graph would not allow
-    assert not network._seen
+    assert not network._records
 
 
 def test_nothing_is_kept_of_a_batch_that_failed():
@@ -79,7 +79,7 @@ def test_nothing_is_kept_of_a_batch_that_failed():
     with pytest.raises(RuntimeError):
         network(torch.zeros(1, 5, 8, 8))
     copy.deepcopy(network)
-    assert not network._seen
+    assert not network._records
 
 
 class Moody(nn.Module):

@@ -312,7 +312,7 @@ def test_what_is_no_logits_is_refused():
             return super().forward(shown), shown, None
 
     network = FeatureExtractor(nn.Sequential(nn.Flatten(), Many(12, 5)), [], "0")
-    with pytest.raises(ValueError, match=r"Sequential answers with 3 values \(Tensor, Tensor, No"):
+    with pytest.raises(ValueError, match=r"Sequential returns 3 values \(Tensor, Tensor, No"):
         network(images(2, 2))
 
 
@@ -325,7 +325,9 @@ def test_a_tap_that_reads_no_tensor_is_refused():
 @pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "torchvision:vit_b_32"])
 def test_images_of_another_size_than_a_transformer_is_built_for_are_told(name):
     network = factory.build(name, CLASSES, 64).eval()
-    with pytest.raises(ValueError, match=r"^VisionTransformer refuses images of 3 x 32 x 32: .*64"):
+    with pytest.raises(
+        ValueError, match=r"^VisionTransformer does not accept images of 3 x 32 x 32: .*64"
+    ):
         network(images(2, 32))
 
 

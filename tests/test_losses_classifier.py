@@ -166,14 +166,14 @@ def test_no_tap_holds_on_to_what_it_read():
     student, teacher = pair("resnet8x0.25", "resnet8")
     reused = reuse(student, teacher, torch.randn(2, 3, 32, 32))
     reused(torch.randn(2, 3, 32, 32))
-    assert not reused._seen
-    assert not reused.network.body._seen
+    assert not reused._records
+    assert not reused.network.body._records
     hooks = [
         hook
         for module in reused.modules()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     ]
-    assert {id(h.seen) for h in hooks} == {id(reused._seen), id(reused.network.body._seen)}
+    assert {id(h.records) for h in hooks} == {id(reused._records), id(reused.network.body._records)}
     copy.deepcopy(reused)
 
 

@@ -7,7 +7,7 @@ import torch
 from reference.features import batch, features
 
 from topkd.losses import CTKD
-from topkd.losses.ctkd import adversity, scaled_gradient
+from topkd.losses.ctkd import reversal_factor, scaled_gradient
 from topkd.losses.functional import decoupled_distillation, distillation
 
 
@@ -64,11 +64,11 @@ def test_weights_of_the_decoupled_parts_are_those_of_the_authors():
 
 @pytest.mark.parametrize(("epoch", "factor"), [(0, 0), (5, -0.5), (10, -1), (11, -1), (240, -1)])
 def test_adversity_rises_over_ten_epochs(epoch, factor):
-    assert adversity(epoch) == pytest.approx(factor)
+    assert reversal_factor(epoch) == pytest.approx(factor)
 
 
 def test_adversity_rises_slowly_then_fast_then_slowly():
-    gaps = [adversity(e) - adversity(e + 1) for e in range(10)]
+    gaps = [reversal_factor(e) - reversal_factor(e + 1) for e in range(10)]
     assert gaps == pytest.approx(gaps[::-1])
     assert gaps == sorted(gaps[:5]) + sorted(gaps[5:], reverse=True)
 

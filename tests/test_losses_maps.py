@@ -207,7 +207,7 @@ def test_vid_is_the_definition_in_plain_loops(source, side):
     for number in (0, 2, 4):
         if number:
             guess = reference.each(guess, lambda v, c: max(v, 0.0))
-        guess = reference.convolved(guess, loss.guesses[0][number].weight.tolist())
+        guess = reference.convolved(guess, loss.regressors[0][number].weight.tolist())
     density = scipy.stats.norm.logpdf(teacher.maps[1].numpy(), np.array(guess), np.sqrt(2.0))
     expected = -density.mean() - 0.5 * np.log(2 * np.pi)
     assert loss(student, teacher, batch(3)).item() == pytest.approx(expected, rel=1e-6)
@@ -224,7 +224,7 @@ def test_variances_of_vid_come_to_rest_at_the_mean_squared_error(source):
         return torch.autograd.grad(loss(student, teacher, batch(3)), loss.rho[0])[0]
 
     assert (pull().abs() > 1e-3).all()
-    likeliest = (loss.guesses[0](student.maps[1]) - teacher.maps[1]).square().mean((0, 2, 3))
+    likeliest = (loss.regressors[0](student.maps[1]) - teacher.maps[1]).square().mean((0, 2, 3))
     loss.rho[0].data = ((likeliest.detach() - 1e-5).exp() - 1).log()
     assert (pull().abs() < 1e-9).all()
 

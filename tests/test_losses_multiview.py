@@ -10,7 +10,7 @@ from reference.features import CLOUD, batch, features
 
 from topkd.losses import MLKD
 from topkd.losses.functional import multi_level_distillation
-from topkd.losses.mlkd import batch_level, class_level, instance_level, unsure
+from topkd.losses.mlkd import batch_level, class_level, instance_level, low_confidence
 
 EVERY_WAY = [
     (views, faithful, standardize)
@@ -79,10 +79,10 @@ def test_levels_of_two_sure_images_are_known():
 
 def test_the_unsure_half_is_found():
     probabilities = torch.tensor([[0.9, 0.06, 0.04], [0.5, 0.3, 0.2], [0.7, 0.1, 0.2]])
-    images, classes = unsure(probabilities.log())
+    images, classes = low_confidence(probabilities.log())
     assert images.tolist() == [False, True, True]
     assert classes.tolist() == [False, True, True]  # of the masses 2.1, 0.46 and 0.44
-    assert unsure(torch.zeros(3, 4))[0].all()  # all as unsure as each other
+    assert low_confidence(torch.zeros(3, 4))[0].all()  # all as unsure as each other
 
 
 def test_authors_mask_halves_and_chooses_nothing():
@@ -97,7 +97,7 @@ def test_authors_mask_halves_and_chooses_nothing():
 
 def test_a_sure_image_teaches_nothing_by_itself():
     student, teacher = features(3, seed=1).logits.requires_grad_(), features(5, seed=2).logits
-    images, _ = unsure(teacher)
+    images, _ = low_confidence(teacher)
     (images * instance_level(student, teacher, 4.0)).mean().backward()
     assert (student.grad[~images] == 0).all()
     assert (student.grad[images] != 0).all()

@@ -1,4 +1,4 @@
-"""What losses refuse: options out of range, and features that cannot be compared."""
+"""Validation of options, and of features that are compared."""
 
 import math
 from typing import Any, TypeVar, get_args
@@ -10,39 +10,38 @@ Value = TypeVar("Value")
 Number = TypeVar("Number", float, Tensor, float | Tensor)
 
 LOGITS, EMBEDDINGS, MAPS = "(n, classes)", "(n, d)", "(n, c, h, w)"
-WIDEST = 1e6  # of temperatures: their squares, and one over them, have to be numbers
+MAX_TEMPERATURE = 1e6  # keeps T² and 1 / T² representable
 
 
 def positive(name: str, value: Number) -> Number:
-    """Passes on an option that must be above 0 and finite.
+    """Returns an option that must be positive and finite.
 
     Raises:
         ValueError: If it is not; the message names the option.
     """
-    if _looked_at(value) and not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive, got {_told(value)}")
+    if _is_readable(value) and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive, got {_number(value)}")
     return value
 
 
 def temperature(value: Number, name: str = "temperature") -> Number:
-    """Passes on a temperature: it must be positive, and neither tiny nor huge.
+    """Returns a temperature, which must be between 1e-6 and 1e6.
 
     Raises:
         ValueError: If it is not; the message names the option.
     """
     positive(name, value)
-    if _looked_at(value) and not 1 / WIDEST <= value <= WIDEST:
-        raise ValueError(
-            f"{name} must be between {1 / WIDEST:g} and {WIDEST:g}, got {_told(value)}"
-        )
+    if _is_readable(value) and not 1 / MAX_TEMPERATURE <= value <= MAX_TEMPERATURE:
+        lowest, highest = f"{1 / MAX_TEMPERATURE:g}", f"{MAX_TEMPERATURE:g}"
+        raise ValueError(f"{name} must be between {lowest} and {highest}, got {_number(value)}")
     return value
 
 
 def count(name: str, value: int) -> int:
-    """Passes on a number of things, of which there must be one at least.
+    """Returns an option that must be a positive integer.
 
     Raises:
-        ValueError: If it is below 1 or no whole number; the message names the option.
+        ValueError: If it is not; the message names the option.
     """
     positive(name, value)
     if isinstance(value, bool) or value != int(value):
@@ -51,10 +50,10 @@ def count(name: str, value: int) -> int:
 
 
 def at_least_one(name: str, value: float, *, finite: bool = True) -> float:
-    """Passes on an exponent, which must be 1 or above.
+    """Returns an option that must be at least 1.
 
     Raises:
-        ValueError: If it is not; the message names the option.
+        ValueError: If it is not, or if it is infinite but must be finite; the message names it.
     """
     if not value >= 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
@@ -64,7 +63,7 @@ def at_least_one(name: str, value: float, *, finite: bool = True) -> float:
 
 
 def skipped(value: int) -> int:
-    """Passes on a number of stages to leave out, 0 or more.
+    """Returns a number of skipped stages, which must not be negative.
 
     Raises:
         ValueError: If it is negative.
@@ -75,7 +74,7 @@ def skipped(value: int) -> int:
 
 
 def not_negative(name: str, value: float) -> float:
-    """Passes on an option that must be 0 or above, and finite.
+    """Returns an option that must be nonnegative and finite.
 
     Raises:
         ValueError: If it is not; the message names the option.
@@ -88,7 +87,7 @@ def not_negative(name: str, value: float) -> float:
 
 
 def one_of(name: str, value: Value, choices: Any) -> Value:
-    """Passes on an option that must be one of the values of a ``Literal``.
+    """Returns an option that must be one of the values of a ``Literal``.
 
     Raises:
         ValueError: If it is not; the message names the option and the values.
@@ -101,17 +100,18 @@ def one_of(name: str, value: Value, choices: Any) -> Value:
 def check_shapes(
     what: str, student: Tensor, teacher: Tensor, dimensions: int | None = None, form: str = ""
 ) -> None:
-    """Checks that what two networks made of a batch are floats of one shape.
+    """Checks that two tensors are floating-point and agree in shape.
 
     Args:
-        what: Is compared, for the message.
-        student: Of the student.
-        teacher: Of the teacher.
-        dimensions: How many have to agree, from the first on; all if not told.
-        form: Which dimensions there are, such as ``(n, classes)``; any if not told.
+        what: Name of the compared quantity, for the message.
+        student: Tensor of the student.
+        teacher: Tensor of the teacher.
+        dimensions: Number of leading dimensions that must agree. Defaults to all.
+        form: Required dimensions, such as ``(n, classes)``. Defaults to any.
 
     Raises:
-        ValueError: If they differ, are no floats, have other dimensions, or are empty.
+        ValueError: If the shapes differ, or a tensor is not floating-point, is empty or has
+            another number of dimensions.
     """
     for whose, tensor in (("student", student), ("teacher", teacher)):
         check_floats(what, tensor, form, f" of the {whose}")
@@ -122,19 +122,19 @@ def check_shapes(
 
 
 def check_floats(what: str, tensor: Tensor, form: str = "", whose: str = "") -> None:
-    """Checks that a tensor holds floats, of a number of dimensions and not none at all.
+    """Checks that a tensor is floating-point, nonempty and of the required number of dimensions.
 
     Args:
-        what: They are, for the message.
-        tensor: Any.
-        form: Which dimensions there are; any if not told.
-        whose: Of whom they are, for the message.
+        what: Name of the tensor, for the message.
+        tensor: Any tensor.
+        form: Required dimensions, such as ``(n, classes)``. Defaults to any.
+        whose: Suffix of the message, such as `` of the student``.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If it is not.
     """
-    right = not form or tensor.ndim == form.count(",") + 1
-    if not right or not tensor.is_floating_point() or 0 in tensor.shape:
+    has_form = not form or tensor.ndim == form.count(",") + 1
+    if not has_form or not tensor.is_floating_point() or 0 in tensor.shape:
         raise ValueError(
             f"{what} must be floats{' ' if form else ''}{form}, and not empty, "
             f"got {tensor.dtype} {tuple(tensor.shape)}{whose}"
@@ -142,29 +142,31 @@ def check_floats(what: str, tensor: Tensor, form: str = "", whose: str = "") -> 
 
 
 def check_target(target: Tensor, logits: Tensor) -> None:
-    """Checks that labels are those of as many images, among the classes of logits.
+    """Checks that labels are integers (n,) within the classes of the logits (n, classes).
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If they are not, or if there are fewer than two classes.
     """
     n, classes = logits.shape
-    whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-    if target.shape != (n,) or not whole:
+    is_integer = not (
+        target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
+    )
+    if target.shape != (n,) or not is_integer:
         raise ValueError(
             f"labels must be whole numbers ({n},), got {target.dtype} {tuple(target.shape)}"
         )
     if classes < 2:
-        raise ValueError(f"logits must be of two classes at least, got {tuple(logits.shape)}")
-    if _looked_at(target):
-        wrong = target[(target < 0) | (target >= classes)].tolist()
-        if wrong:
-            raise ValueError(f"labels must be 0 to {classes - 1}, got {wrong[0]}")
+        raise ValueError(f"logits must have at least two classes, got {tuple(logits.shape)}")
+    if _is_readable(target):
+        invalid = target[(target < 0) | (target >= classes)].tolist()
+        if invalid:
+            raise ValueError(f"labels must be 0 to {classes - 1}, got {invalid[0]}")
 
 
-def _looked_at(value: object) -> bool:
-    """Whether a number can be asked for: inside a graph that is compiled it cannot."""
+def _is_readable(value: object) -> bool:
+    """Whether a value can be read: in a compiled graph, values of tensors cannot."""
     return not (isinstance(value, Tensor) and torch.compiler.is_compiling())
 
 
-def _told(value: object) -> object:
+def _number(value: object) -> object:
     return value.item() if isinstance(value, Tensor) else value

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from topkd.features import Batch, Features
 from topkd.losses._validation import check_shapes, positive, skipped
 from topkd.losses.base import Loss, LossContext, LossInfo
-from topkd.losses.maps import deeper_counts_double, paired
+from topkd.losses.maps import depth_weighted_sum, paired
 from topkd.losses.regression import regressor
 
 
@@ -52,7 +52,7 @@ def activation_boundaries(
         check_shapes("pre-activations", s, t)
         side = (t > 0).to(s.dtype).mul_(2).sub_(1)  # numbers: to choose by booleans takes longer
         values.append((margin - side * s).relu_().square().sum() / len(s))
-    return deeper_counts_double(values)
+    return depth_weighted_sum(values)
 
 
 class AB(Loss):

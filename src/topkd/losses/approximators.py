@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from topkd._io import files, state
+from topkd.losses._pretraining import SaveState, fit_once
 from topkd.losses.base import LossContext
 from topkd.topology import Diagrams, length_scale, rips
 from topkd.topology.approximation import (
+    MIN_R2,
     Approximation,
     Exact,
     Name,
@@ -25,8 +24,7 @@ from topkd.topology.approximation import (
 from topkd.topology.scaling import DiagramScale, TreeScale
 from topkd.topology.vectorization import vectorization_type
 
-HELD_OUT = 256  # minimum number of clouds for evaluating an approximator
-WARN_BELOW = 0.5  # R² of an approximator
+HELD_OUT = 256  # minimum number of held-out clouds
 
 
 def fit(diagrams: Diagrams, form: str, dimension: int, scale: TreeScale | None) -> Exact:
@@ -63,78 +61,62 @@ def learn(
     dimension: int = 0,
     scale: TreeScale | None = None,
 ) -> Approximation:
-    """Trains an approximator on clouds of a teacher's embeddings, or loads it from the cache.
+    """Trains an approximator on clouds of teacher embeddings, or loads it if it was trained before.
 
     The embeddings of ``training.passes`` augmented passes are kept in memory, 4 d bytes per image
-    and pass; each epoch splits them into new clouds. One image in ten is held out for evaluation.
+    and pass. Each epoch cuts them into new clouds. One image in ten (at least two clouds) is held
+    out: its clouds select the best epoch and measure the fidelity.
 
     Args:
-        context: Teacher features of the training images, and the cache folder.
-        size: Number of points per cloud.
-        form: Name of the vectorization.
-        network: Architecture of the approximator.
-        training: Training options.
-        dimension: Dimension that is vectorized.
-        scale: Scale of lengths, see :func:`fit`.
+        context: Training images with the teacher's features, and the folder of the result.
+        size: Points per cloud.
+        form: Vectorization that the network approximates.
+        network: "ripsnet" or "distancenet".
+        training: Training settings.
+        dimension: Homology dimension.
+        scale: Length scale, see :func:`fit`.
+
+    Raises:
+        ValueError: If there are too few training images, or no bar has positive length.
     """
     scale = scale or vectorization_type(form).default_scale
-    about = json.dumps([context.teacher_hash, size, form, asdict(training), dimension, scale])
-    path = context.folder / f"{network}-{files.sha256(about.encode())[:8]}.safetensors"
-    if not files.is_complete(path):
-        with context.progress.alone(path):
-            _learn(context, size, form, network, training, dimension, scale, path)
-    return Approximation.from_bytes(files.read_checked(path))
+    settings = [size, form, asdict(training), dimension, scale]
 
+    def fit_approximator(resumed: dict[str, Any] | None, save_state: SaveState) -> bytes:
+        stream = _Clouds(context, size, training.passes)
+        first, held_out = stream.training(0), stream.held_out()
+        exact = fit(rips(first, max_dim=dimension), form, dimension, scale)
+        title = {"ripsnet": "RipsNet", "distancenet": "DistanceNet"}[network]
+        with context.progress.bar(title, training.length(network), "epochs") as advance:
+            if resumed is not None:
+                advance(resumed["epoch"], "")
 
-def _learn(
-    context: LossContext,
-    size: int,
-    form: str,
-    network: Name,
-    training: Training,
-    dimension: int,
-    scale: TreeScale | None,
-    path: Path,
-) -> None:
-    """Trains an approximator and writes it, unless another process already has."""
-    if files.is_complete(path):
-        return
-    stream = _Clouds(context, size, training.passes)
-    first, held_out = stream.training(0), stream.held_out()
-    exact = fit(rips(first, max_dim=dimension), form, dimension, scale)
-    kept = path.with_suffix(".state")
-    resumed = state.load(kept)
-    title = {"ripsnet": "RipsNet", "distancenet": "DistanceNet"}[network]
-    with context.progress.bar(title, training.length(network), "epochs") as advance:
-        if resumed is not None:
-            advance(resumed["epoch"], "")
+            def after_epoch(epoch: int, error: float, reached: dict[str, Any]) -> None:
+                is_tenth = epoch % 10 == 0
+                advance(1, f"epoch {epoch}, held-out error {error:.5f}" if is_tenth else "")
+                if is_tenth:
+                    save_state(reached)
 
-        def after_epoch(epoch: int, error: float, reached: dict[str, Any]) -> None:
-            often = epoch % 10 == 0
-            advance(1, f"epoch {epoch}, held-out error {error:.5f}" if often else "")
-            if often:
-                state.save(kept, reached)
+            trained = train(
+                stream.training,
+                held_out,
+                exact,
+                training,
+                network=network,
+                state=resumed,
+                after_epoch=after_epoch,
+            )
+        measured = fidelity(trained, exact, first, held_out)
+        context.progress.say(f"{title}: {measured}")
+        if measured.r2 < MIN_R2:
+            context.progress.say(
+                f"warning: this {title} explains {max(measured.r2, 0):.0%} of what differs between "
+                "clouds; `via: exact` explains all of it and is faster"
+            )
+        width = first.shape[-1]
+        return Approximation(trained, exact, size, width, context.teacher_hash, measured).to_bytes()
 
-        trained = train(
-            stream.training,
-            held_out,
-            exact,
-            training,
-            network=network,
-            state=resumed,
-            after_epoch=after_epoch,
-        )
-    accuracy = fidelity(trained, exact, first, held_out)
-    context.progress.say(f"{title}: {accuracy}")
-    if accuracy.r2 < WARN_BELOW:
-        context.progress.say(
-            f"warning: this {title} explains {max(accuracy.r2, 0):.0%} of the variance between "
-            "clouds; `via: exact` is accurate and faster"
-        )
-    width = first.shape[-1]
-    approximation = Approximation(trained, exact, size, width, context.teacher_hash, accuracy)
-    files.write_checked(path, approximation.to_bytes())
-    state.delete(kept)
+    return Approximation.from_bytes(fit_once(context, network, settings, fit_approximator))
 
 
 class _Clouds:

@@ -1,4 +1,4 @@
-"""The protocol of losses: options are given first, networks later."""
+"""The protocol of losses: options first, networks later."""
 
 from __future__ import annotations
 
@@ -19,47 +19,49 @@ from topkd._runtime.memory_format import formatted, memory_format
 from topkd.config.recipe import Taps, Term, View
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 
+MIN_GRADIENT_SHARE = 0.001  # below this share of the gradient, a term has no measurable effect
+
 Group = Literal["logits", "feature maps", "relations", "classifier", "topology"]
 
 
 @dataclass(frozen=True)
 class LossInfo:
-    """Description of a method, from which the registry and the documentation are made."""
+    """Description of a method, from which the registry and the documentation are generated."""
 
     name: str
     """Name in recipes."""
     group: Group
     compares: str
-    """What is compared, in a few words."""
+    """Short description of the compared quantities."""
     paper: str
     url: str
     cost: str
-    """Growth of the work with n samples, d numbers of each and c classes; adapters, if any."""
+    """Complexity for n samples, d numbers per sample and c classes; adapters, if any."""
     zero: bool = True
     """Whether the loss is 0 for a student that equals its teacher."""
     any_width: bool = True
-    """Whether student and teacher may differ in their numbers of channels."""
+    """Whether student and teacher may have different numbers of channels."""
 
 
 @dataclass(frozen=True)
 class LossContext:
-    """What a loss may use during setup, beyond one batch of features."""
+    """Resources that a loss may use during setup, beyond one batch of features."""
 
     teacher_batches: Callable[[int], Iterator[tuple[Batch, Features]]]
-    """Epoch -> augmented training images with the teacher's features, computed lazily."""
+    """Epoch -> batches of augmented training images with the teacher's features; lazy."""
     target: Tensor
     """Labels of all training images, (images,)."""
     student: FeatureExtractor
-    """The student. A loss must not register it: its weights are not the loss's own."""
+    """The student. A loss must not register it as a submodule."""
     teacher: Teacher | None
     """The teacher; None if no loss needs one."""
     teacher_hash: str
     """Hash of the teacher's weights."""
     folder: Path
-    """Where fitted networks are stored."""
+    """Folder in which fitted networks are stored."""
     progress: Progress
     taps: Taps = Taps()
-    """Taps of this term, in place of those of the networks."""
+    """Taps of this term, which override those of the networks."""
 
     @property
     def images(self) -> int:
@@ -70,9 +72,9 @@ class LossContext:
 class Loss(nn.Module, ABC):
     """A distillation loss: configured by its constructor, bound to two networks by :meth:`setup`.
 
-    A subclass validates its options in the constructor, so that every invalid option is found
-    before any work is done. Whatever depends on sizes of features, on the training set or on
-    pre-training belongs into :meth:`setup`.
+    A subclass validates its options in the constructor, so that invalid options are found before
+    any work is done. Everything that depends on feature sizes, the training set or pre-training
+    belongs in :meth:`setup`.
 
     Examples:
         >>> class Mean(Loss):
@@ -86,11 +88,11 @@ class Loss(nn.Module, ABC):
     info: ClassVar[LossInfo]
     needs_teacher: ClassVar[bool] = True
     replaces_classifier: ClassVar[bool] = False
-    """Whether the student must have its teacher's classifier."""
+    """Whether the student must use its teacher's classifier."""
     reads_maps: ClassVar[bool] = False
-    """Whether feature maps or pre-activations are read, which otherwise are not kept."""
+    """Whether the loss reads feature maps or pre-activations; otherwise they are discarded."""
     options: Mapping[str, Any]
-    """The options that were given to the constructor."""
+    """Keyword arguments of the constructor call."""
 
     def __new__(cls, *args: Any, **options: Any) -> Loss:
         loss = super().__new__(cls)
@@ -100,9 +102,14 @@ class Loss(nn.Module, ABC):
     def setup(  # noqa: B027  (most losses need no setup)
         self, student: Features, teacher: Features, context: LossContext
     ) -> None:
-        """Creates what depends on the networks: adapters, statistics, fitted networks.
+        """Creates everything that depends on the networks: adapters, statistics, fitted networks.
 
         It is called once, before training, with features of the same batch.
+
+        Args:
+            student: Features of the student.
+            teacher: Features of the teacher.
+            context: Training data, networks and the folder for fitted networks.
 
         Raises:
             ValueError: If the loss cannot compare these networks.
@@ -110,13 +117,19 @@ class Loss(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        """Computes the loss, a scalar: the mean over the batch."""
+        """Computes the loss, a scalar: the mean over the batch.
+
+        Args:
+            student: Features of the student.
+            teacher: Features of the teacher, without gradient.
+            batch: The batch from which both were computed.
+        """
 
     def on_epoch_start(self, epoch: int) -> None:  # noqa: B027  (most losses ignore it)
-        """Is called with the number of each epoch, counted from 1, before its first batch."""
+        """Runs before the first batch of each epoch; epochs are counted from 1."""
 
     def metadata(self) -> dict[str, Any]:
-        """Returns facts for the result: fitted parameters, fidelity, number of negatives."""
+        """Returns facts for the result file: fitted parameters, fidelity, number of negatives."""
         return {}
 
     def term(self, **settings: Any) -> LossTerm:
@@ -144,7 +157,14 @@ class Loss(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class LossTerm:
-    """A term of a training objective: a loss, its weight or share, its schedule and its taps."""
+    """A term of a training objective: a loss with its weight or share, schedule and taps.
+
+    Examples:
+        >>> from topkd.losses import KD
+        >>> term = 2 * KD(temperature=4.0)
+        >>> term.title, term.settings.weight, term.is_active(1, epochs=20)
+        ('kd', 2.0, True)
+    """
 
     settings: Term
     loss: Loss
@@ -155,7 +175,7 @@ class LossTerm:
         return self.settings.title
 
     def is_active(self, epoch: int, epochs: int) -> bool:
-        """Whether the term counts in an epoch, of so many."""
+        """Whether the term has a positive weight in an epoch, given the total number of epochs."""
         return self.settings.schedule(epoch, epochs) > 0
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
@@ -166,46 +186,46 @@ class LossTerm:
         """
         taps = self.settings.taps
         context = replace(context, taps=taps)
-        if taps.teacher != View():  # what is fitted to the teacher depends on where it is read
-            context = _seen_through(context, taps.teacher)
-        with blamed(self.title):
+        if taps.teacher != View():  # networks fitted to the teacher depend on its taps
+            context = _with_view(context, taps.teacher)
+        with naming_term(self.title):
             self.loss.setup(select(student, taps.student), select(teacher, taps.teacher), context)
 
     def on_epoch_start(self, epoch: int) -> None:
-        """Calls the loss at the start of an epoch.
+        """Forwards the start of an epoch to the loss.
 
         Raises:
-            ValueError: If the loss cannot go on; the message names the term.
+            ValueError: If the loss cannot continue; the message names the term.
         """
-        with blamed(self.title):
+        with naming_term(self.title):
             self.loss.on_epoch_start(epoch)
 
     def value(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        """Computes the loss at weight 1, from the features that the term's taps select.
+        """Computes the unweighted loss from the features that the term's taps select.
 
         Raises:
             ValueError: If the loss cannot be computed; the message names the term.
         """
         taps, layout = self.settings.taps, memory_format(self.loss)
-        with blamed(self.title):
+        with naming_term(self.title):
             features = [select(student, taps.student), select(teacher, taps.teacher)]
-            if layout is not torch.channels_last:  # else its convolutions take maps as they come
+            if layout is not torch.channels_last:  # else its convolutions accept any layout
                 features = [each.apply(lambda t: formatted(t, layout)) for each in features]
             value: Tensor = self.loss(*features, batch)
         return value
 
 
 def located(title: str) -> str:
-    """Names a term as recipes do."""
+    """Returns the name of a term as a path in a recipe."""
     return f"losses.{title}"
 
 
 @contextmanager
-def blamed(title: str) -> Iterator[None]:
-    """Names the term in the errors of its loss, which does not know what it is called.
+def naming_term(title: str) -> Iterator[None]:
+    """Adds the name of the term to error messages of its loss.
 
     Raises:
-        ValueError: If one is raised inside.
+        ValueError: If the body raises one.
     """
     try:
         yield
@@ -216,8 +236,14 @@ def blamed(title: str) -> Iterator[None]:
 def select(features: Features, view: View) -> Features:
     """Selects the features that a term reads from one network.
 
+    A feature map used as an embedding is average-pooled per channel.
+
+    Args:
+        features: All features of the network.
+        view: Taps of the term; None in a field selects the network's default.
+
     Raises:
-        ValueError: If a tap that stands for maps did not read one.
+        ValueError: If a tap for maps reads a tensor that is not (n, c, h, w).
     """
     maps, before, embedding = features.maps, features.preactivations, features.embedding
     if view.maps is not None:
@@ -237,19 +263,19 @@ def _map(features: Features, tap: str) -> Tensor:
     return read
 
 
-def _seen_through(context: LossContext, view: View) -> LossContext:
-    """A context whose teacher is read through the taps of a term."""
+def _with_view(context: LossContext, view: View) -> LossContext:
+    """Returns a context in which the teacher is read through the taps of a term."""
     described = context.teacher_hash + view.model_dump_json()
     return replace(
         context,
         teacher_batches=lambda epoch: (
-            (batch, select(answer, view)) for batch, answer in context.teacher_batches(epoch)
+            (batch, select(features, view)) for batch, features in context.teacher_batches(epoch)
         ),
         teacher_hash=files.sha256(described.encode()),
     )
 
 
 def needed_taps(view: View) -> tuple[str, ...]:
-    """Lists the taps of a view, beyond those that all terms read."""
+    """Lists the taps of a view, beyond the defaults of the network."""
     embedding = [view.embedding] if view.embedding else []
     return (*(view.maps or ()), *(view.preactivations or ()), *embedding)

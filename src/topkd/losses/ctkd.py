@@ -1,4 +1,4 @@
-"""Distillation at a temperature that works against the student."""
+"""Distillation at a learned temperature that is trained against the student."""
 
 import math
 from typing import Literal
@@ -16,39 +16,46 @@ from topkd.topology.gradient import scaled_gradient
 Of = Literal["kd", "dkd"]
 
 
-def adversity(epoch: int, rise: int = 10) -> float:
-    r"""Computes what the gradient of the temperature is multiplied by.
+def reversal_factor(epoch: int, rise: int = 10) -> float:
+    r"""Computes the factor by which the gradient of the temperature is multiplied.
 
     .. math:: \lambda_e = -\tfrac{1}{2} \big(1 - \cos(\pi \min(e, r) / r)\big)
 
     Args:
         epoch: e, counted from 1.
-        rise: r, the epochs until the gradient is fully reversed.
+        rise: r, the number of epochs until the gradient is fully reversed.
+
+    Returns:
+        The factor, between -1 and 0.
 
     Examples:
-        >>> [round(adversity(epoch), 3) for epoch in (0, 5, 10, 200)]
+        >>> [round(reversal_factor(epoch), 3) for epoch in (0, 5, 10, 200)]
         [-0.0, -0.5, -1.0, -1.0]
     """
     return -(1 - math.cos(math.pi * min(epoch, rise) / rise)) / 2
 
 
 class CTKD(Loss):
-    r"""Distillation at one learned temperature that comes to make the task as hard as it can, CTKD.
+    r"""Distillation at one learned temperature, trained adversarially, CTKD.
 
     .. math:: T = T_0 + s\, \sigma(\theta)
 
-    where :math:`\theta`, 1 at the start, is trained with the student's optimizer; its gradient is
-    multiplied by :func:`adversity`, so that it climbs what the student descends. In eval mode the
-    gradient is left as it is. The temperature of each image, by a small network, is not offered.
+    where :math:`\theta`, initialized to 1, is trained by the student's optimizer. Its gradient is
+    multiplied by :func:`reversal_factor`, so it ascends the loss that the student descends; in eval
+    mode the gradient is not changed. The instance-wise temperature of the paper, predicted by a
+    small network, is not implemented.
 
     Args:
-        of: What is computed at this temperature, :func:`~topkd.losses.logits.distillation` (kd)
-            or :func:`~topkd.losses.dkd.decoupled_distillation` (dkd).
-        lowest: :math:`T_0`.
-        spread: s.
+        of: Loss computed at this temperature: :func:`~topkd.losses.logits.distillation` ("kd")
+            or :func:`~topkd.losses.dkd.decoupled_distillation` ("dkd").
+        lowest: Lower bound :math:`T_0` of the temperature.
+        spread: Range s of the temperature.
         rise: Epochs until the gradient is fully reversed.
-        alpha: Of dkd, 1 if not told.
-        beta: Of dkd, 2 if not told.
+        alpha: Weight of the target-class term of dkd. Defaults to 1.
+        beta: Weight of the non-target-class term of dkd. Defaults to 2.
+
+    Raises:
+        ValueError: If an option is out of range, or ``alpha`` or ``beta`` is given for kd.
 
     References:
         Curriculum Temperature for Knowledge Distillation (Li et al., AAAI 2023)
@@ -62,7 +69,7 @@ class CTKD(Loss):
     info = LossInfo(
         name="ctkd",
         group="logits",
-        compares="predictions, softened against the student",
+        compares="predictions, softened at an adversarial temperature",
         paper="Li et al., AAAI 2023",
         url="https://arxiv.org/abs/2211.16231",
         cost="n c, one learned temperature",
@@ -91,12 +98,12 @@ class CTKD(Loss):
         self.factor = 0.0
 
     def on_epoch_start(self, epoch: int) -> None:
-        """Turns the gradient of the temperature against the student, step by step."""
-        self.factor = adversity(epoch, self.rise)
+        """Updates the factor of the temperature's gradient."""
+        self.factor = reversal_factor(epoch, self.rise)
 
     @property
     def temperature(self) -> Tensor:
-        """T, a scalar."""
+        """The current temperature T, a scalar with gradient."""
         theta = scaled_gradient(self.theta, self.factor) if self.training else self.theta
         return self.lowest + self.spread * theta.sigmoid()
 

@@ -1,4 +1,4 @@
-"""Losses on a head of its own that learns from the teacher."""
+"""Losses on the logits of a distillation head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kind = Literal["hard", "soft"]
 
 
 def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Teaches the class that the teacher names, as if it were the label.
+    r"""Cross-entropy of the student with the class that the teacher predicts.
 
     .. math:: -\frac{1}{n} \sum_i \log p^s_{i \hat y_i}, \qquad \hat y_i = \arg\max_j z^t_{ij}
 
@@ -29,7 +29,7 @@ def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape or are no floats, or an option is out of range.
+        ValueError: If the logits differ in shape or are not floating-point.
 
     References:
         Training data-efficient image transformers (Touvron et al., ICML 2021)
@@ -46,31 +46,41 @@ def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class DeiT(Loss):
-    """Distils the teacher into the logits of the distillation token, as DeiT does.
+    """Distills the teacher into the logits of the distillation token, as in DeiT.
 
-    Hard, it is :func:`hard_distillation`; soft, :func:`~topkd.losses.logits.distillation`. The
-    class token has cross-entropy for its own; published is 0.5 of each.
+    The hard loss is :func:`hard_distillation`, the soft loss
+    :func:`~topkd.losses.logits.distillation`. The class token is trained by a separate
+    cross-entropy term; the published weights are 0.5 each.
 
-    The soft loss is followed as in timm, a mean over images. DeiT's own code divides by the
-    number of classes as well, which ``legacy`` gives.
+    As in timm, the soft loss is a mean over images. DeiT's code also divides it by the number of
+    classes; ``legacy`` reproduces that.
 
     Args:
-        kind: Whether the teacher's class or its whole prediction is taught.
-        temperature: Of the soft loss.
+        kind: Whether to distill the teacher's predicted class ("hard") or its distribution
+            ("soft").
+        temperature: Softmax temperature of the soft loss.
         legacy: Whether to divide the soft loss by the number of classes.
 
     Raises:
-        ValueError: If the student has no distillation token.
+        ValueError: If ``temperature`` or ``legacy`` is given for the hard loss, or an option is out
+            of range.
 
     References:
         Training data-efficient image transformers (Touvron et al., ICML 2021)
         https://arxiv.org/abs/2012.12877
+
+    Examples:
+        >>> import torch
+        >>> student = Features(torch.zeros(1, 4), torch.zeros(1, 8), distilled=torch.zeros(1, 4))
+        >>> teacher = Features(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), torch.zeros(1, 8))
+        >>> DeiT()(student, teacher, batch=None)  # log 4
+        tensor(1.3863)
     """
 
     info = LossInfo(
         name="deit",
         group="logits",
-        compares="the logits of the distillation token with the predicted class",
+        compares="logits of the distillation token with the teacher's class",
         paper="Touvron et al., ICML 2021",
         url="https://arxiv.org/abs/2012.12877",
         cost="n c, a student with a distillation token",
@@ -106,6 +116,6 @@ def _distilled(student: Features) -> Tensor:
     if student.distilled is None:
         raise ValueError(
             "deit needs a student with a distillation token, this one has none; choose a model "
-            "that has one, or the loss kd"
+            "with a distillation token, or the loss kd"
         )
     return student.distilled

@@ -1,4 +1,4 @@
-"""Losses on the logits that treat the class of the label apart from the others."""
+"""Losses on logits that separate the target class from the other classes."""
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +11,19 @@ from topkd.losses.base import Loss, LossInfo
 from topkd.losses.logits import standardized
 
 
-def others(logits: Tensor, target: Tensor) -> Tensor:
-    """Leaves out the logit of the label.
+def non_target_logits(logits: Tensor, target: Tensor) -> Tensor:
+    """Removes the logit of the target class.
 
     Args:
         logits: (n, classes).
         target: Labels, (n,).
 
     Returns:
-        (n, classes - 1), in their order.
+        Logits of the other classes in their order, (n, classes - 1).
 
     Examples:
-        >>> others(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([1, 2]))
+        >>> logits = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+        >>> non_target_logits(logits, torch.tensor([1, 2]))
         tensor([[1., 3.],
                 [4., 5.]])
     """
@@ -39,29 +40,30 @@ def decoupled_distillation(
     beta: float = 8.0,
     temperature: float | Tensor = 4.0,
 ) -> Tensor:
-    r"""Compares how sure two networks are of the label and, apart from that, all else they see.
+    r"""Compares the target-class confidence and the distribution over the other classes separately.
 
     .. math:: \frac{T^2}{n} \sum_i \alpha\, \mathrm{KL}\big(b^t_i \,\|\, b^s_i\big)
         + \beta\, \mathrm{KL}\big(q^t_i \,\|\, q^s_i\big)
 
     where :math:`b = (p_y, 1 - p_y)` with :math:`p = \mathrm{softmax}(z / T)`, and q is the softmax
-    of :math:`z / T` without the label y. :func:`~topkd.losses.logits.distillation` is the same
-    with :math:`\alpha = 1` and :math:`\beta = 1 - p^t_y`.
+    of :math:`z / T` over the classes other than the label y.
+    :func:`~topkd.losses.logits.distillation` is the special case :math:`\alpha = 1` and
+    :math:`\beta = 1 - p^t_y`.
 
     Args:
         student: Logits :math:`z^s`, (n, classes).
         teacher: Logits :math:`z^t`, (n, classes).
         target: Labels y, (n,).
-        alpha: Weight of the label against the rest.
-        beta: Weight of what the rest is made of.
-        temperature: T.
+        alpha: Weight of the target-class term.
+        beta: Weight of the non-target-class term.
+        temperature: Softmax temperature T.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape or are no floats, a label is none of their
-            classes, or an option is out of range.
+        ValueError: If the logits differ in shape or are not floating-point, a label is not one of
+            the classes, or an option is out of range.
 
     References:
         Decoupled Knowledge Distillation (Zhao et al., CVPR 2022)
@@ -69,7 +71,7 @@ def decoupled_distillation(
 
     Examples:
         >>> teacher = torch.tensor([[0.0, 1.0, 5.0]])
-        >>> student = torch.tensor([[0.0, 1.0, 9.0]])  # differs in the label, 2, alone
+        >>> student = torch.tensor([[0.0, 1.0, 9.0]])  # differs in the target class, 2, only
         >>> decoupled_distillation(student, teacher, torch.tensor([2]), alpha=0.0).item()
         0.0
     """
@@ -79,7 +81,7 @@ def decoupled_distillation(
     not_negative("alpha", alpha)
     not_negative("beta", beta)
     scaled = [z / temperature for z in (student, teacher)]
-    rests = [others(z, target) for z in scaled]
+    rests = [non_target_logits(z, target) for z in scaled]
     log_b = []
     for z, rest in zip(scaled, rests, strict=True):
         odds = z.gather(1, target[:, None]) - rest.logsumexp(1, keepdim=True)
@@ -93,27 +95,38 @@ def decoupled_distillation(
 
 
 class DKD(Loss):
-    """:func:`decoupled_distillation` of the logits, DKD; of mixed images, with the main label.
+    """:func:`decoupled_distillation` of the logits, DKD.
 
-    Published with a warm-up of 20 epochs and ``beta`` 2 for resnet56 to resnet20 and resnet110 to
-    resnet32, 6 for vgg13 and the pairs of WRNs, 8 for resnet32x4 and ResNet50; on ImageNet with
-    T = 1, a warm-up of 1 and ``beta`` 0.5 for ResNet34 to ResNet18.
+    For mixed images, the label with the largest weight is the target. Published with a warm-up of
+    20 epochs and ``beta`` 2 for resnet56 to resnet20 and resnet110 to resnet32, 6 for vgg13 and the
+    pairs of WRNs, 8 for resnet32x4 and ResNet50; on ImageNet with T = 1, a warm-up of 1 epoch and
+    ``beta`` 0.5 for ResNet34 to ResNet18.
 
     Args:
-        alpha: Weight of the label against the rest.
-        beta: Weight of what the rest is made of.
-        temperature: T.
+        alpha: Weight of the target-class term.
+        beta: Weight of the non-target-class term.
+        temperature: Softmax temperature T.
         standardize: Whether to compare :func:`~topkd.losses.logits.standardized` logits.
+
+    Raises:
+        ValueError: If an option is out of range.
 
     References:
         Decoupled Knowledge Distillation (Zhao et al., CVPR 2022)
         https://arxiv.org/abs/2203.08679
+
+    Examples:
+        >>> logits = torch.tensor([[0.0, 1.0, 5.0]])
+        >>> features = Features(logits, embedding=logits)
+        >>> batch = Batch(torch.zeros(1, 3, 8, 8), torch.tensor([2]), torch.tensor([0]))
+        >>> DKD(beta=2.0)(features, features, batch).item()
+        0.0
     """
 
     info = LossInfo(
         name="dkd",
         group="logits",
-        compares="softened predictions, the label apart from the rest",
+        compares="softened predictions, target and other classes separately",
         paper="Zhao et al., CVPR 2022",
         url="https://arxiv.org/abs/2203.08679",
         cost="n c",
@@ -148,38 +161,39 @@ def normalized_distillation(
     gamma: float = 1.5,
     temperature: float = 1.0,
 ) -> Tensor:
-    r"""Adds to the label, as sure as the teacher is of it, the teacher's view of all else.
+    r"""Adds the cross-entropies with the teacher on the target class and on the other classes.
 
     .. math:: -\frac{1}{n} \sum_i \Big[ p^t_{iy} \log p^s_{iy}
         + \gamma T^2 \sum_{j \ne y} q^t_{ij} \log q^s_{ij} \Big]
 
-    where :math:`p = \mathrm{softmax}(z)` and q is the softmax of :math:`z / T` without the label
-    y. These are cross-entropies: a student that equals its teacher does not lose 0.
+    where :math:`p = \mathrm{softmax}(z)` and q is the softmax of :math:`z / T` over the classes
+    other than the label y. Both terms are cross-entropies, so the loss is not 0 for a student that
+    equals its teacher.
 
-    The code of the authors is followed. A copy that is part of SDD keeps the label in q, so that
-    numbers quoted from there are of another loss.
+    The implementation follows the authors' code. A copy in the SDD repository keeps the label in q;
+    results quoted from there belong to a different loss.
 
     Args:
         student: Logits :math:`z^s`, (n, classes).
         teacher: Logits :math:`z^t`, (n, classes).
         target: Labels y, (n,).
         gamma: Weight of the other classes.
-        temperature: T, of the other classes.
+        temperature: Softmax temperature T of the other classes.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape or are no floats, a label is none of their
-            classes, or an option is out of range.
+        ValueError: If the logits differ in shape or are not floating-point, a label is not one of
+            the classes, or an option is out of range.
 
     References:
         From Knowledge Distillation to Self-Knowledge Distillation (Yang et al., ICCV 2023)
         https://arxiv.org/abs/2303.13005
 
     Examples:
-        >>> sure, guess = torch.tensor([[99.0, 0.0, 0.0]]), torch.zeros(1, 3)
-        >>> loss = normalized_distillation(guess, sure, torch.tensor([0]), gamma=0.0)
+        >>> confident, uniform = torch.tensor([[99.0, 0.0, 0.0]]), torch.zeros(1, 3)
+        >>> loss = normalized_distillation(uniform, confident, torch.tensor([0]), gamma=0.0)
         >>> round(loss.exp().item(), 4)
         3.0
     """
@@ -189,29 +203,39 @@ def normalized_distillation(
     not_negative("gamma", gamma)
     label = target[:, None]
     log_s, log_t = (z.log_softmax(1).gather(1, label) for z in (student, teacher))
-    rest_s, rest_t = (others(z, target) / temperature for z in (student, teacher))
+    rest_s, rest_t = (non_target_logits(z, target) / temperature for z in (student, teacher))
     rest = (rest_t.softmax(1) * rest_s.log_softmax(1)).sum(1)
     return -(log_t.exp() * log_s).mean() - gamma * temperature**2 * rest.mean()
 
 
 class NKD(Loss):
-    """:func:`normalized_distillation` of the logits, NKD; of mixed images, with the main label.
+    """:func:`normalized_distillation` of the logits, NKD.
 
-    The defaults are those for ImageNet; for CIFAR-100 ``gamma`` 3.5 and T = 3 were published.
+    For mixed images, the label with the largest weight is the target. The defaults are those for
+    ImageNet; for CIFAR-100, ``gamma`` 3.5 and T = 3 were published.
 
     Args:
         gamma: Weight of the other classes.
-        temperature: T, of the other classes.
+        temperature: Softmax temperature T of the other classes.
+
+    Raises:
+        ValueError: If an option is out of range.
 
     References:
         From Knowledge Distillation to Self-Knowledge Distillation (Yang et al., ICCV 2023)
         https://arxiv.org/abs/2303.13005
+
+    Examples:
+        >>> student, teacher = torch.zeros(1, 3), torch.tensor([[99.0, 0.0, 0.0]])
+        >>> batch = Batch(torch.zeros(1, 3, 8, 8), torch.tensor([0]), torch.tensor([0]))
+        >>> NKD(gamma=0.0)(Features(student, student), Features(teacher, teacher), batch)  # log 3
+        tensor(1.0986)
     """
 
     info = LossInfo(
         name="nkd",
         group="logits",
-        compares="predictions, the label apart from the rest",
+        compares="predictions, target and other classes separately",
         paper="Yang et al., ICCV 2023",
         url="https://arxiv.org/abs/2303.13005",
         cost="n c",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -13,9 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from topkd._io import files, state
 from topkd._runtime import processes
 from topkd.features import Batch, Features
+from topkd.losses._pretraining import SaveState, fit_once
 from topkd.losses._validation import MAPS, check_shapes, count, one_of, positive
 from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import paired, to_smaller
@@ -187,76 +185,73 @@ class FT(Loss):
 def learn(
     context: LossContext, channels: int, factors: int, *, epochs: int, lr: float
 ) -> tuple[Paraphraser, float]:
-    """Trains a paraphraser of a teacher's last maps, or loads it where that is done.
+    """Trains a paraphraser of the teacher's last maps, or loads it if it was trained before.
 
-    It is trained by SGD with momentum 0.9 and weight decay 5e-4 on the mean squared error. After
-    each epoch its state is written, from which the next call goes on.
+    The optimizer is SGD with momentum 0.9 and weight decay 5e-4, the objective the mean squared
+    error. The training state is saved after each epoch; an interrupted training resumes from it.
 
     Args:
-        context: The teacher's answers to the training images, and where to keep the result.
-        channels: Of the last map.
-        factors: Channels of what is made of it.
+        context: Training images with the teacher's features, and the folder of the result.
+        channels: Channels of the teacher's last map.
+        factors: Channels of the factors.
         epochs: Passes over the augmented training images.
         lr: Learning rate.
 
     Returns:
-        The paraphraser and what it lost in its last epoch: the squared error as a share of the
-        maps' squares.
+        The paraphraser, and its reconstruction error in the last epoch: the squared error divided
+        by the squared norm of the maps.
 
     Raises:
-        ValueError: If the error is not finite.
+        ValueError: If the error becomes NaN or infinite.
     """
-    about = json.dumps([context.teacher_hash, channels, factors, epochs, lr])
-    path = context.folder / f"paraphraser-{files.sha256(about.encode())[:8]}.safetensors"
-    with torch.random.fork_rng(devices=[]):  # the translator is the same, trained or loaded
+    with torch.random.fork_rng(devices=[]):  # the translator's weights must not depend on this
         torch.manual_seed(0)
         network = Paraphraser(channels, factors)
-    if not files.is_complete(path):
-        with context.progress.alone(path):
-            _learn(network, context, path, epochs, lr)
-    weights = load(files.read_checked(path))
+
+    def fit(resumed: dict[str, Any] | None, save_state: SaveState) -> bytes:
+        error = _train(network, context, resumed, save_state, epochs, lr)
+        context.progress.say(f"Paraphraser: reconstruction error {error:.1%}")
+        weights = network.cpu().state_dict() | {"error": torch.tensor(error, dtype=torch.float64)}
+        return save(weights)
+
+    weights = load(fit_once(context, "paraphraser", [channels, factors, epochs, lr], fit))
     error = weights.pop("error").item()
     network.load_state_dict(weights)
     return network.eval(), error
 
 
-def _learn(network: Paraphraser, context: LossContext, path: Path, epochs: int, lr: float) -> None:
-    """Trains a paraphraser and writes it, unless another process has done so by now."""
-    if not files.is_complete(path):
-        error = _train(network, context, path.with_suffix(".state"), epochs, lr)
-        context.progress.say(f"Paraphraser: {error:.1%} of the maps is lost")
-        weights = network.cpu().state_dict() | {"error": torch.tensor(error, dtype=torch.float64)}
-        files.write_checked(path, save(weights))
-        state.delete(path.with_suffix(".state"))
-
-
 def _train(
-    network: Paraphraser, context: LossContext, saved: Path, epochs: int, lr: float
+    network: Paraphraser,
+    context: LossContext,
+    resumed: dict[str, Any] | None,
+    save_state: SaveState,
+    epochs: int,
+    lr: float,
 ) -> float:
-    """Trains a network, going on from a saved state, and tells its error in the last epoch."""
-    if context.teacher is not None:  # its maps are large: the GPU it is on is good for them too
+    """Trains a paraphraser from scratch or from a saved state; returns its last epoch's error."""
+    if context.teacher is not None:  # the maps are large: train on the teacher's device
         network.to(next(context.teacher.network.parameters()).device)
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
-    done, error = 0, math.nan
-    resumed = state.load(saved)
+    first, error = 0, math.nan
     if resumed is not None:
         network.load_state_dict(resumed["network"])
         optimizer.load_state_dict(resumed["optimizer"])
-        done, error = resumed["epoch"], resumed["error"]
+        first, error = resumed["epoch"], resumed["error"]
     with context.progress.bar("Paraphraser", epochs * context.images, "images") as advance:
-        advance(done * context.images, "")
-        for epoch in range(done, epochs):
+        advance(first * context.images, "")
+        for epoch in range(first, epochs):
             error = _epoch(network, optimizer, context, epoch, advance)
-            advance(0, f"epoch {epoch + 1}, {error:.1%} lost")
+            advance(0, f"epoch {epoch + 1}, reconstruction error {error:.1%}")
             if not math.isfinite(error):
                 raise ValueError(f"the paraphraser diverged at lr {lr}; give it a smaller one")
-            reached = {
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "epoch": epoch + 1,
-                "error": error,
-            }
-            state.save(saved, reached)
+            save_state(
+                {
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "epoch": epoch + 1,
+                    "error": error,
+                }
+            )
     return error
 
 
@@ -267,16 +262,16 @@ def _epoch(
     epoch: int,
     advance: Callable[[int, str], None],
 ) -> float:
-    """Trains for one pass over the images and tells which share of the maps is lost."""
+    """Trains for one pass over the images and returns the reconstruction error of the pass."""
     device = next(network.parameters()).device
-    lost, whole = torch.zeros((), device=device), torch.zeros((), device=device)
-    for batch, answer in context.teacher_batches(epoch):
-        maps = answer.maps[-1].to(device)
+    squared_error, squared_norm = torch.zeros((), device=device), torch.zeros((), device=device)
+    for batch, features in context.teacher_batches(epoch):
+        maps = features.maps[-1].to(device)
         error = mean_square(network(maps), maps)
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
-        lost += error.detach() * len(maps)
-        whole += maps.square().mean() * len(maps)
+        squared_error += error.detach() * len(maps)
+        squared_norm += maps.square().mean() * len(maps)
         advance(len(batch.index), "")
-    return (lost / whole).item()
+    return (squared_error / squared_norm).item()

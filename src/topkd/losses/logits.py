@@ -1,4 +1,4 @@
-"""Losses on the logits."""
+"""Losses on logits."""
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +15,31 @@ from topkd.losses._validation import (
 from topkd.losses._validation import temperature as checked
 from topkd.losses.base import Loss, LossInfo
 
-LEAST_SPREAD = 0.1  # of logits; that of a trained network is greater
-LEAST_VARIATION = 0.01  # of predictions, as a share of their norm; likewise
+MIN_STD = 0.1  # of logits; trained networks exceed it
+MIN_RELATIVE_NORM = 0.01  # of centered predictions, relative to their norm; likewise
 
 
 class CE(Loss):
     """Cross-entropy of the student's logits with the labels; needs no teacher.
 
-    Of mixed images it takes the mixed labels.
+    For mixed images (mixup, CutMix) the soft labels are used.
 
     Args:
-        label_smoothing: Share of the target that is spread over all classes.
+        label_smoothing: Probability mass spread uniformly over all classes, in [0, 1).
+
+    Raises:
+        ValueError: If ``label_smoothing`` is not in [0, 1).
 
     References:
         Rethinking the Inception Architecture (Szegedy et al., CVPR 2016), for the smoothing
         https://arxiv.org/abs/1512.00567
+
+    Examples:
+        >>> import torch
+        >>> features = Features(logits=torch.zeros(2, 4), embedding=torch.zeros(2, 8))
+        >>> batch = Batch(torch.zeros(2, 3, 8, 8), torch.tensor([0, 3]), torch.arange(2))
+        >>> CE(label_smoothing=0.1)(features, features, batch)  # log 4
+        tensor(1.3863)
     """
 
     info = LossInfo(
@@ -56,25 +66,26 @@ class CE(Loss):
 
 
 def standardized(logits: Tensor) -> Tensor:
-    r"""Gives the logits of every image mean 0 and deviation 1.
+    r"""Standardizes the logits of each image to mean 0 and standard deviation 1.
 
     .. math:: \hat z = \frac{z - \mathrm{mean}(z)}{\max(\mathrm{std}(z),\, 0.1) + 10^{-7}}
 
-    with the unbiased deviation over the classes. A loss of these asks a student for the order and
-    the proportions of its teacher's logits, and leaves it their range.
+    with the unbiased standard deviation over the classes. A loss on standardized logits compares
+    their order and proportions and ignores their range.
 
-    The authors' code has no such least deviation. It changes nothing in a trained network, whose
-    logits spread more widely, and keeps the slope below 10 where a student starts with all its
-    logits at 0, as heads of vision transformers do: there, that of the code is 10 million.
+    The authors' code has no lower bound on the standard deviation. The bound does not change
+    trained networks, whose logits vary more. It keeps the slope below 10 where all logits of a
+    student are 0 at initialization, as with the heads of vision transformers; without it the slope
+    is 10 million.
 
     Args:
         logits: (n, classes).
 
     Returns:
-        (n, classes).
+        Standardized logits, (n, classes).
 
     Raises:
-        ValueError: If the logits are no floats (n, classes).
+        ValueError: If the logits are not floating-point (n, classes).
 
     References:
         Logit Standardization in Knowledge Distillation (Sun et al., CVPR 2024)
@@ -87,12 +98,12 @@ def standardized(logits: Tensor) -> Tensor:
                 [-1.0000,  0.0000,  1.0000]])
     """
     check_floats("logits", logits, LOGITS)
-    deviation = logits.std(1, keepdim=True).clamp(min=LEAST_SPREAD) + 1e-7
+    deviation = logits.std(1, keepdim=True).clamp(min=MIN_STD) + 1e-7
     return (logits - logits.mean(1, keepdim=True)) / deviation
 
 
 def distillation(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 4.0) -> Tensor:
-    r"""Compares the softened predictions of two networks.
+    r"""Computes the divergence of the student's softened predictions from the teacher's.
 
     .. math:: \frac{T^2}{n} \sum_i \mathrm{KL}\big(p^{t}_{i} \,\|\, p^{s}_{i}\big),
         \qquad p = \mathrm{softmax}(z / T)
@@ -100,13 +111,15 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float | Tenso
     Args:
         student: Logits :math:`z^s`, (n, classes).
         teacher: Logits :math:`z^t`, (n, classes).
-        temperature: T; the greater, the more the unlikely classes count.
+        temperature: Softmax temperature T. Higher values increase the weight of low-probability
+            classes.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape or are no floats, or an option is out of range.
+        ValueError: If the logits differ in shape or are not floating-point, or an option is out
+            of range.
 
     References:
         Distilling the Knowledge in a Neural Network (Hinton et al., 2014)
@@ -115,7 +128,7 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float | Tenso
     Examples:
         >>> import torch
         >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
-        >>> distillation(logits + 5, logits).abs().item() < 1e-6  # it sees only differences
+        >>> distillation(logits + 5, logits).abs().item() < 1e-6  # invariant to shifts
         True
     """
     check_shapes("logits", student, teacher, form=LOGITS)
@@ -128,15 +141,27 @@ class KD(Loss):
     """:func:`distillation` of the logits.
 
     Args:
-        temperature: T; the greater, the more the unlikely classes count.
+        temperature: Softmax temperature T. Higher values increase the weight of low-probability
+            classes.
         standardize: Whether to compare :func:`standardized` logits; published with T = 2 and
-            weight 9 beside 0.1 of cross-entropy.
+            weight 9, next to 0.1 of cross-entropy.
+
+    Raises:
+        ValueError: If the temperature is out of range.
 
     References:
         Distilling the Knowledge in a Neural Network (Hinton et al., 2014)
         https://arxiv.org/abs/1503.02531
         Logit Standardization in Knowledge Distillation (Sun et al., CVPR 2024)
         https://arxiv.org/abs/2403.01427
+
+    Examples:
+        >>> import torch
+        >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
+        >>> student, teacher = Features(2 * logits, logits), Features(logits, logits)
+        >>> loss = KD(temperature=2.0, standardize=True)
+        >>> loss(student, teacher, batch=None).item() < 1e-6  # invariant to scale
+        True
     """
 
     info = LossInfo(
@@ -168,34 +193,36 @@ def correlation_distillation(
     temperature: float = 1.0,
     damping: float = 1e-8,
 ) -> Tensor:
-    r"""Compares predictions up to shift and scale, within every image and within every class.
+    r"""Compares predictions up to shift and scale, across classes and across images.
 
     .. math:: T^2 \Big[ \beta \Big(1 - \frac{1}{n} \sum_i \rho(p^s_{i \cdot}, p^t_{i \cdot})\Big)
         + \gamma \Big(1 - \frac{1}{c} \sum_j \rho(p^s_{\cdot j}, p^t_{\cdot j})\Big) \Big]
 
-    where :math:`\rho` is Pearson's correlation and :math:`p = \mathrm{softmax}(z / T)`.
+    where :math:`\rho` is Pearson's correlation and :math:`p = \mathrm{softmax}(z / T)`. The first
+    sum is the inter-class relation, the second the intra-class relation.
 
-    The code of the authors and all that follow it add 1e-8 to the product of the two lengths that
-    :math:`\rho` divides by. That is followed: it takes weight from classes that no image of the
-    batch resembles, and it lets a student lose a little that equals its teacher.
+    The authors' code and all its copies add 1e-8 to the denominator of :math:`\rho`, as here. The
+    term reduces the weight of classes that no image of the batch resembles; as a result, the loss
+    is slightly above 0 for a student that equals its teacher.
 
-    A length counts as 0.01 of the norm of the probabilities at least, below which it is where
-    z / T varies by less than 0.01. That changes nothing in trained networks, and keeps slopes
-    moderate where a student predicts the same for all images or all classes.
+    The norm of centered probabilities is bounded below by 0.01 of the norm of the probabilities.
+    The bound is active where z / T varies by less than 0.01. It does not change trained networks,
+    and keeps gradients moderate where a student predicts the same for all images or classes.
 
     Args:
         student: Logits :math:`z^s`, (n, classes).
         teacher: Logits :math:`z^t`, (n, classes).
-        beta: Weight of the images, or inter-class relation.
-        gamma: Weight of the classes, or intra-class relation.
-        temperature: T; the code of the authors has none, re-implementations do.
-        damping: What is added to the product of the lengths; 0 is the formula of the paper.
+        beta: Weight of the inter-class relation.
+        gamma: Weight of the intra-class relation.
+        temperature: T; 1 in the authors' code, an option in re-implementations.
+        damping: Constant added to the denominator; 0 gives the formula of the paper.
 
     Returns:
-        The loss, a scalar. What does not vary correlates with nothing.
+        The loss, a scalar. The correlation with a constant vector counts as 0.
 
     Raises:
-        ValueError: If the logits differ in shape or are no floats, or an option is out of range.
+        ValueError: If the logits differ in shape or are not floating-point, or an option is out
+            of range.
 
     References:
         Knowledge Distillation from A Stronger Teacher (Huang et al., NeurIPS 2022)
@@ -204,8 +231,8 @@ def correlation_distillation(
     Examples:
         >>> import torch
         >>> logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 4.0, 1.0]])
-        >>> fainter = (0.5 * logits.softmax(1) + 0.5 / 3).log()  # half of it is a blind guess
-        >>> correlation_distillation(fainter, logits).abs().item() < 1e-5
+        >>> flatter = (0.5 * logits.softmax(1) + 0.5 / 3).log()  # mixed with uniform predictions
+        >>> correlation_distillation(flatter, logits).abs().item() < 1e-5
         True
     """
     check_shapes("logits", student, teacher, form=LOGITS)
@@ -219,7 +246,7 @@ def correlation_distillation(
 
 
 def _correlation(first: Tensor, second: Tensor, damping: float) -> Tensor:
-    """Computes Pearson's correlation of every two rows, (rows,)."""
+    """Computes Pearson's correlation of corresponding rows, (rows,)."""
     a, b = (x - x.mean(1, keepdim=True) for x in (first, second))
     lengths = _length(a, first) * _length(b, second)
     # Below this, gradients would overflow; a row of zeros must not give NaN.
@@ -228,27 +255,38 @@ def _correlation(first: Tensor, second: Tensor, damping: float) -> Tensor:
 
 
 def _length(centered: Tensor, rows: Tensor) -> Tensor:
-    return torch.maximum(centered.norm(dim=1), LEAST_VARIATION * rows.norm(dim=1))
+    return torch.maximum(centered.norm(dim=1), MIN_RELATIVE_NORM * rows.norm(dim=1))
 
 
 class DIST(Loss):
     """:func:`correlation_distillation` of the logits, DIST.
 
     Args:
-        beta: Weight of the images.
-        gamma: Weight of the classes.
-        temperature: T.
-        damping: Takes weight from classes that no image resembles; 0 is the paper's formula.
+        beta: Weight of the inter-class relation.
+        gamma: Weight of the intra-class relation.
+        temperature: Softmax temperature T.
+        damping: Constant in the denominator, which reduces the weight of classes that no image
+            resembles; 0 gives the formula of the paper.
+
+    Raises:
+        ValueError: If an option is out of range.
 
     References:
         Knowledge Distillation from A Stronger Teacher (Huang et al., NeurIPS 2022)
         https://arxiv.org/abs/2205.10536
+
+    Examples:
+        >>> import torch
+        >>> logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 4.0, 1.0]])
+        >>> features = Features(logits, logits)
+        >>> DIST(beta=2.0)(features, features, batch=None).item() < 1e-5
+        True
     """
 
     info = LossInfo(
         name="dist",
         group="logits",
-        compares="predictions up to scale, within images and within classes",
+        compares="predictions up to shift and scale, per image and per class",
         paper="Huang et al., NeurIPS 2022",
         url="https://arxiv.org/abs/2205.10536",
         cost="n c",
@@ -282,25 +320,26 @@ class DIST(Loss):
 def transformed_teacher_matching(
     student: Tensor, teacher: Tensor, *, exponent: float = 0.1, weighted: bool = False
 ) -> Tensor:
-    r"""Compares the student's own prediction with the softened one of the teacher.
+    r"""Compares the student's unsoftened prediction with the teacher's softened prediction.
 
     .. math:: \frac{1}{n} \sum_i u_i\, \mathrm{KL}\big(q_i \,\|\, p^s_i\big),
         \qquad q_i = \frac{(p^t_i)^\kappa}{\sum_j (p^t_{ij})^\kappa}
 
-    with :math:`u_i = 1`, or weighted :math:`u_i = \sum_j (p^t_{ij})^\kappa`: images of which the
-    teacher is less sure count more. All p are softmax at temperature 1.
+    with :math:`u_i = 1`, or weighted :math:`u_i = \sum_j (p^t_{ij})^\kappa`, which increases the
+    weight of images on which the teacher is less confident. All p are softmax at temperature 1.
 
     Args:
         student: Logits, (n, classes).
         teacher: Logits, (n, classes).
-        exponent: :math:`\kappa`, one over the temperature of the teacher.
-        weighted: Whether images weigh differently.
+        exponent: :math:`\kappa`, the inverse temperature of the teacher.
+        weighted: Whether to weight images by :math:`u_i`.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape or are no floats, or an option is out of range.
+        ValueError: If the logits differ in shape or are not floating-point, or an option is out
+            of range.
 
     References:
         Knowledge Distillation Based on Transformed Teacher Matching (Zheng & Yang, ICLR 2024)
@@ -309,7 +348,7 @@ def transformed_teacher_matching(
     Examples:
         >>> import torch
         >>> teacher = torch.tensor([[0.0, 10.0, 20.0]])
-        >>> transformed_teacher_matching(teacher / 10, teacher).item() < 1e-6  # exactly as soft
+        >>> transformed_teacher_matching(teacher / 10, teacher).item() < 1e-6  # exponent 0.1
         True
     """
     check_shapes("logits", student, teacher, form=LOGITS)
@@ -324,20 +363,30 @@ def transformed_teacher_matching(
 class TTM(Loss):
     """:func:`transformed_teacher_matching` of the logits, TTM.
 
-    Published with weight 45 for vgg13 to vgg8; the temperature has no square in front.
+    Published with weight 45 for vgg13 to vgg8. The loss is not multiplied by T².
 
     Args:
-        exponent: One over the temperature of the teacher.
+        exponent: Inverse temperature of the teacher.
+
+    Raises:
+        ValueError: If the exponent is not positive.
 
     References:
         Knowledge Distillation Based on Transformed Teacher Matching (Zheng & Yang, ICLR 2024)
         https://arxiv.org/abs/2402.11148
+
+    Examples:
+        >>> import torch
+        >>> logits = torch.tensor([[0.0, 1.0, 2.0]])
+        >>> student, teacher = Features(logits, logits), Features(4 * logits, logits)
+        >>> TTM(exponent=0.25)(student, teacher, batch=None).item() < 1e-6
+        True
     """
 
     info = LossInfo(
         name="ttm",
         group="logits",
-        compares="the prediction with a softened one",
+        compares="the student's prediction with the teacher's softened one",
         paper="Zheng & Yang, ICLR 2024",
         url="https://arxiv.org/abs/2402.11148",
         cost="n c",
@@ -357,22 +406,32 @@ class TTM(Loss):
 
 
 class WTTM(TTM):
-    """:func:`transformed_teacher_matching` in which images weigh differently, WTTM.
+    """:func:`transformed_teacher_matching` with weighted images, WTTM.
 
-    Published with weight 4 beside CRD with 0.8.
+    Published with weight 4, next to CRD with 0.8.
 
     Args:
-        exponent: One over the temperature of the teacher.
+        exponent: Inverse temperature of the teacher.
+
+    Raises:
+        ValueError: If the exponent is not positive.
 
     References:
         Knowledge Distillation Based on Transformed Teacher Matching (Zheng & Yang, ICLR 2024)
         https://arxiv.org/abs/2402.11148
+
+    Examples:
+        >>> import torch
+        >>> logits = torch.tensor([[0.0, 1.0, 2.0]])
+        >>> student, teacher = Features(logits, logits), Features(5 * logits, logits)
+        >>> WTTM()(student, teacher, batch=None).item() < 1e-6
+        True
     """
 
     info = LossInfo(
         name="wttm",
         group="logits",
-        compares="the prediction with a softened one, doubtful images more",
+        compares="the student's prediction with the teacher's softened one, weighted by doubt",
         paper="Zheng & Yang, ICLR 2024",
         url="https://arxiv.org/abs/2402.11148",
         cost="n c",

@@ -1,4 +1,4 @@
-"""Losses on feature maps as they are, without weights of their own."""
+"""Parameter-free losses on feature maps."""
 
 from __future__ import annotations
 
@@ -19,26 +19,30 @@ from topkd.topology.gradient import SMALL, bounded_divide
 def paired(
     student: Sequence[Tensor], teacher: Sequence[Tensor], skip: int = 0, kind: str = "maps"
 ) -> list[tuple[Tensor, Tensor]]:
-    """Pairs the maps of two networks by their place, shallow to deep.
+    """Pairs the maps of two networks by position, shallow to deep.
 
     Args:
-        student: Maps (n, c, h, w), with sizes that may differ.
-        teacher: As many.
-        skip: How many are left out at the shallow end.
-        kind: What they are, for messages.
+        student: Maps (n, c, h, w); sizes may differ.
+        teacher: The same number of maps.
+        skip: Number of maps skipped at the shallow end.
+        kind: Kind of the maps, for messages.
+
+    Returns:
+        Pairs of a student and a teacher map.
 
     Raises:
-        ValueError: If they differ in number or in images, if one is no map, or if none is left.
+        ValueError: If the numbers of maps or images differ, a tensor is not (n, c, h, w), or no map
+            is left.
     """
     if len(student) != len(teacher):
         raise ValueError(
-            f"the student has {len(student)} {kind} and the teacher {len(teacher)}, which are "
-            "compared one by one; let the term's taps in the recipe choose as many of both"
+            f"the student has {len(student)} {kind} and the teacher {len(teacher)}; maps are "
+            "compared in pairs, so select equally many with the term's taps in the recipe"
         )
     if not 0 <= skip < len(student):
         raise ValueError(
             f"skip leaves out the first {skip} of {len(student)} {kind}; it must be at least 0 and "
-            "leave one"
+            "leave at least one"
         )
     pairs = list(zip(student, teacher, strict=True))[skip:]
     for s, t in pairs:
@@ -55,36 +59,40 @@ def to_smaller(
     second: Tensor,
     pool: Callable[[Tensor, tuple[int, int]], Tensor] = F.adaptive_avg_pool2d,
 ) -> tuple[Tensor, Tensor]:
-    """Pools the larger of two maps (n, c, h, w) to the height and width of the smaller."""
+    """Pools two maps (n, c, h, w) to the smaller height and the smaller width of the two."""
     if first.shape[2:] == second.shape[2:]:
         return first, second
     height, width = (min(sides) for sides in zip(first.shape[2:], second.shape[2:], strict=True))
     return pool(first, (height, width)), pool(second, (height, width))
 
 
-def deeper_counts_double(values: Sequence[Tensor]) -> Tensor:
-    """Adds values of L stages, shallow to deep: the last whole, each before it half of the next."""
+def depth_weighted_sum(values: Sequence[Tensor]) -> Tensor:
+    """Sums values of L stages, shallow to deep, with weights 2^(1 - L), ..., 1/2, 1."""
     return torch.stack([value / 2**back for back, value in enumerate(values[::-1])]).sum()
 
 
 def deepest(features: Features, whose: str) -> Tensor:
-    """Finds the last map of a network.
+    """Returns the last map of a network.
 
     Raises:
-        ValueError: If it has none, or it is not (n, c, h, w).
+        ValueError: If there is none, or it is not (n, c, h, w).
     """
     if not features.maps:
-        raise ValueError(f"the {whose} has no maps: give the taps where they can be read")
+        raise ValueError(f"the {whose} has no maps: specify the taps of its feature maps")
     if features.maps[-1].ndim != 4:
-        raise ValueError(f"the last map of the {whose} is {tuple(features.maps[-1].shape)}, no map")
+        shape = tuple(features.maps[-1].shape)
+        raise ValueError(f"the last map of the {whose} must be (n, c, h, w), got {shape}")
     return features.maps[-1]
 
 
 class MapLoss(Loss):
-    """The sum over stages of a loss of two maps.
+    """Base class: the sum over stages of a loss between two maps.
 
     Args:
-        skip: How many maps are left out at the shallow end; the first is that of the stem.
+        skip: Number of maps skipped at the shallow end; the first map is that of the stem.
+
+    Raises:
+        ValueError: If ``skip`` is negative.
     """
 
     reads_maps = True
@@ -107,36 +115,44 @@ class MapLoss(Loss):
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Compares the maps of one stage."""
+        """Computes the loss of one stage.
+
+        Args:
+            student: A map, (n, c, h, w).
+            teacher: A map of the same images; channels and size may differ.
+
+        Returns:
+            The loss, a scalar.
+        """
 
 
-SILENT = 1e-3  # length of a channel's map below which its direction is noise
+MIN_CHANNEL_NORM = 1e-3  # norm of a channel below which its direction is noise
 
 AttentionForm = Literal["mean", "paper"]
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, *, form: AttentionForm = "mean") -> Tensor:
-    r"""Compares where two networks look, by the energy of their maps over space.
+    r"""Compares spatial attention maps, the energy of feature maps at each position.
 
     .. math:: \frac{1}{np} \sum_i \lVert Q(F^s_i) - Q(F^t_i) \rVert^2,
         \qquad Q(F) = \frac{q}{\lVert q \rVert}, \quad q = \frac{1}{c} \sum_k F_k^2
 
-    for n images and p positions; the larger map is averaged to the size of the smaller first. This
-    is what the authors' code and RepDistiller compute. The paper writes the norm without the
+    for n images and p positions; the larger map is average-pooled to the size of the smaller first.
+    This is what the authors' code and RepDistiller compute. The paper uses the norm without the
     square and without the mean over positions: ``form="paper"`` computes
-    :math:`\frac{1}{n} \sum_i \lVert Q(F^s_i) - Q(F^t_i) \rVert`. (In torchdistill that is a sum
-    over the images: n times as much.)
+    :math:`\frac{1}{n} \sum_i \lVert Q(F^s_i) - Q(F^t_i) \rVert`. (torchdistill sums over the
+    images, which gives n times as much.)
 
     Args:
         student: A map, (n, c, h, w).
         teacher: A map of the same images; channels and size may differ.
-        form: Which of the two.
+        form: "mean" for the mean squared difference, "paper" for the norm.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If these are no maps of the same images.
+        ValueError: If the tensors are not maps of the same images, or the form is unknown.
 
     References:
         Paying More Attention to Attention (Zagoruyko & Komodakis, ICLR 2017)
@@ -144,7 +160,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, form: AttentionForm 
 
     Examples:
         >>> left, right = torch.zeros(1, 3, 1, 2), torch.zeros(1, 5, 1, 2)
-        >>> left[..., 0], right[..., 1] = 1.0, 7.0  # they look at different places
+        >>> left[..., 0], right[..., 1] = 1.0, 7.0  # energy at different positions
         >>> attention_transfer(left, right).item()
         1.0
     """
@@ -153,28 +169,39 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, form: AttentionForm 
     maps = to_smaller(student, teacher)
     energies = (torch.linalg.vecdot(m, m, dim=1) / m.shape[1] for m in maps)
     rows = [energy.flatten(1) for energy in energies]
-    seen, aim = (bounded_divide(q, q.norm(dim=1, keepdim=True), SMALL**2) for q in rows)
+    s, t = (bounded_divide(q, q.norm(dim=1, keepdim=True), SMALL**2) for q in rows)
     if form == "paper":
-        return torch.linalg.vector_norm(seen - aim, dim=1).mean()
-    return F.mse_loss(seen, aim)
+        return torch.linalg.vector_norm(s - t, dim=1).mean()
+    return F.mse_loss(s, t)
 
 
 class AT(MapLoss):
-    """The sum over stages of :func:`attention_transfer`.
+    """The sum over stages of :func:`attention_transfer`, AT.
 
     Args:
-        skip: How many maps are left out at the shallow end; the first is that of the stem.
-        form: "mean", the usual one, or "paper".
+        skip: Number of maps skipped at the shallow end; the first map is that of the stem.
+        form: "mean" for the mean squared difference, "paper" for the norm.
+
+    Raises:
+        ValueError: If an option is out of range.
 
     References:
         Paying More Attention to Attention (Zagoruyko & Komodakis, ICLR 2017)
         https://arxiv.org/abs/1612.03928
+
+    Examples:
+        >>> maps = [torch.rand(2, 4, 8, 8), torch.rand(2, 8, 4, 4)]
+        >>> logits, embedding = torch.zeros(2, 10), torch.zeros(2, 8)
+        >>> student = Features(logits, embedding, [2 * m for m in maps])
+        >>> teacher = Features(logits, embedding, maps)
+        >>> AT()(student, teacher, batch=None).item() < 1e-9  # invariant to scale
+        True
     """
 
     info = LossInfo(
         name="at",
         group="feature maps",
-        compares="where feature maps have their energy",
+        compares="spatial attention of the feature maps",
         paper="Zagoruyko & Komodakis, ICLR 2017",
         url="https://arxiv.org/abs/1612.03928",
         cost="n d",
@@ -189,20 +216,20 @@ class AT(MapLoss):
 
 
 def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Compares for which patterns two networks have neurons: a maximum mean discrepancy.
+    r"""Compares the selectivity patterns of channels by a maximum mean discrepancy.
 
     .. math:: \frac{1}{n} \sum_i \Big[ \frac{1}{c_s^2} \sum_{jk} (s_j \cdot s_k)^2
         + \frac{1}{c_t^2} \sum_{jk} (t_j \cdot t_k)^2
         - \frac{2}{c_s c_t} \sum_{jk} (s_j \cdot t_k)^2 \Big]
 
-    where :math:`s_j` is channel j of image i as a unit vector over space, or what there is of it a
-    thousand times where it is shorter than 0.001, so that silent channels stay silent. The larger
-    map is averaged to the size of the smaller first. The middle term depends on the teacher alone
-    and is left out in RepDistiller, whose gradient is the same.
+    where :math:`s_j` is channel j of image i, normalized to a unit vector over the positions. The
+    norm is bounded below by 0.001, so inactive channels stay near 0. The larger map is
+    average-pooled to the size of the smaller first. The middle term depends on the teacher only;
+    RepDistiller omits it, which does not change the gradient.
 
-    With S the matrix of all :math:`s_j`, this also is :math:`\lVert S^\top S / c_s - T^\top T / c_t
-    \rVert^2`, which is computed where maps have fewer positions than channels. So it needs no more
-    than the smaller of positions² and channels² of memory for each image.
+    With S the matrix of all :math:`s_j`, the loss equals
+    :math:`\lVert S^\top S / c_s - T^\top T / c_t \rVert^2`. This form is used where maps have fewer
+    positions than channels, so the memory per image is the smaller of positions² and channels².
 
     Args:
         student: A map, (n, c, h, w).
@@ -212,7 +239,7 @@ def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
         The loss, a scalar.
 
     Raises:
-        ValueError: If these are no maps of the same images.
+        ValueError: If the tensors are not maps of the same images.
 
     References:
         Like What You Like: Knowledge Distill via Neuron Selectivity Transfer (Huang & Wang, 2017)
@@ -220,35 +247,46 @@ def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
 
     Examples:
         >>> maps = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-        >>> neuron_selectivity(maps.flip(1), maps).abs().item() < 1e-6  # which neuron: no matter
+        >>> neuron_selectivity(maps.flip(1), maps).abs().item() < 1e-6  # order of channels ignored
         True
     """
     check_shapes("maps", student, teacher, 1, MAPS)
-    s, t = (F.normalize(m.flatten(2), dim=2, eps=SILENT) for m in to_smaller(student, teacher))
+    s, t = (
+        F.normalize(m.flatten(2), dim=2, eps=MIN_CHANNEL_NORM) for m in to_smaller(student, teacher)
+    )
     _, c_s, positions = s.shape
     c_t = t.shape[1]
     if positions**2 < c_s * c_t:
-        gap = s.mT @ s / c_s - t.mT @ t / c_t
-        return gap.square().sum((1, 2)).mean()
+        difference = s.mT @ s / c_s - t.mT @ t / c_t
+        return difference.square().sum((1, 2)).mean()
     kernels = [(a @ b.mT).square().mean() for a, b in ((s, s), (t, t), (s, t))]
     return kernels[0] + kernels[1] - 2 * kernels[2]
 
 
 class NST(MapLoss):
-    """The sum over stages of :func:`neuron_selectivity`.
+    """The sum over stages of :func:`neuron_selectivity`, NST.
 
     Args:
-        skip: How many maps are left out at the shallow end; the first is that of the stem.
+        skip: Number of maps skipped at the shallow end; the first map is that of the stem.
+
+    Raises:
+        ValueError: If ``skip`` is negative.
 
     References:
         Like What You Like: Knowledge Distill via Neuron Selectivity Transfer (Huang & Wang, 2017)
         https://arxiv.org/abs/1707.01219
+
+    Examples:
+        >>> maps = [torch.rand(2, 4, 8, 8), torch.rand(2, 8, 4, 4)]
+        >>> features = Features(torch.zeros(2, 10), torch.zeros(2, 8), maps)
+        >>> NST()(features, features, batch=None).abs().item() < 1e-6
+        True
     """
 
     info = LossInfo(
         name="nst",
         group="feature maps",
-        compares="which patterns channels respond to",
+        compares="selectivity patterns of channels",
         paper="Huang & Wang 2017",
         url="https://arxiv.org/abs/1707.01219",
         cost="n d k, k the smaller of channels and positions",

@@ -1,4 +1,4 @@
-"""Distillation of images, batches and classes, of one view of every image or of two."""
+"""Multi-level logit distillation: instance, batch and class level, for one or two views."""
 
 from typing import Literal
 
@@ -13,67 +13,67 @@ from topkd.losses.logits import standardized
 Views = Literal[1, 2]
 
 TEMPERATURES = (2.0, 3.0, 4.0, 5.0, 6.0)
-OUTER = (2.0, 6.0)  # at which the authors' code takes weak logits for strong ones
+WEAK_VIEW_TEMPERATURES = (2.0, 6.0)  # the authors' code uses the weak view twice at these
 
 
 def instance_level(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    r"""Computes :math:`T^2\, \mathrm{KL}(p^t_i \| p^s_i)` of every image i.
+    r"""Computes :math:`T^2\, \mathrm{KL}(p^t_i \| p^s_i)` for each image i.
 
     Args:
         student: Logits, (n, classes).
         teacher: Logits, (n, classes).
-        temperature: T.
+        temperature: Softmax temperature T.
 
     Returns:
-        (n,).
+        Divergences, (n,).
     """
     log_s, log_t = ((z / temperature).log_softmax(1) for z in (student, teacher))
     return temperature**2 * F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1)
 
 
 def batch_level(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    r"""Computes :math:`\lVert P^t p^t_i - P^s p^s_i \rVert^2` of every image i.
+    r"""Computes :math:`\lVert P^t p^t_i - P^s p^s_i \rVert^2` for each image i.
 
-    P holds the predictions p at temperature T as its rows: what is compared is which images are
-    predicted alike.
+    The rows of P are the predictions p at temperature T. The loss compares the similarities of the
+    predictions of all pairs of images.
 
     Args:
         student: Logits, (n, classes).
         teacher: Logits, (n, classes).
-        temperature: T.
+        temperature: Softmax temperature T.
 
     Returns:
-        (n,); their mean is :math:`\lVert P^t P^{t\top} - P^s P^{s\top} \rVert_F^2 / n`.
+        (n,); the mean is :math:`\lVert P^t P^{t\top} - P^s P^{s\top} \rVert_F^2 / n`.
     """
     s, t = ((z / temperature).softmax(1) for z in (student, teacher))
     return (t @ t.T - s @ s.T).square().sum(1)
 
 
 def class_level(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    r"""Computes :func:`batch_level` with classes in place of images.
+    r"""Computes :func:`batch_level` with the roles of images and classes exchanged.
 
     Args:
         student: Logits, (n, classes).
         teacher: Logits, (n, classes).
-        temperature: T.
+        temperature: Softmax temperature T.
 
     Returns:
-        (classes,); their mean is
+        (classes,); the mean is
         :math:`\lVert P^{t\top} P^t - P^{s\top} P^s \rVert_F^2 / \mathrm{classes}`.
     """
     s, t = ((z / temperature).softmax(1) for z in (student, teacher))
     return (t.T @ t - s.T @ s).square().sum(1)
 
 
-def unsure(teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Finds the half of the images and the half of the classes that a teacher is less sure of.
+def low_confidence(teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Selects the half of the images and of the classes on which the teacher is less confident.
 
     Args:
         teacher: Logits, (n, classes).
 
     Returns:
-        Whether the greatest probability of an image is at most the median, (n,), and whether the
-        sum of the probabilities of a class is, (classes,).
+        Two boolean masks: whether the largest probability of an image is at most the median, (n,),
+        and whether the sum of the probabilities of a class is at most the median, (classes,).
     """
     prediction = teacher.softmax(1)
     confidence, mass = prediction.amax(1), prediction.sum(0)
@@ -88,32 +88,32 @@ def multi_level_distillation(
     faithful: bool = True,
     standardize: bool = False,
 ) -> Tensor:
-    r"""Compares predictions, which images are predicted alike, and which classes go together.
+    r"""Compares predictions, and their similarities across images and across classes.
 
     .. math:: \sum_T \Big[ \frac{1}{n} \sum_i m_i \big(I_i(T) + B_i(T)\big)
         + \frac{1}{c} \sum_j m'_j\, C_j(T) \Big], \qquad T \in \{2, 3, 4, 5, 6\}
 
     with :func:`instance_level` I, :func:`batch_level` B and :func:`class_level` C; the masks m and
-    m' are :func:`unsure`. Two views are added.
+    m' are :func:`low_confidence`. With two views, the losses of both are added.
 
-    The code of the authors does otherwise, and their numbers come from it. That is what
-    ``faithful`` gives: masks multiply means, so that they choose nothing and all counts about
-    half; and the strong view adds instance terms alone, without a mask, of which those at T = 2
-    and 6 are of the weak view once more.
+    The authors' code, which produced the published results, differs from this formula.
+    ``faithful=True`` follows the code: masks multiply means instead of selecting terms, so each
+    term counts about half; and the strong view adds unmasked instance terms only, where those at T
+    = 2 and 6 are computed from the weak view again.
 
     Args:
-        student: Logits, (views n, classes), those of the strong view after all of the weak.
+        student: Logits, (views n, classes); all rows of the weak view come first.
         teacher: Logits, (views n, classes), in the same order.
-        views: How many views of every image there are.
-        faithful: Whether to follow the authors' code, or the formula above.
+        views: Number of views per image.
+        faithful: Whether to follow the authors' code instead of the formula above.
         standardize: Whether I compares :func:`~topkd.losses.logits.standardized` logits.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape or are no floats, or two views have an odd number
-            of rows.
+        ValueError: If the logits differ in shape or are not floating-point, or the number of rows
+            is odd for two views.
 
     References:
         Multi-Level Logit Distillation (Jin et al., CVPR 2023)
@@ -130,20 +130,20 @@ def multi_level_distillation(
     if len(student) % views:
         raise ValueError(f"two views need an even number of rows, got {len(student)}")
     pairs = list(zip(student.chunk(views), teacher.chunk(views), strict=True))
-    total = _of_one_view(*pairs[0], faithful, standardize)
+    total = _single_view(*pairs[0], faithful, standardize)
     if views == 1:
         return total
     if not faithful:
-        return total + _of_one_view(*pairs[1], faithful, standardize)
+        return total + _single_view(*pairs[1], faithful, standardize)
     for temperature in TEMPERATURES:
-        pair = pairs[0 if temperature in OUTER else 1]
+        pair = pairs[0 if temperature in WEAK_VIEW_TEMPERATURES else 1]
         s, t = map(standardized, pair) if standardize else pair
         total = total + instance_level(s, t, temperature).mean()
     return total
 
 
-def _of_one_view(student: Tensor, teacher: Tensor, faithful: bool, standardize: bool) -> Tensor:
-    images, classes = (chosen.to(student.dtype) for chosen in unsure(teacher))
+def _single_view(student: Tensor, teacher: Tensor, faithful: bool, standardize: bool) -> Tensor:
+    images, classes = (mask.to(student.dtype) for mask in low_confidence(teacher))
     if faithful:
         images, classes = images.mean(), classes.mean()
     s, t = map(standardized, (student, teacher)) if standardize else (student, teacher)
@@ -158,25 +158,36 @@ def _of_one_view(student: Tensor, teacher: Tensor, faithful: bool, standardize: 
 class MLKD(Loss):
     """:func:`multi_level_distillation` of the logits, MLKD.
 
-    Published with two views, weight 0.9 and, with the cross-entropies of both views added, 0.1 of
-    these: 0.2 of a mean over both. Two views cost twice the forward passes; compare with runs
-    that see two views as well.
+    Published with two views, weight 0.9 and, with the cross-entropies of both views added, weight
+    0.1 for these (0.2 for their mean). Two views double the forward passes; compare with runs that
+    use two views as well.
 
     Args:
-        views: How many views of every image a batch holds: with 2, its first half are weakly
-            augmented images, and its second half the same images, strongly augmented.
-        faithful: Whether to follow the authors' code, or what it was meant to compute.
-        standardize: Whether predictions are of :func:`~topkd.losses.logits.standardized` logits.
+        views: Number of views per image in a batch. With 2, the first half of the batch holds
+            weakly augmented images, and the second half the same images, strongly augmented.
+        faithful: Whether to follow the authors' code instead of the intended formula.
+        standardize: Whether instance terms use :func:`~topkd.losses.logits.standardized` logits.
+
+    Raises:
+        ValueError: If ``views`` is not 1 or 2.
 
     References:
         Multi-Level Logit Distillation (Jin et al., CVPR 2023)
         https://doi.org/10.1109/CVPR52729.2023.02325
+
+    Examples:
+        >>> import torch
+        >>> logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 4.0, 1.0]])
+        >>> features = Features(logits, logits)
+        >>> batch = Batch(torch.zeros(2, 3, 8, 8), torch.tensor([2, 1]), torch.arange(2))
+        >>> MLKD()(features, features, batch).item()
+        0.0
     """
 
     info = LossInfo(
         name="mlkd",
         group="logits",
-        compares="predictions, and which images and classes go together",
+        compares="predictions, and their similarities across images and classes",
         paper="Jin et al., CVPR 2023",
         url="https://doi.org/10.1109/CVPR52729.2023.02325",
         cost="n² c + n c²; with two views, twice the images",
@@ -194,7 +205,7 @@ class MLKD(Loss):
         if self.views == 2 and not batch.index[:half].equal(batch.index[half:]):
             raise ValueError(
                 "two views need batches whose second half are the images of the first half, "
-                "augmented again; let the data set show two views, or set views to 1"
+                "augmented again; configure the data set with two views, or set views to 1"
             )
         return multi_level_distillation(
             student.logits,

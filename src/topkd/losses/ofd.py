@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from topkd.features import INPUT, Batch, Features, Teacher
 from topkd.losses._validation import check_shapes, skipped
 from topkd.losses.base import Loss, LossContext, LossInfo
-from topkd.losses.maps import deeper_counts_double, paired, to_smaller
+from topkd.losses.maps import depth_weighted_sum, paired, to_smaller
 
 RARE = 0.001  # a channel that is negative less often has no mean of its negative responses
 MEASURED_ON = 16  # batches, where no normalization tells
@@ -96,7 +96,7 @@ def partial_distance(
             gap.dtype
         )  # numbers: to multiply by booleans takes longer
         values.append(gap.mul_(active).square().sum() / len(s))
-    return deeper_counts_double(values)
+    return depth_weighted_sum(values)
 
 
 class OFD(Loss):

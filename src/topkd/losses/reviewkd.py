@@ -1,4 +1,4 @@
-"""A loss on all maps, in which deep maps of the student help its shallow ones."""
+"""Knowledge review: deep maps of the student are fused into shallow ones before the comparison."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from topkd.losses.base import Loss, LossContext, LossInfo
 
 
 def hierarchical(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Compares two maps as they are and averaged down to 4, 2 and 1 places on a side.
+    r"""Compares two maps at full size and average-pooled to 4x4, 2x2 and 1x1.
 
     .. math:: \frac{\sum_k 2^{-k}\, \mathrm{MSE}(P_k F^s, P_k F^t)}{\sum_k 2^{-k}}
 
-    where :math:`P_0` leaves a map as it is, and each next P averages it down to the next of these
-    sizes that is smaller than the map.
+    where :math:`P_0` is the identity, and each further P pools to the next of these sizes that is
+    smaller than the map.
 
     Args:
         student: :math:`F^s`, (n, c, h, w).
@@ -36,35 +36,45 @@ def hierarchical(student: Tensor, teacher: Tensor) -> Tensor:
         https://arxiv.org/abs/2104.09044
 
     Examples:
-        >>> apart = torch.tensor([[[[1.0, -1.0], [-1.0, 1.0]]]])
-        >>> hierarchical(apart, torch.zeros(1, 1, 2, 2))  # 1 as they are, 0 averaged
+        >>> checkerboard = torch.tensor([[[[1.0, -1.0], [-1.0, 1.0]]]])
+        >>> hierarchical(checkerboard, torch.zeros(1, 1, 2, 2))  # 1 at full size, 0 pooled
         tensor(0.6667)
     """
     check_shapes("maps", student, teacher, form=MAPS)
-    gap, weight, whole = student - teacher, 1.0, 1.0
-    value = gap.square().mean()
+    difference, weight, total_weight = student - teacher, 1.0, 1.0
+    value = difference.square().mean()
     for side in (4, 2, 1):
-        if side < gap.shape[2]:
+        if side < difference.shape[2]:
             weight /= 2
-            whole += weight
-            value = value + weight * F.adaptive_avg_pool2d(gap, side).square().mean()
-    return value / whole
+            total_weight += weight
+            value = value + weight * F.adaptive_avg_pool2d(difference, side).square().mean()
+    return value / total_weight
 
 
 class Fusion(nn.Module):
-    r"""Joins a map with what was made of the deeper ones, and makes a map of the teacher's of it.
+    r"""Fuses a student map with the fused deeper maps, and predicts a teacher map.
 
     .. math:: x = \mathrm{BN}(\mathrm{conv}(F)), \qquad z = g_1 x + g_2 y, \qquad
         (g_1, g_2) = \sigma(\mathrm{conv}([x; y]))
 
-    with 1x1 convolutions and y the deeper z, brought to the size of x. What is compared with the
-    teacher is a normalized 3x3 convolution of z, which is brought to the teacher's size before.
+    with 1x1 convolutions and y the fused map z of the deeper stage, resized to x. The prediction is
+    a 3x3 convolution with batch normalization of z, which is resized to the teacher's map first.
 
     Args:
-        channels: Of the student's map F.
+        channels: Channels of the student's map F.
         middle: Channels of x, y and z.
         wide: Channels of the teacher's map.
         deepest: Whether there is no deeper map; then z = x.
+
+    References:
+        Distilling Knowledge via Knowledge Review (Chen et al., CVPR 2021)
+        https://arxiv.org/abs/2104.09044
+
+    Examples:
+        >>> fusion = Fusion(channels=8, middle=4, wide=32, deepest=True)
+        >>> predicted, fused = fusion(torch.zeros(2, 8, 4, 4), None, size=(8, 8))
+        >>> predicted.shape, fused.shape
+        (torch.Size([2, 32, 8, 8]), torch.Size([2, 4, 8, 8]))
     """
 
     def __init__(self, channels: int, middle: int, wide: int, *, deepest: bool) -> None:
@@ -74,10 +84,10 @@ class Fusion(nn.Module):
         self.gates = None if deepest else nn.Conv2d(2 * middle, 2, 1)
 
     def forward(
-        self, own: Tensor, deeper: Tensor | None, size: Sequence[int]
+        self, maps: Tensor, deeper: Tensor | None, size: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Computes what is compared with the teacher's map, of that size, and z."""
-        fused = self.enter(own)
+        """Computes the prediction of the teacher's map, of the given size, and z."""
+        fused = self.enter(maps)
         if self.gates is not None and deeper is not None:
             deeper = F.interpolate(deeper, fused.shape[2:], mode="nearest")
             gates = self.gates(torch.cat([fused, deeper], 1)).sigmoid()
@@ -93,27 +103,38 @@ def _normalized(channels: int, wide: int, side: int) -> nn.Sequential:
 
 
 class ReviewKD(Loss):
-    """The sum of :func:`hierarchical` over all stages and the embedding (ReviewKD).
+    """The sum of :func:`hierarchical` over all stages and the embedding, ReviewKD.
 
-    The student's maps, without that of the stem and with the embedding as the deepest, are walked
-    from deep to shallow; each is joined with the deeper ones by a :class:`Fusion` and compared
-    with the teacher's map before its ReLU, or with its embedding.
+    The student's maps, without that of the stem and with the embedding as the deepest, are
+    processed from deep to shallow. Each is fused with the deeper ones by a :class:`Fusion` and
+    compared with the teacher's map before its ReLU, or with the teacher's embedding.
 
     Args:
-        preactivations: Whether the student's maps are taken before their ReLU as well, as for
+        preactivations: Whether to use the student's maps before their ReLU as well, as for
             ImageNet.
-        width: Channels in which maps are joined, at most; fewer if the student's embedding is
+        width: Maximum number of channels of the fused maps; fewer if the student's embedding is
             narrower.
+
+    Raises:
+        ValueError: If ``width`` is not a positive integer.
 
     References:
         Distilling Knowledge via Knowledge Review (Chen et al., CVPR 2021)
         https://arxiv.org/abs/2104.09044
+
+    Examples:
+        >>> maps = [torch.rand(2, 4, 8, 8), torch.rand(2, 8, 4, 4)]
+        >>> features = Features(torch.zeros(2, 10), torch.rand(2, 8), maps, preactivations=maps)
+        >>> loss = ReviewKD(width=16)
+        >>> loss.setup(features, features, context=None)
+        >>> len(loss.fusions)  # one stage after the stem, and the embedding
+        2
     """
 
     info = LossInfo(
         name="review",
         group="feature maps",
-        compares="all maps and the embedding, deep ones joined to shallow ones",
+        compares="all maps and the embedding, deep maps fused into shallow ones",
         paper="Chen et al., CVPR 2021",
         url="https://arxiv.org/abs/2104.09044",
         cost="n d², two convolutions and a gate for each map",
@@ -130,34 +151,34 @@ class ReviewKD(Loss):
         """Creates a fusion for each stage.
 
         Raises:
-            ValueError: If a network has no such maps, or the numbers of stages differ.
+            ValueError: If a network lacks the maps, or the numbers of stages differ.
         """
-        own = [level.shape[1] for level in _levels(student, self.preactivations, "student")]
-        wanted = [level.shape[1] for level in _levels(teacher, True, "teacher")]
-        if len(own) != len(wanted):
+        widths = [level.shape[1] for level in _levels(student, self.preactivations, "student")]
+        targets = [level.shape[1] for level in _levels(teacher, True, "teacher")]
+        if len(widths) != len(targets):
             raise ValueError(
                 "both networks need equally many maps, got "
-                f"{len(own) - 1} stages of the student and {len(wanted) - 1} of the teacher"
+                f"{len(widths) - 1} stages of the student and {len(targets) - 1} of the teacher"
             )
-        middle, last = min(self.width, own[-1]), len(own) - 1
+        middle, last = min(self.width, widths[-1]), len(widths) - 1
         self.fusions = nn.ModuleList(
             Fusion(channels, middle, wide, deepest=place == last)
-            for place, (channels, wide) in enumerate(zip(own, wanted, strict=True))
+            for place, (channels, wide) in enumerate(zip(widths, targets, strict=True))
         )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        own = _levels(student, self.preactivations, "student")
-        wanted = _levels(teacher, True, "teacher")
+        inputs = _levels(student, self.preactivations, "student")
+        targets = _levels(teacher, True, "teacher")
         values: list[Tensor] = []
         deeper: Tensor | None = None
-        for fusion, x, t in reversed(list(zip(self.fusions, own, wanted, strict=True))):
-            compared, deeper = fusion(x, deeper, t.shape[2:])
-            values.append(hierarchical(compared, t))
+        for fusion, x, t in reversed(list(zip(self.fusions, inputs, targets, strict=True))):
+            predicted, deeper = fusion(x, deeper, t.shape[2:])
+            values.append(hierarchical(predicted, t))
         return torch.stack(values).sum()
 
 
 def _levels(features: Features, before: bool, whose: str) -> list[Tensor]:
-    """Lists the maps without the stem and, as a map of one place, the embedding."""
+    """Lists the maps without that of the stem, and the embedding as a 1x1 map."""
     maps = features.preactivations if before else features.maps
     if len(maps) < 2:
         kind = "pre-activations" if before else "maps"

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from topkd.losses.base import MIN_GRADIENT_SHARE
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -153,7 +155,7 @@ def gradient_shares(
     title: str,
     colors: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Draws the share of each term in the gradient over the epochs, with a line at 0.1 %.
+    """Draws the share of each term in the gradient over the epochs, with a line at the threshold.
 
     Args:
         terms: Name of the term -> for each seed, its share (0 to 1) in each epoch.
@@ -167,7 +169,7 @@ def gradient_shares(
         ylabel="share of the gradient, %",
         colors=colors,
         wide=True,
-        threshold=0.1,
+        threshold=100 * MIN_GRADIENT_SHARE,
     )
 
 

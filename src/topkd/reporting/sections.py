@@ -15,15 +15,14 @@ from topkd.config.recipe import STUDENT
 from topkd.evaluation import metrics
 from topkd.evaluation.results import Judged, Result, Run, Study
 from topkd.evaluation.statistics import Sample
+from topkd.losses.base import MIN_GRADIENT_SHARE
 from topkd.models import checkpoint
 from topkd.reporting import plots
-from topkd.topology.approximation import Approximation, cut_clouds
+from topkd.topology.approximation import MIN_R2, Approximation, cut_clouds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FAINT = 0.001  # share of the gradient below which a term is as good as absent
-POOR = 0.5  # R² below which an approximator is no stand-in
 CLOUDS = 4  # shown of an approximator
 NO_METRICS = "No curves: there is no metrics.jsonl beside the results."
 NO_EXAMPLES = "there is no examples.safetensors of both sides beside the results."
@@ -95,12 +94,12 @@ def faint_terms(study: Study) -> list[str]:
     for arm, seeds in study.arms.items():
         weighted = [t.name for t in next(iter(seeds.values())).result.losses if t.weight]
         for term, share in _last_shares(seeds).items():
-            if term in weighted and share.mean < FAINT:
+            if term in weighted and share.mean < MIN_GRADIENT_SHARE:
                 warnings.append(
                     f"In {arm}, the term {term} carries {percent(share.mean)} of the gradient "
-                    f"at the last epoch (mean of {count(share.n, 'seed')}). Below 0.1 % a term "
-                    "hardly moves the student, whatever it measures: a difference between the "
-                    "runs does not speak for or against it."
+                    f"at the last epoch (mean of {count(share.n, 'seed')}). Below "
+                    f"{percent(MIN_GRADIENT_SHARE)} a term hardly moves the student, whatever it "
+                    "measures: a difference between the runs does not speak for or against it."
                 )
     return warnings
 
@@ -247,11 +246,11 @@ def fidelities(study: Study) -> dict[str, Judged]:
 def poor_approximators(study: Study) -> list[str]:
     """Warns of approximators that explain less than half of what differs between clouds."""
     return [
-        f"The approximator of {name} has R² {fixed(fidelity.r2, '.2f')}, below {POOR}: "
+        f"The approximator of {name} has R² {fixed(fidelity.r2, '.2f')}, below {MIN_R2}: "
         "it misses more than half of what differs between clouds, so that this run says little "
         "about topology. The option via: exact computes the real thing, and faster."
         for name, fidelity in fidelities(study).items()
-        if fidelity.r2 < POOR
+        if fidelity.r2 < MIN_R2
     ]
 
 

@@ -25,6 +25,7 @@ from topkd.topology.vectorization import Vectorization
 Approximator = RipsNet | DistanceNet
 Name = Literal["ripsnet", "distancenet"]
 
+MIN_R2 = 0.5  # below this R², an approximator is reported as too inaccurate
 NETWORKS: dict[Name, type[Approximator]] = {"ripsnet": RipsNet, "distancenet": DistanceNet}
 
 

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from topkd.config.recipe import Term
 from topkd.features import FeatureExtractor, Features
-from topkd.losses.base import located
+from topkd.losses.base import MIN_GRADIENT_SHARE, located
 
 SMOOTHING = 0.9  # share of the old in the running mean of a gradient's norm
-SILENT = 0.001  # share of the gradient below which a term cannot be noticed
 SAME = 0.99  # cosine of two gradients above which two terms ask for the same
 
 
@@ -107,7 +106,7 @@ def warnings(shares: Mapping[str, float], cosines: Mapping[str, float]) -> list[
         f"{title} carries {share:.2%} of the gradient at the embedding: nobody would notice if it "
         "were not there; give it more weight, or a share"
         for title, share in shares.items()
-        if share < SILENT
+        if share < MIN_GRADIENT_SHARE
     ]
     same = [
         f"{pair.replace('|', ' and ')} ask for the same (cosine of their gradients {cosine:.3f}); "

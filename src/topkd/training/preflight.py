@@ -24,6 +24,7 @@ from topkd.evaluation.metrics import Predictions
 from topkd.features import FeatureExtractor, Teacher
 from topkd.losses.base import LossTerm
 from topkd.models import checkpoint
+from topkd.topology.approximation import MIN_R2
 from topkd.training.experiment import Experiment
 from topkd.training.objective import warnings
 from topkd.training.optim import learning_rate
@@ -354,7 +355,7 @@ def _losses(
             continue
         fidelity = built[-1].loss.metadata().get("fidelity")
         if fidelity is not None:
-            poor = fidelity["r2"] < 0.5
+            poor = fidelity["r2"] < MIN_R2
             found = (
                 f"the approximator of {term.title} explains {max(fidelity['r2'], 0):.0%} of what "
                 "differs between clouds; cosine of its gradient with the exact one "
