@@ -64,10 +64,11 @@ def test_stages_one_by_one(call, tmp_path):
     assert status == 0, err
     assert "R² " in err
     assert out.startswith("learned from the teacher: runs/tiny/ripsnet-")
-    status, out, _ = call("student", "tiny.yaml", "--arm", "kd", "--seeds", "0", "1")
+    status, out, _ = call("student", "tiny.yaml", "--variant", "kd", "--seeds", "0", "1")
     assert status == 0
     assert (tmp_path / "runs/tiny/kd/seed1/result.json").exists()
-    assert out.count("kd") == 2
+    runs = [line.split()[:2] for line in out.splitlines() if line.startswith("kd ")]
+    assert runs == [["kd", "0"], ["kd", "1"], ["kd", "mean"], ["kd", "±"]]
 
     run = "runs/tiny/kd/seed0"
     status, out, _ = call("evaluate", run, "--json")
@@ -119,7 +120,7 @@ def test_catalogs(call):
         assert name in [entry["name"] for entry in json.loads(out)]
     _, out, _ = call("list", "losses")
     (line,) = [line for line in out.splitlines() if line.startswith("pkt ")]
-    entry = LOSSES["pkt"]
+    entry = LOSSES["pkt"].info
     for told in (entry.compares, entry.paper, entry.cost):
         assert told in line
     _, out, _ = call("list", "models")
@@ -272,7 +273,7 @@ def test_a_folder_that_is_deleted_meanwhile_is_one_line(call, tmp_path, monkeypa
             shutil.rmtree(folder)
         entry = train_epoch(self, number, advance)
         if number == 2 and when == "after the last":
-            monkeypatch.setattr("topkd.training.experiment.evaluate.predict", deleting)
+            monkeypatch.setattr("topkd.training.experiment.metrics.predict", deleting)
         return entry
 
     def deleting(*words):

@@ -51,7 +51,7 @@ class Student:
     def title(self) -> str:
         """What it is, for people."""
         run = self.run
-        source = str(self.path) if run is None else f"{run.recipe}, {run.arm}, seed {run.seed}"
+        source = str(self.path) if run is None else f"{run.recipe}, {run.variant}, seed {run.seed}"
         return f"{self.about['model']} of {source}"
 
 
@@ -255,7 +255,7 @@ def _shown(
         target = torch.zeros(RANDOM, dtype=torch.long)
         images = InMemory(pixels, target, about["mean"], about["std"], 0, flip=False)
         return images, f"{RANDOM} random images"
-    count, which = len(data.test.target), f"{data.judged_on} images of {data.name}"
+    count, which = len(data.test.target), f"{data.eval_split} images of {data.name}"
     if limit is None or limit >= count:
         return data.test, f"the {count:,} {which}"
     index = torch.linspace(0, count - 1, limit).round().long()
@@ -344,7 +344,7 @@ def card(student: Student, config: Mapping[str, Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("topkd"),
+        loader=jinja2.PackageLoader("topkd.reporting"),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
         autoescape=False,  # noqa: S701  (Markdown)
@@ -375,14 +375,14 @@ def _header(student: Student, config: Mapping[str, Any]) -> dict[str, Any]:
     metric = {
         "type": "accuracy",
         "value": round(run.last.top1, 2),
-        "name": f"top-1 %, last epoch, {run.judged_on} images, n = 1 seed",
+        "name": f"top-1 %, last epoch, {run.eval_split} images, n = 1 seed",
     }
     result = {
         "task": {"type": "image-classification"},
-        "dataset": {"type": run.data, "name": run.data, "split": run.judged_on},
+        "dataset": {"type": run.data, "name": run.data, "split": run.eval_split},
         "metrics": [metric],
     }
-    return header | {"model-index": [{"name": f"{run.recipe} {run.arm}", "results": [result]}]}
+    return header | {"model-index": [{"name": f"{run.recipe} {run.variant}", "results": [result]}]}
 
 
 def _as_yaml(tree: Any) -> str:

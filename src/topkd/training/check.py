@@ -26,7 +26,7 @@ def check(recipe: Recipe) -> None:
     named(DATA, recipe.data.name, "data.name")
     parse_options(DATA[recipe.data.name], recipe.data.options, "data")
     _check_network(recipe.student, "student")
-    for arm, terms in recipe.arms.items():
+    for arm, terms in recipe.variants.items():
         place = "losses" if arm == STUDENT else f"controls.{arm}"
         for number, term in enumerate(terms):
             _check_term(term, f"{place}[{number}]", recipe)

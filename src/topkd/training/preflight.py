@@ -75,7 +75,7 @@ def examine(experiment: Experiment) -> list[Finding]:
     """
     torch.manual_seed(0)
     recipe, seconds = experiment.recipe, dict[str, float]()
-    with experiment.progress.bar("Doctor", 2 + len(recipe.arms), "parts") as advance:
+    with experiment.progress.bar("Doctor", 2 + len(recipe.variants), "parts") as advance:
         advance(0, "looks at the data")
         findings = [*_data(experiment)]
         advance(1, "asks the teacher")
@@ -83,7 +83,7 @@ def examine(experiment: Experiment) -> list[Finding]:
         findings += found
         if not is_there:
             return findings
-        arms = recipe.arms if len(experiment.data.train.target) >= recipe.batch_size else ()
+        arms = recipe.variants if len(experiment.data.train.target) >= recipe.batch_size else ()
         for arm in arms:
             advance(1, f"tries a few steps of {arm}")
             found, epoch = _run(experiment, arm)
@@ -105,7 +105,7 @@ def _data(experiment: Experiment) -> Iterator[Finding]:
     named = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
     yield Finding(
         "data",
-        f"{images:,} training and {len(data.test.target):,} {data.judged_on} images of "
+        f"{images:,} training and {len(data.test.target):,} {data.eval_split} images of "
         f"{len(data.classes)} classes, {each}{int(counts.max())} each",
         "wrong" if absent else "good",
         f"no student learns {named}: add training images, or take the name away" if absent else "",
@@ -179,7 +179,7 @@ def _judge(experiment: Experiment, teacher: Teacher) -> Iterator[Finding]:
     }
     yield Finding(
         "teacher",
-        f"right on {top1:.2f} % of {len(images.target):,} {data.judged_on} images; {said}",
+        f"right on {top1:.2f} % of {len(images.target):,} {data.eval_split} images; {said}",
         verdict,
         "what the next lines say" if causes else advice[verdict],
     )
@@ -338,7 +338,7 @@ def _losses(
     """Builds the losses of a run, as far as that takes no learning."""
     part, findings, built = f"losses of {arm}", list[Finding](), list[LossTerm]()
     source = replace(experiment.context(student), progress=_NoLearning(quiet=True))
-    for term in experiment.recipe.arms[arm]:
+    for term in experiment.recipe.variants[arm]:
         try:
             built += experiment.build([term], source, 0)
         except _LearnsFirstError:

@@ -175,7 +175,7 @@ class Trainer:
             "epoch": epoch,
             "learning_rate": rate,
             "train_top1": 100 * sums.means("right")[""],
-            f"{self.data.judged_on}_top1": metrics.top_k(judged, 1),
+            f"{self.data.eval_split}_top1": metrics.top_k(judged, 1),
             "losses": sums.means("loss/"),
             "weights": sums.means("weight/"),
             "gradient_share": sums.means("share/"),

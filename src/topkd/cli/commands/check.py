@@ -19,7 +19,7 @@ def check(recipe: RecipeName, changes: Changes = None) -> None:
     check_recipe(loaded)
     check_batches(loaded)
     taught = f", taught by {loaded.teacher.model}" if loaded.teacher else ""
-    arms = ", ".join(loaded.arms)
-    typer.echo(f"{loaded.name} is right: {loaded.student.model}{taught}; runs {arms}")
+    variants = ", ".join(loaded.variants)
+    typer.echo(f"{loaded.name} is right: {loaded.student.model}{taught}; runs {variants}")
     for line in found_taps(loaded):
         typer.echo(line)

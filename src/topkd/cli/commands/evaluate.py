@@ -45,6 +45,7 @@ def evaluate(
     Example: `topkd evaluate resnet20.pth --model resnet20 --data cifar100 --root ~/data/cifar100`
     """
     from topkd._io.progress import Progress
+    from topkd.evaluation.metrics import metric_lines
     from topkd.training.experiment import evaluate_file
 
     changes = [*(data or []), *([f"root={json.dumps(root)}"] if root else [])]
@@ -56,7 +57,5 @@ def evaluate(
         typer.echo(json.dumps(result, indent=2))
         return
     typer.echo(f"{result['model']} on the {result['images']:,} test images of {result['data']}")
-    typer.echo(f"top-1              {result['top1']:.2f} %")
-    typer.echo(f"top-5              {result['top5']:.2f} %")
-    typer.echo(f"log-likelihood     {-result['nll']:.4f} nats an image")
-    typer.echo(f"calibration error  {result['ece']:.2f} %")
+    for line in metric_lines(result):
+        typer.echo(line)

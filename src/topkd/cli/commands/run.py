@@ -35,15 +35,17 @@ def run(
     Examples: `topkd run digits --seeds 0 1 2` · `topkd run cifar100/resnet56-resnet20
     data.root=~/data/cifar100`
     """
-    from topkd.reporting.page import write_report
+    from topkd.reporting.page import findings, write_report
 
     experiment = experiment_of(recipe, changes, out, quiet)
     results = [
-        experiment.student(arm, seed) for seed in numbers(seeds) for arm in experiment.recipe.arms
+        experiment.student(variant, seed)
+        for seed in numbers(seeds)
+        for variant in experiment.recipe.variants
     ]
     if not is_first_process():
         return
     page = experiment.folder / "report.html"
     write_report(experiment.folder, page, experiment.progress)
-    print_results(results)
+    print_results(results, findings(experiment.folder, experiment.recipe.name))
     typer.echo(f"report: {page}")
