@@ -102,6 +102,19 @@ def print_results(results: Sequence[dict[str, Any]], findings: Sequence[str] = (
         console.print(finding, markup=False)
 
 
+def print_predictions(predictions: Sequence[dict[str, Any]]) -> None:
+    """Prints the most probable classes of pictures, one per line, the most probable first."""
+    rows = [
+        (prediction["picture"] if place == 0 else "", entry["class"], f"{entry['probability']:.4f}")
+        for prediction in predictions
+        for place, entry in enumerate(prediction["classes"])
+    ]
+    rows = [("picture", "class", "probability"), *rows]
+    first, second, third = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for picture, name, probability in rows:
+        print(f"{picture:<{first}}  {name:<{second}}  {probability:>{third}}")
+
+
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> Table:
     """Builds a table whose headings wrap and whose cells do not; ``left`` columns are text."""
     from rich.table import Table

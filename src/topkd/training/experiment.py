@@ -22,11 +22,12 @@ from topkd.config.validation import RecipeError
 from topkd.data import DATA, Data, same_order, training_batches
 from topkd.data.trust import changed
 from topkd.evaluation import metrics
+from topkd.evaluation.loading import restore
 from topkd.evaluation.results import Result, finished
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 from topkd.losses.base import LossContext, LossTerm, located, needed_taps
 from topkd.models import checkpoint, factory
-from topkd.models.reused import ReusedClassifierStudent, rebuild, reuse
+from topkd.models.reused import ReusedClassifierStudent, reuse
 from topkd.training.build import (
     evaluate_once,
     load_data,
@@ -451,22 +452,26 @@ def evaluate_file(
     size, taps = own.get("size", side(images)), dict(own.get("taps", {}))
     if head is not None:
         taps["head"] = head
+    described = {
+        "model": model,
+        "classes": images.classes,
+        "size": size,
+        "taps": taps,
+        "reused": own.get("reused"),
+    }
     with taking(model, side(images)):
-        network = factory.build(model, len(images.classes), size, **taps)
+        network, note = restore(described, loaded, str(path), weights)
         evaluate_once(network, side(images), model, images)
-    if own.get("reused"):
-        network = rebuild(network, own["reused"])
-    said = checkpoint.fill(network.network, loaded, str(path), weights)
-    if said:
-        progress.say(f"{path}: {said} (--weights)")
+    if note:
+        progress.say(f"{path}: {note} (--weights)")
     if network.found:
         progress.say(network.found)
     device = processes.accelerator().device
     network.to(device).eval()
     with progress.bar("Evaluating", len(images.test.target), "images") as advance:
         predictions = metrics.predict(network, images.test, device, advance)
-    described = {"model": model, "data": images.name, "images": len(images.test.target)}
-    return described | metrics.prediction_metrics(predictions)
+    evaluated = {"model": model, "data": images.name, "images": len(images.test.target)}
+    return evaluated | metrics.prediction_metrics(predictions)
 
 
 def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
