@@ -178,6 +178,12 @@ def test_env_tells_the_versions(call):
     assert told["memory_format"].startswith("channels_last; contiguous_format for")
 
 
+def test_an_unknown_command_is_corrected(call):
+    status, _, err = call("rnu")
+    assert status == 2
+    assert "Did you mean 'run'?" in err
+
+
 class Evil:
     def __reduce__(self):
         return (os.mkdir, ("pwned",))
@@ -189,6 +195,11 @@ class Evil:
         (("run", "digit"), "there is no recipe 'digit'; did you mean 'digits'?"),
         (("run", "digits", "epoch=3"), "epoch: unknown key; did you mean 'epochs'?"),
         (("check", "tiny.yaml", "losses.kd.temprature=4"), "losses[1].temprature: unknown key"),
+        (("check", "tiny.yaml", "losses.kd.wieght=4"), "unknown key; did you mean 'weight'?"),
+        (("check", "tiny.yaml", "losses.kd.name=CRD"), "no 'CRD'; did you mean 'crd'?"),
+        (("list", "loses"), "there is no catalog 'loses'; did you mean 'losses'?"),
+        (("check", "tiny.yaml", "student.model=ResNet8"), "did you mean resnet8"),
+        (("check", "tiny.yaml", "student.model=timm:nope"), "`timm.list_models()` lists all"),
         (("check", "tiny.yaml", "losses.4=1"), "there is no '4'; there are ce, kd, topkd"),
         (("run", "digits", "--seeds", "a"), "--seeds: expected numbers such as 0,1,2 or 0-2"),
         (("run", "digits", "--seeds", "2-0"), "--seeds: '2-0' is empty; give the smaller number"),

@@ -133,7 +133,7 @@ def configured(term: Term, where: str) -> Loss:
         RecipeError: If an option is unknown or invalid.
     """
     loss = LOSSES[term.name]
-    options = parse_options(loss.__init__, term.options, where)
+    options = parse_options(loss.__init__, term.options, where, siblings=[*Term.model_fields])
     try:
         return loss(**options)
     except ValueError as error:
