@@ -63,7 +63,7 @@ def test_stages_one_by_one(call, tmp_path):
     status, out, err = call("ripsnet", "tiny.yaml")
     assert status == 0, err
     assert "R² " in err
-    assert out.startswith("learned from the teacher: runs/tiny/ripsnet-")
+    assert out.startswith("fitted to the teacher: runs/tiny/ripsnet-")
     status, out, _ = call("student", "tiny.yaml", "--variant", "kd", "--seeds", "0", "1")
     assert status == 0
     assert (tmp_path / "runs/tiny/kd/seed1/result.json").exists()
@@ -135,7 +135,7 @@ def test_a_published_teacher_is_not_trained(call, tmp_path):
     )
     status, out, _ = call("teacher", "published.yaml")
     assert status == 0
-    assert out == "teacher: torchvision:resnet18, with its published weights; nothing to train\n"
+    assert out == "teacher: torchvision:resnet18, with published weights; nothing to train\n"
     assert not (tmp_path / "runs").exists()
 
 
@@ -149,7 +149,7 @@ def test_the_doctor_says_what_to_change(call, tmp_path):
     changes = ("teacher.recipe=null", "teacher.checkpoint=absent-[bold].pth")
     status, out, _ = call("doctor", "tiny.yaml", *changes)
     assert status == 1
-    assert out.splitlines()[-1] == "1 wrong: to be changed first"
+    assert out.splitlines()[-1] == "1 wrong: fix before training"
     assert max(map(len, out.splitlines())) <= 80
     assert "absent-[bold].pth" in "".join(out.split())
     assert not (tmp_path / "runs").exists()
@@ -162,9 +162,9 @@ def test_show_copy_check(call, tmp_path):
     assert status == 0
     assert (tmp_path / "mine.yaml").read_text(encoding="utf-8") == recipe.text("digits")
     status, out, _ = call("check", "mine.yaml")
-    assert (status, out.split(":")[0]) == (0, "mine is right")
+    assert (status, out.split(":")[0]) == (0, "mine is valid")
     status, _, err = call("copy", "digits", "mine.yaml")
-    assert (status, err) == (2, "topkd: mine.yaml exists already; copy to another name\n")
+    assert (status, err) == (2, "topkd: mine.yaml already exists; choose another name\n")
 
 
 def test_env_tells_the_versions(call):
@@ -260,7 +260,7 @@ def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
     monkeypatch.setattr("topkd.training.experiment.Experiment.student", interrupt)
     status, _, err = call("student", "tiny.yaml")
     assert status == 130
-    assert "the same command goes on from the last epoch" in err
+    assert "rerun the command to resume from the last epoch" in err
 
 
 def test_no_space_left_is_one_line(call, monkeypatch):

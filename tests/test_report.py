@@ -613,7 +613,16 @@ def test_clouds_hold_the_same_images_for_every_network(six):
     assert student.get_title(loc="left") == "student, seed 0"
 
 
-def test_the_page_is_written_whole(six, quick, capsys):
-    report.write_report(six, six / "report.html", Progress())
-    assert (six / "report.html").read_text(encoding="utf-8").endswith("</html>")
-    report.write_report(six, six / "report.html", Progress(quiet=True))  # again, beside the first
+def test_a_page_is_rebuilt_only_when_its_inputs_change(six, quick, capsys):
+    path = put_files(six) / "report.html"
+    report.write_report(six, path, Progress())
+    first = path.read_text(encoding="utf-8")
+    assert first.endswith("</html>")
+    before = path.stat().st_mtime_ns
+    capsys.readouterr()
+    report.write_report(six, path, Progress())
+    assert path.stat().st_mtime_ns == before
+    assert "report.html is up to date: its inputs have not changed\n" in capsys.readouterr().err
+    put(six, result("kd", 6, 90.0))
+    report.write_report(six, path, Progress(quiet=True))
+    assert path.read_text(encoding="utf-8") != first

@@ -1,4 +1,4 @@
-"""What the commands print: catalogs and tables, for people."""
+"""Tables that the commands print."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def catalog(what: str) -> list[dict[str, str]]:
-    """Lists what recipes can name: ``recipes``, ``models``, ``losses`` or ``data``."""
+    """Lists the entries of a catalog: ``recipes``, ``models``, ``losses`` or ``data``."""
     if what == "recipes":
         from topkd.config import recipe as recipes
 
@@ -34,11 +34,11 @@ def catalog(what: str) -> list[dict[str, str]]:
         from topkd.data import DATA
 
         about = {name: _first_line(load) for name, load in DATA.items()}
-    return [{"name": name, "about": told} for name, told in about.items()]
+    return [{"name": name, "about": text} for name, text in about.items()]
 
 
 def print_findings(findings: Sequence[dict[str, str]]) -> None:
-    """Prints what a doctor found."""
+    """Prints the findings of `topkd doctor`."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -55,7 +55,7 @@ def print_findings(findings: Sequence[dict[str, str]]) -> None:
 
 
 def _first_line(function: object) -> str:
-    """Reads what a function does off its docstring, without the marks of its markup."""
+    """Returns the first line of a docstring without markup."""
     return re.sub(r":\w+:|`", "", str(function.__doc__).splitlines()[0])
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from topkd.data import DATA
+from topkd.data.augment import normalize
 from topkd.data.pictures import CropConfig, evaluation_pixels, in_color, open_picture, stacked
 from topkd.features import FeatureExtractor
 from topkd.models import checkpoint, factory
@@ -85,11 +86,8 @@ class Classifier(nn.Module):
         parameter = next(self.parameters(), torch.zeros(()))
         found = [torch.zeros(0, len(self.classes))]
         for start in range(0, len(pictures), BATCH):
-            part = pictures[start : start + BATCH]
-            images = part if isinstance(part, Tensor) else self._prepared(part)
-            if not images.is_floating_point():
-                images = images.float() / 255
-            logits = self(self.normalize(images.float()).to(parameter.device, parameter.dtype))
+            images = self._normalized(pictures[start : start + BATCH])
+            logits = self(images.to(parameter.device, parameter.dtype))
             found.append(logits.float().cpu().softmax(1))
             invalid = ~found[-1].isfinite().all(1)
             if invalid.any():
@@ -115,8 +113,14 @@ class Classifier(nn.Module):
                     f"{images.amin():.4g} to {images.amax():.4g}"
                 )
 
-    def _prepared(self, pictures: Sequence[Any]) -> Tensor:
-        return stacked(self.size, self._pixels, pictures).permute(0, 3, 1, 2)
+    def _normalized(self, pictures: Tensor | Sequence[Any]) -> Tensor:
+        if not isinstance(pictures, Tensor):
+            pixels = stacked(self.size, self._pixels, pictures)
+        elif pictures.is_floating_point():
+            return self.normalize(pictures.float())
+        else:
+            pixels = pictures.permute(0, 2, 3, 1)
+        return normalize(pixels.cpu(), self.mean, self.std)  # exactly as data sets do
 
     def _pixels(self, picture: Any) -> np.ndarray:
         is_path = isinstance(picture, str | PathLike)

@@ -10,12 +10,14 @@ from typing import Any
 
 from markupsafe import Markup
 
+import topkd
 from topkd._io import files
 from topkd._io.progress import Progress
 from topkd.config.recipe import Term
 from topkd.evaluation.metrics import METRICS
 from topkd.evaluation.results import Study, TeacherResult, collect
 from topkd.evaluation.statistics import Paired, Sample, holm
+from topkd.models import checkpoint
 from topkd.reporting import plots, sections
 from topkd.reporting.sections import Picture, Section, count, fixed
 
@@ -23,6 +25,11 @@ __all__ = ["collect", "formula", "html", "markdown", "rows", "write_report"]
 
 ALPHA = 0.05  # p below which a difference is said to be there
 ABSENT = "–"
+INPUTS = (
+    *("result.json", "metrics.jsonl", "examples.safetensors", "recipe.yaml"),
+    *("*net-*.safetensors", checkpoint.WEIGHTS),
+)
+"""File names that a page is built from."""
 MADE_WITH = ("processor", "threads", "device", "dtype", "topkd", "commit", "torch", "python")
 
 
@@ -345,15 +352,37 @@ def _element(picture: Picture, name: str) -> Markup:
 
 
 def write_report(folder: Path, path: Path, progress: Progress) -> None:
-    """Writes the page of :func:`html` to a file.
+    """Writes the page of :func:`html` to a file, unless the file was built from the same inputs.
+
+    The page stores a hash of its inputs: the files of the runs, the metrics and this package.
 
     Args:
-        folder: Searched for finished runs, however deep.
-        path: The file.
-        progress: Tells the user.
+        folder: Searched for finished runs at any depth.
+        path: The file to write.
+        progress: Shows progress.
 
     Raises:
         ValueError: If there is no finished run, or a file is broken; see :func:`collect`.
         OSError: If the file cannot be written.
     """
-    files.write(path, html(folder, progress))
+    mark = f'<meta name="topkd-inputs" content="{_inputs_hash(folder)}">'
+    if path.is_file() and mark in path.read_text(encoding="utf-8", errors="replace")[:2000]:
+        progress.say(f"{path} is up to date: its inputs have not changed")
+        return
+    page = html(folder, progress)
+    files.write(path, page.replace('<meta charset="utf-8">', f'<meta charset="utf-8">\n{mark}', 1))
+
+
+def _inputs_hash(folder: Path) -> str:
+    """Computes a hash of everything that determines a page, weights by size and time alone."""
+    here, parts = Path(__file__).parent, [topkd.__version__, *headings().values()]
+    for pattern in INPUTS:
+        for file in sorted(folder.rglob(pattern)):
+            name = file.relative_to(folder).as_posix()
+            large = file.name == checkpoint.WEIGHTS
+            state = file.stat()
+            content = f"{state.st_size} {state.st_mtime_ns}" if large else files.sha256_of(file)
+            parts.append(f"{name} {content}")
+    code = (path for path in sorted(here.rglob("*")) if path.suffix in (".py", ".html"))
+    parts += [files.sha256_of(path) for path in code]
+    return files.sha256("\n".join(parts).encode())

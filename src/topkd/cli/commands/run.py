@@ -28,9 +28,9 @@ def run(
     out: Out = Path("runs"),
     quiet: Quiet = False,
 ) -> None:
-    """Run all that a recipe needs: teacher, RipsNet, students, evaluation, report.
+    """Run every stage of a recipe: teacher, fitted losses, students, evaluation, report.
 
-    What is done already is not done again, so the same command goes on where it was stopped.
+    Completed stages are skipped; rerun the command to resume.
 
     Examples: `topkd run digits --seeds 0 1 2` · `topkd run cifar100/resnet56-resnet20
     data.root=~/data/cifar100`

@@ -32,7 +32,7 @@ def student(
     out: Out = Path("runs"),
     quiet: Quiet = False,
 ) -> None:
-    """Train and evaluate the student of a recipe without its controls, or one control."""
+    """Train and evaluate one variant of a recipe: the student or a control."""
     from topkd.reporting.page import findings
 
     experiment = experiment_of(recipe, changes, out, quiet)

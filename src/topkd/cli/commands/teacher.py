@@ -14,11 +14,11 @@ PANEL = "Train"
 def teacher(
     recipe: RecipeName, changes: Changes = None, out: Out = Path("runs"), quiet: Quiet = False
 ) -> None:
-    """Train the teacher of a recipe, and nothing else."""
+    """Train only the teacher of a recipe."""
     experiment = experiment_of(recipe, changes, out, quiet)
     section = experiment.recipe.teacher
     if section is not None and section.pretrained:
-        typer.echo(f"teacher: {section.model}, with its published weights; nothing to train")
+        typer.echo(f"teacher: {section.model}, with published weights; nothing to train")
         return
     if experiment.teacher is None:
         raise ValueError(f"{experiment.recipe.name} has no teacher; `topkd run` trains its network")
