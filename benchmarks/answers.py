@@ -17,7 +17,7 @@ from topkd.config.recipe import parse
 from topkd.models import MODELS, checkpoint
 from topkd.training.experiment import Experiment
 
-ARMS = {"mild": 1.0, "usual": 2.0, "student": 4.0}
+VARIANTS = {"mild": 1.0, "usual": 2.0, "student": 4.0}
 
 
 def terms(weight: float) -> list[dict[str, object]]:
@@ -40,13 +40,13 @@ def seconds(folder: Path, *, cache: bool) -> dict[str, float]:
                 "cache": cache,
             },
             "student": {"model": "resnet8"},
-            "losses": terms(ARMS["student"]),
-            "controls": {arm: terms(ARMS[arm]) for arm in ("mild", "usual")},
+            "losses": terms(VARIANTS["student"]),
+            "controls": {variant: terms(VARIANTS[variant]) for variant in ("mild", "usual")},
             "epochs": 2,
         }
     )
     experiment = Experiment(recipe, folder, Progress(quiet=True))
-    return {arm: experiment.train_student(arm, 0)["train_seconds"] for arm in ARMS}
+    return {variant: experiment.train_student(variant, 0)["train_seconds"] for variant in VARIANTS}
 
 
 with tempfile.TemporaryDirectory() as name:
@@ -56,7 +56,11 @@ with tempfile.TemporaryDirectory() as name:
     checkpoint.save_weights(folder / "teacher.safetensors", teacher, {})
     asked, kept = (seconds(folder, cache=cache) for cache in (False, True))
     size = sum(path.stat().st_size for path in folder.glob("answers/*/*.bin"))
-print(f"{'seconds of training':22}" + "".join(f"{arm:>10}" for arm in ARMS) + f"{'all':>10}")
+print(
+    f"{'seconds of training':22}"
+    + "".join(f"{variant:>10}" for variant in VARIANTS)
+    + f"{'all':>10}"
+)
 for title, found in (("asked every time", asked), ("answers kept", kept)):
     print(f"{title:22}" + "".join(f"{t:10.1f}" for t in (*found.values(), sum(found.values()))))
 print(f"saved {1 - sum(kept.values()) / sum(asked.values()):.0%}; {size / 1e6:.1f} MB are kept")

@@ -50,7 +50,7 @@ def clouds(number: int, *, held_out: bool) -> torch.Tensor:
 
 
 first, held_out = clouds(0, held_out=False), clouds(0, held_out=True)
-judged_on = torch.cat([clouds(number, held_out=True) for number in range(4)])
+eval_split = torch.cat([clouds(number, held_out=True) for number in range(4)])
 loops = rips(first, max_dim=1).of(1)
 targets = {
     "H0, vector of 20": Exact(PersistenceVector.fit(rips(first))),
@@ -72,5 +72,5 @@ for what, exact in targets.items():
                 network=network,
             )
             took = time.process_time() - start
-        judged = fidelity(learned, exact, first, judged_on)
+        judged = fidelity(learned, exact, first, eval_split)
         print(f"{what:18} {network:12} {epochs:5} epochs, {took:4.0f} s: {judged}", flush=True)

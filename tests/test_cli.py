@@ -63,11 +63,12 @@ def test_stages_one_by_one(call, tmp_path):
     status, out, err = call("ripsnet", "tiny.yaml")
     assert status == 0, err
     assert "R² " in err
-    assert out.startswith("learned from the teacher: runs/tiny/ripsnet-")
-    status, out, _ = call("student", "tiny.yaml", "--arm", "kd", "--seeds", "0", "1")
+    assert out.startswith("fitted to the teacher: runs/tiny/ripsnet-")
+    status, out, _ = call("student", "tiny.yaml", "--variant", "kd", "--seeds", "0", "1")
     assert status == 0
     assert (tmp_path / "runs/tiny/kd/seed1/result.json").exists()
-    assert out.count("kd") == 2
+    runs = [line.split()[:2] for line in out.splitlines() if line.startswith("kd ")]
+    assert runs == [["kd", "0"], ["kd", "1"], ["kd", "mean"], ["kd", "±"]]
 
     run = "runs/tiny/kd/seed0"
     status, out, _ = call("evaluate", run, "--json")
@@ -134,7 +135,7 @@ def test_a_published_teacher_is_not_trained(call, tmp_path):
     )
     status, out, _ = call("teacher", "published.yaml")
     assert status == 0
-    assert out == "teacher: torchvision:resnet18, with its published weights; nothing to train\n"
+    assert out == "teacher: torchvision:resnet18, with published weights; nothing to train\n"
     assert not (tmp_path / "runs").exists()
 
 
@@ -148,7 +149,7 @@ def test_the_doctor_says_what_to_change(call, tmp_path):
     changes = ("teacher.recipe=null", "teacher.checkpoint=absent-[bold].pth")
     status, out, _ = call("doctor", "tiny.yaml", *changes)
     assert status == 1
-    assert out.splitlines()[-1] == "1 wrong: to be changed first"
+    assert out.splitlines()[-1] == "1 wrong: fix before training"
     assert max(map(len, out.splitlines())) <= 80
     assert "absent-[bold].pth" in "".join(out.split())
     assert not (tmp_path / "runs").exists()
@@ -161,9 +162,9 @@ def test_show_copy_check(call, tmp_path):
     assert status == 0
     assert (tmp_path / "mine.yaml").read_text(encoding="utf-8") == recipe.text("digits")
     status, out, _ = call("check", "mine.yaml")
-    assert (status, out.split(":")[0]) == (0, "mine is right")
+    assert (status, out.split(":")[0]) == (0, "mine is valid")
     status, _, err = call("copy", "digits", "mine.yaml")
-    assert (status, err) == (2, "topkd: mine.yaml exists already; copy to another name\n")
+    assert (status, err) == (2, "topkd: mine.yaml already exists; choose another name\n")
 
 
 def test_env_tells_the_versions(call):
@@ -177,6 +178,12 @@ def test_env_tells_the_versions(call):
     assert told["memory_format"].startswith("channels_last; contiguous_format for")
 
 
+def test_an_unknown_command_is_corrected(call):
+    status, _, err = call("rnu")
+    assert status == 2
+    assert "Did you mean 'run'?" in err
+
+
 class Evil:
     def __reduce__(self):
         return (os.mkdir, ("pwned",))
@@ -188,6 +195,11 @@ class Evil:
         (("run", "digit"), "there is no recipe 'digit'; did you mean 'digits'?"),
         (("run", "digits", "epoch=3"), "epoch: unknown key; did you mean 'epochs'?"),
         (("check", "tiny.yaml", "losses.kd.temprature=4"), "losses[1].temprature: unknown key"),
+        (("check", "tiny.yaml", "losses.kd.wieght=4"), "unknown key; did you mean 'weight'?"),
+        (("check", "tiny.yaml", "losses.kd.name=CRD"), "no 'CRD'; did you mean 'crd'?"),
+        (("list", "loses"), "there is no catalog 'loses'; did you mean 'losses'?"),
+        (("check", "tiny.yaml", "student.model=ResNet8"), "did you mean resnet8"),
+        (("check", "tiny.yaml", "student.model=timm:nope"), "`timm.list_models()` lists all"),
         (("check", "tiny.yaml", "losses.4=1"), "there is no '4'; there are ce, kd, topkd"),
         (("run", "digits", "--seeds", "a"), "--seeds: expected numbers such as 0,1,2 or 0-2"),
         (("run", "digits", "--seeds", "2-0"), "--seeds: '2-0' is empty; give the smaller number"),
@@ -248,7 +260,7 @@ def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
     monkeypatch.setattr("topkd.training.experiment.Experiment.train_student", interrupt)
     status, _, err = call("student", "tiny.yaml")
     assert status == 130
-    assert "the same command goes on from the last epoch" in err
+    assert "rerun the command to resume from the last epoch" in err
 
 
 def test_no_space_left_is_one_line(call, monkeypatch):

@@ -292,7 +292,7 @@ def uneven():
 def test_validation_split_is_stratified_and_parts_the_training_set():
     data = uneven()
     split = data.with_validation(0.25)
-    assert split.judged_on == "validation"
+    assert split.eval_split == "validation"
     assert split.test.target.bincount().tolist() == [5, 10, 15]
     assert split.train.target.bincount().tolist() == [15, 30, 45]
     parts = [part.read(torch.arange(len(part.target)), None) for part in (split.train, split.test)]
@@ -300,7 +300,7 @@ def test_validation_split_is_stratified_and_parts_the_training_set():
     whole = data.train.read(torch.arange(120), None).flatten(1)
     order = [rows.unique(dim=0) for rows in (every, whole)]
     assert torch.equal(*order)
-    assert data.judged_on == "test"
+    assert data.eval_split == "test"
 
 
 def test_validation_split_is_always_the_same():
@@ -328,7 +328,7 @@ def test_a_split_that_leaves_a_class_without_images_is_refused(share):
 def test_limit_keeps_the_shares_of_the_classes(limit, expected):
     limited = uneven().with_limit(limit)
     assert limited.train.target.bincount().tolist() == expected
-    assert limited.judged_on == "test"
+    assert limited.eval_split == "test"
     assert len(limited.test.target) == 8
 
 

@@ -351,7 +351,7 @@ def test_a_recipe_s_options_arrive():
     assert data.train.augmentation == Augmentation((3, 9), 0.2, 1.0, 2)
     assert data.train.workers == 1
     assert data.train.classes == 10
-    assert data.judged_on == "validation"
+    assert data.eval_split == "validation"
     assert not isinstance(data.test, Augmented)
     assert DataSection.model_validate(section.model_dump(mode="json")) == section
 

@@ -192,7 +192,7 @@ def test_classes_without_a_split_are_split(flat):
     names = [path[:3] for path in every]
     _, expected = train_test_split(names, test_size=0.2, stratify=names)
     assert Counter(path[:3] for path in test) == Counter(expected)
-    assert data.judged_on == "test"
+    assert data.eval_split == "test"
 
 
 def test_a_split_is_always_the_same_and_no_first_pictures(flat):

@@ -1,4 +1,4 @@
-"""How good a network is and how like its teacher, against plain loops and scipy."""
+"""Metrics against plain loops and scipy."""
 
 import math
 
@@ -9,7 +9,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import entropy, wasserstein_distance
 
-from topkd.evaluation.metrics import Predictions, likeness, quality
+from topkd.evaluation.metrics import Predictions, prediction_metrics, teacher_similarity
 
 
 def predictions(width: int) -> Predictions:
@@ -17,7 +17,7 @@ def predictions(width: int) -> Predictions:
     return Predictions(logits, torch.randn(96, width, dtype=torch.float64), torch.arange(96) % 7)
 
 
-def test_quality_is_that_of_plain_loops():
+def test_prediction_metrics_agree_with_plain_loops():
     made = predictions(4)
     right = first_five = 0
     loss, bins = 0.0, [[0, 0.0] for _ in range(15)]
@@ -31,7 +31,7 @@ def test_quality_is_that_of_plain_loops():
         number = min(14, math.ceil(confidence * 15) - 1)
         bins[number][0] += order[0] == label
         bins[number][1] += confidence
-    found = quality(made)
+    found = prediction_metrics(made)
     assert found["top1"] == pytest.approx(100 * right / 96)
     assert found["top5"] == pytest.approx(100 * first_five / 96)
     assert found["nll"] == pytest.approx(loss / 96)
@@ -43,9 +43,9 @@ def relative_deaths(points: np.ndarray) -> np.ndarray:
     return deaths / deaths.mean()
 
 
-def test_likeness_is_that_of_scipy():
+def test_teacher_similarity_agrees_with_scipy():
     student, teacher = predictions(4), predictions(6)
-    found = likeness(student, teacher, cloud_size=32)
+    found = teacher_similarity(student, teacher, cloud_size=32)
     p, q = (made.logits.softmax(1).numpy() for made in (teacher, student))
     assert found["kl"] == pytest.approx(entropy(p, q, axis=1).mean())
     same = [a.argmax() == b.argmax() for a, b in zip(p, q, strict=True)]

@@ -64,24 +64,24 @@ def tiny(tmp_path_factory):
     taught_by = {"model": "resnet8", "recipe": str(folder / "taught.yaml")}
     parsed = recipe.parse(TINY | {"teacher": taught_by})
     experiment = Experiment(parsed, folder / "runs", QUIET)
-    results = {arm: experiment.train_student(arm, 0) for arm in parsed.arms}
+    results = {variant: experiment.train_student(variant, 0) for variant in parsed.variants}
     return experiment, results
 
 
-def weights(experiment: Experiment, arm: str):
-    return checkpoint.load_weights(experiment.folder / arm / "seed0" / "student.safetensors")
+def weights(experiment: Experiment, variant: str):
+    return checkpoint.load_weights(experiment.folder / variant / "seed0" / "student.safetensors")
 
 
 def test_every_stage_leaves_what_the_next_needs(tiny):
     experiment, results = tiny
     assert experiment.teacher_file == experiment.out / "taught/student/seed0/student.safetensors"
     assert experiment.teacher_file.exists()
-    assert len(list(experiment.folder.glob("ripsnet-*.safetensors"))) == 1  # one for both arms
-    for arm in ("student", "kd", "silent"):
-        files = {path.name for path in (experiment.folder / arm / "seed0").iterdir()}
+    assert len(list(experiment.folder.glob("ripsnet-*.safetensors"))) == 1  # one for both variants
+    for variant in ("student", "kd", "silent"):
+        files = {path.name for path in (experiment.folder / variant / "seed0").iterdir()}
         assert {"result.json", "metrics.jsonl", "student.safetensors", "checkpoint"} <= files
-        assert results[arm]["last"]["top1"] == pytest.approx(
-            evaluate_file(experiment.folder / arm / "seed0", None, (), QUIET)["top1"]
+        assert results[variant]["last"]["top1"] == pytest.approx(
+            evaluate_file(experiment.folder / variant / "seed0", None, (), QUIET)["top1"]
         )
 
 
@@ -96,7 +96,10 @@ def test_every_stage_leaves_what_the_next_needs(tiny):
 def test_a_folder_of_runs_is_told_which_there_are(tiny, tmp_path, ask):
     out = tiny[0].out
     runs = [f"{out}/taught/student/seed0"]
-    runs = [*(f"{tiny[0].folder}/{arm}/seed0" for arm in ("kd", "silent", "student")), *runs]
+    runs = [
+        *(f"{tiny[0].folder}/{variant}/seed0" for variant in ("kd", "silent", "student")),
+        *runs,
+    ]
     message = f"there is no run {out}: {out}/student.safetensors is missing; there are "
     with pytest.raises(FileNotFoundError, match=re.escape(message + ", ".join(sorted(runs))) + "$"):
         ask(out, tmp_path / "out")
@@ -233,7 +236,7 @@ def test_every_recipe_can_be_trained(name, tmp_path, monkeypatch):
         network = MODELS[read.teacher.model].build(100).network
         checkpoint.save_weights(tmp_path / "teacher.safetensors", network, {})
         changes.append(f"teacher.checkpoint={tmp_path / 'teacher.safetensors'}")
-    for place in ("losses", *(f"controls.{arm}" for arm in read.controls)):
+    for place in ("losses", *(f"controls.{variant}" for variant in read.controls)):
         terms = read.losses if place == "losses" else read.controls[place.split(".")[1]]
         if any(term.options.get("via") == "ripsnet" for term in terms):
             changes.append(f"{place}.topkd.training={{passes: 1, epochs: 1}}")

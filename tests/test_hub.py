@@ -541,7 +541,7 @@ def test_the_commands(server, export, tmp_path, monkeypatch, capsys):
     assert server.repos["me/small"]["private"]
     status, out, _ = call(monkeypatch, capsys, "pull", "me/small", tmp_path / "pulled", *where)
     assert status == 0
-    assert out == f"{tmp_path / 'pulled'}: 4 files, all as they were pushed\n"
+    assert out == f"{tmp_path / 'pulled'}: 4 files, all hashes match\n"
 
     wrong = [
         (("push", tmp_path, "me/small"), "holds no export: config.json is missing"),

@@ -43,7 +43,7 @@ def test_a_pair_is_trained_by_the_real_command(name, shared, tmp_path):
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / name / "student/seed0/result.json").read_text(encoding="utf-8"))
-    assert result["judged_on"] == "validation"
+    assert result["eval_split"] == "validation"
     assert 0 <= result["last"]["top1"] <= 100
     lines = (
         (tmp_path / name / "student/seed0/metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -38,12 +38,12 @@ def test_curves_draw_each_seed_and_the_mean():
     assert (axes.get_ylabel(), axes.get_yscale()) == ("accuracy, %", "linear")
 
 
-def test_an_arm_looks_the_same_in_every_picture():
+def test_a_variant_looks_the_same_in_every_picture():
     colors = plots.palette(["kd", "exact", "student"])
-    all_arms = only_axes(plots.curves(dict.fromkeys(colors, [[1.0, 2.0]]), title="", ylabel=""))
+    all_variants = only_axes(plots.curves(dict.fromkeys(colors, [[1.0, 2.0]]), title="", ylabel=""))
     alone = only_axes(plots.curves({"student": [[1.0, 2.0]]}, title="", ylabel="", colors=colors))
     for look in ("get_color", "get_linestyle"):
-        assert getattr(alone.lines[0], look)() == getattr(all_arms.lines[2], look)()
+        assert getattr(alone.lines[0], look)() == getattr(all_variants.lines[2], look)()
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,8 @@ def test_shipped_recipes_say_in_their_first_line_what_they_are(name):
 
 
 def test_every_loss_has_a_recipe():
-    arms = [terms for name in names() for terms in load(name).arms.values()]
-    assert {term.name for terms in arms for term in terms} == set(LOSSES)
+    variants = [terms for name in names() for terms in load(name).variants.values()]
+    assert {term.name for terms in variants for term in terms} == set(LOSSES)
 
 
 def test_a_file_is_called_by_its_name_unless_it_says_another(file, tmp_path):
@@ -124,8 +124,8 @@ def test_options_are_what_is_no_field():
     assert (kd.weight, kd.warmup, kd.options) == (2.0, 0, {"temperature": 4.0})
 
 
-def test_arms_are_the_controls_and_the_student():
-    assert list(parse(SMALL).arms) == ["ce", "student"]
+def test_variants_are_the_controls_and_the_student():
+    assert list(parse(SMALL).variants) == ["ce", "student"]
 
 
 # --- Messages ------------------------------------------------------------------------------------

@@ -15,8 +15,11 @@ from safetensors.torch import save_file
 
 from topkd._io import files
 from topkd._io.progress import Progress
+from topkd.cli.printing import print_results
 from topkd.config.recipe import Term
-from topkd.evaluation.results import finished
+from topkd.data import DATA
+from topkd.evaluation.metrics import METRICS, Metric, Predictions, prediction_metrics
+from topkd.evaluation.results import Result, finished
 from topkd.reporting import page as report
 from topkd.reporting import plots, sections
 from topkd.topology import PersistenceImage, RipsNet, rips
@@ -30,26 +33,30 @@ RECIPE = {"controls": {"kd": [CE, KD], "ce": [CE]}, "batch_size": 16, "note": "<
 VOID = {"br", "img", "link", "meta"}
 
 
-def result(arm: str, seed: int, top1: float, **changes: object) -> dict:
+def result(variant: str, seed: int, top1: float, **changes: object) -> dict:
     """What ``experiment`` writes, in its form."""
-    shares = {term["name"]: 1 / len(LOSSES.get(arm, [CE])) for term in LOSSES.get(arm, [CE])}
+    shares = {
+        term["name"]: 1 / len(LOSSES.get(variant, [CE])) for term in LOSSES.get(variant, [CE])
+    }
     if "topkd" in shares:
         shares |= {"ce": 0.3, "kd": 0.6998, "topkd": 0.0002}
     return {
         "recipe": "digits",
         "recipe_hash": "3f0a3080a40e",
-        "arm": arm,
+        "variant": variant,
         "seed": seed,
         "model": "resnet8x0.25",
         "data": "digits",
-        "losses": LOSSES.get(arm, [CE]),
+        "losses": LOSSES.get(variant, [CE]),
         "epochs": 2,
-        "judged_on": "test",
+        "eval_split": "test",
         "last": {"top1": top1, "top5": 100.0, "nll": 0.2, "ece": 2.5},
         "mean_of_last_10": top1 - 20,
         "best": {"epoch": 1, "top1": top1 + 1},
         "gradient_share": shares,
-        "facts": {"topkd": {"via": "ripsnet", "fidelity": FIDELITY}} if arm == "student" else {},
+        "loss_metadata": {"topkd": {"via": "ripsnet", "fidelity": FIDELITY}}
+        if variant == "student"
+        else {},
         "train_seconds": 5.9,
         "environment": {
             "topkd": "0.1.0",
@@ -62,13 +69,17 @@ def result(arm: str, seed: int, top1: float, **changes: object) -> dict:
             "dtype": "bfloat16",
         },
         "teacher": {"model": "resnet20", "hash": "fdee", "top1": 99.0, "top5": 100.0},
-        "likeness": {"agreement": 93.0, "kl": 0.2, "topological_distance": 0.2 + seed / 100},
+        "teacher_similarity": {
+            "agreement": 93.0,
+            "kl": 0.2,
+            "topological_distance": 0.2 + seed / 100,
+        },
     } | changes
 
 
 def put(folder: Path, *results: dict) -> Path:
     for content in results:
-        path = folder / content["recipe"] / content["arm"] / f"seed{content['seed']}"
+        path = folder / content["recipe"] / content["variant"] / f"seed{content['seed']}"
         path.mkdir(parents=True)
         files.write_sealed(path / "result.json", content)
     return folder
@@ -179,19 +190,19 @@ def collect_one(folder):
     return study
 
 
-def test_runs_are_grouped_by_recipe_arm_and_seed(tmp_path):
+def test_runs_are_grouped_by_recipe_variant_and_seed(tmp_path):
     teacher = result("student", 0, 99.0, recipe="digits/teacher", recipe_hash="1", teacher=None)
-    runs = [result(arm, seed, 90.0) for arm in ("student", "ce", "kd") for seed in (10, 2)]
+    runs = [result(variant, seed, 90.0) for variant in ("student", "ce", "kd") for seed in (10, 2)]
     studies = report.collect(put(tmp_path, teacher, *runs))
     assert [study.recipe for study in studies] == ["digits", "digits/teacher"]
-    assert {arm: list(seeds) for arm, seeds in studies[0].arms.items()} == dict.fromkeys(
-        ("kd", "ce", "student"), [2, 10]
-    )
+    assert {
+        variant: list(seeds) for variant, seeds in studies[0].variants.items()
+    } == dict.fromkeys(("kd", "ce", "student"), [2, 10])
     assert [study.control for study in studies] == ["kd", None]
 
 
 def test_the_first_control_of_the_recipe_is_the_one_to_compare_with(tmp_path):
-    put(tmp_path, *(result(arm, 0, 90.0) for arm in LOSSES))
+    put(tmp_path, *(result(variant, 0, 90.0) for variant in LOSSES))
     assert collect_one(tmp_path).control == "kd"  # it has most of the student's losses
     recipe = {"controls": {"ce": [CE], "kd": [CE, KD]}}
     (tmp_path / "digits/recipe.yaml").write_text(
@@ -209,7 +220,7 @@ def test_a_seed_that_appears_twice_is_an_error(tmp_path):
     put(tmp_path / "a", result("kd", 0, 90.0))
     put(tmp_path / "b", result("kd", 0, 91.0))
     with pytest.raises(
-        ValueError, match=r"b/digits/kd/seed0/result\.json: seed 0 of arm 'kd'.*twice"
+        ValueError, match=r"b/digits/kd/seed0/result\.json: seed 0 of variant 'kd'.*twice"
     ):
         report.collect(tmp_path)
 
@@ -304,15 +315,17 @@ def test_losses_read_as_the_sum_that_they_are():
 
 def test_the_table(six):
     teacher, control, student = report.rows(collect_one(six))
-    assert (teacher.run, teacher.last) == ("teacher: resnet20", "99.00 (1)")
-    assert (control.run, control.losses) == ("kd (control)", "ce + 2 kd")
+    assert (teacher["run"], teacher["top1"]) == ("teacher: resnet20", "99.00 (1)")
+    assert (control["run"], control["losses"]) == ("kd (control)", "ce + 2 kd")
     # 90, ..., 95 deviate by sqrt(17.5 / 5) from 92.5.
-    assert (control.last, control.difference) == ("92.50 ± 1.87 (6)", "–")
-    assert (control.mean_of_last_10, control.best) == ("72.50 ± 1.87 (6)", "93.50 ± 1.87 (6)")
-    assert control.agreement == "93.00 ± 0.00 (6)"
-    assert control.topological_distance == "0.225 ± 0.019 (6)"
+    assert (control["top1"], control["difference"]) == ("92.50 ± 1.87 (6)", "–")
+    assert control["mean_of_last_10"] == "72.50 ± 1.87 (6)"
+    assert control["best"] == "93.50 ± 1.87 (6)"
+    assert control["agreement"] == "93.00 ± 0.00 (6)"
+    assert control["topological_distance"] == "0.2250 ± 0.0187 (6)"
+    assert (control["nll"], control["ece"]) == ("0.2000 ± 0.0000 (6)", "2.50 ± 0.00 (6)")
     # The gains deviate by sqrt(0.625 / 5) = 0.354 from 0.5; t for 5 degrees of freedom is 2.571.
-    assert student.difference == "+0.50 [+0.13, +0.87] (6)"
+    assert student["difference"] == "+0.50 [+0.13, +0.87] (6)"
 
 
 @pytest.mark.parametrize(
@@ -321,7 +334,7 @@ def test_the_table(six):
         ({0: 91.5}, "+1.50 (1 seed)", "One seed: no statement possible about student and kd."),
         ({0: 90.0}, "0.00 (1 seed)", "student is level."),
         ({7: 91.5}, "no common seed", "No seed in common: no statement possible"),
-        ({0: 89.0, 1: 90.0}, "−1.00 (2 seeds)", "which does not tell how differences spread"),
+        ({0: 89.0, 1: 90.0}, "−1.00 (2 seeds)", "the spread of the differences is unknown"),
         ({0: 90.5, 1: 91.0, 2: 91.5}, "+0.00 [−1.24, +1.24] (3)", "No detectable difference"),
         (
             {0: 95.0, 1: 96.1, 2: 96.9},
@@ -334,7 +347,7 @@ def test_what_the_comparison_says(tmp_path, student, difference, said):
     runs = [result("kd", seed, 90.0 + seed) for seed in range(3)]
     put(tmp_path, *runs, *(result("student", seed, top1) for seed, top1 in student.items()))
     study = collect_one(tmp_path)
-    assert report.rows(study)[-1].difference == difference.replace("+0.00 [", "0.00 [")
+    assert report.rows(study)[-1]["difference"] == difference.replace("+0.00 [", "0.00 [")
     (sentence,) = report.statements(study)
     assert said in sentence
 
@@ -349,9 +362,11 @@ def test_six_seeds_are_tested_in_two_ways(six):
 def test_several_comparisons_are_corrected(tmp_path):
     gains = {"student": (0.4, 0.5, 0.6), "ce": (0.1, -0.2, 0.2)}
     runs = [result("kd", seed, 90.0) for seed in range(3)]
-    runs += [result(arm, s, 90 + gain) for arm, of in gains.items() for s, gain in enumerate(of)]
+    runs += [
+        result(variant, s, 90 + gain) for variant, of in gains.items() for s, gain in enumerate(of)
+    ]
     study = collect_one(put(tmp_path, *runs))
-    alone = study.compare(sections.accuracy)["student"].t_p
+    alone = study.compare("top1")["student"].t_p
     corrected = next(line for line in report.statements(study) if "student" in line)
     assert f"p = {2 * alone:.2g}" in corrected
     assert any("corrected for 2 comparisons (Holm)" in line for line in report.setting(study))
@@ -360,8 +375,10 @@ def test_several_comparisons_are_corrected(tmp_path):
 def test_markdown(six):
     lines = report.markdown(six).splitlines()
     assert lines[0] == "### digits"
-    assert {line.count("|") for line in lines if line.startswith("|")} == {10}
-    assert lines[2].startswith("| Run | Losses | Accuracy, last epoch, % |")
+    assert {line.count("|") for line in lines if line.startswith("|")} == {
+        len(report.headings()) + 1
+    }
+    assert lines[2].startswith("| Run | Losses | Top-1 ↑, % | Difference to control")
     assert lines[4].startswith("| teacher: resnet20 |")
     assert lines[6].startswith("| student | ce + 2 kd + 5 topkd (via ripsnet, ripsnet.passes 8) |")
     text = "\n".join(lines)
@@ -374,8 +391,56 @@ def test_markdown(six):
 
 
 def test_a_validation_split_is_not_called_the_test_set(tmp_path):
-    put(tmp_path, result("kd", 0, 90.0, judged_on="validation"))
+    put(tmp_path, result("kd", 0, 90.0, eval_split="validation"))
     assert "Judged on the validation split" in report.markdown(tmp_path)
+
+
+def test_a_metric_added_to_the_table_is_computed_stored_and_shown(
+    six, tmp_path, monkeypatch, undrawn, capsys
+):
+    monkeypatch.setitem(
+        METRICS,
+        "brier",
+        Metric("brier", "Brier score", "", 3, False, "a proper scoring rule", lambda made: 0.125),
+    )
+    put_files(six)
+    (data, path), out = (DATA["digits"](), tmp_path / "new/student/seed0"), tmp_path / "new"
+    made = Predictions(torch.randn(9, 10), torch.randn(9, 4), data.test.target[:9])
+    last = prediction_metrics(made)
+    content = Result.model_validate(result("student", 0, 90.0, last=last)).as_json()
+    path.mkdir(parents=True)
+    files.write_sealed(path / "result.json", content)
+    assert files.read_sealed(path / "result.json")["last"]["brier"] == 0.125
+    assert report.rows(collect_one(out))[-1]["brier"] == "0.125 (1)"
+    assert "Brier score ↓" in report.markdown(out)
+    page = Page(report.html(out)).text
+    assert "Brier score ↓" in page
+    assert "a proper scoring rule" in page
+    print_results([content])
+    shown = capsys.readouterr().out
+    assert "Brier" in shown
+    assert "0.125" in shown
+    assert report.rows(collect_one(six))[-1]["brier"] == "–"  # runs from before
+
+
+def test_terminal_shows_mean_deviation_and_findings_of_several_seeds(six, capsys):
+    study = collect_one(six)
+    print_results([run.result.as_json() for run in study.runs], report.findings(six, "digits"))
+    lines = capsys.readouterr().out.splitlines()
+    (mean,) = [line for line in lines if line.startswith("kd") and "mean" in line]
+    (spread,) = [line for line in lines if line.startswith("kd") and "± std" in line]
+    assert mean.split()[:3] == ["kd", "mean", "92.50"]
+    assert spread.split()[:4] == ["kd", "±", "std", "1.87"]
+    assert "A detectable difference between student and kd" in " ".join(lines)
+    assert report.findings(put(six / "x", result("kd", 0, 9.0, recipe="one")), "one") == []
+
+
+def test_a_result_is_written_as_it_is_read():
+    content = result("student", 0, 90.0) | {"processes": 1, "data_issues": {}, "files": {}}
+    written = Result.model_validate(content).as_json()
+    losses = [term["name"] for term in written.pop("losses")]
+    assert losses == [term["name"] for term in content.pop("losses")]
+    assert written == content
 
 
 def test_markdown_cannot_be_broken_by_names(tmp_path):
@@ -406,7 +471,7 @@ def test_what_keeps_runs_from_being_compared_is_said(tmp_path):
     assert "taught by 2 different teachers" in said
     assert "differ in torch: 2.14.1 / 2.9.0" in said
     assert "no recipe.yaml" in said
-    assert report.rows(study)[0].last == "99.00 ± 0.00 (2)"
+    assert report.rows(study)[0]["top1"] == "99.00 ± 0.00 (2)"
 
 
 def test_the_page_is_whole_and_needs_nothing_else(page):
@@ -428,7 +493,7 @@ def test_the_page_is_whole_and_needs_nothing_else(page):
 
 
 def test_every_picture_is_there_and_described(page):
-    # Accuracy and three terms, shares of two arms, three barcodes and their comparison.
+    # Accuracy and three terms, shares of two variants, three barcodes and their comparison.
     assert page.tags.count("svg") == 4 + 2 + 4
     assert page.tags.count("img") == 1 + 3  # persistence images, three maps
     described = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")]
@@ -444,7 +509,7 @@ def test_the_page_says_what_matters(page):
         "+0.50 [+0.13, +0.87] (6)",
         "the term topkd carries 0.02 % of the gradient",
         "R² 0.02 on 256 held-out clouds",
-        "Topological distance to the teacher, over all clouds of test images: kd 0.225 ± 0.019 (6)",
+        "distance to the teacher, over all clouds of test images: kd 0.2250 ± 0.0187 (6)",
         "batch_size: 16",
         "AMD EPYC",
         "other classes",
@@ -458,10 +523,10 @@ def test_hostile_names_are_shown_and_not_obeyed(tmp_path, quick):
     run = result("student", 0, 90.0, data=name, model=name)
     run["losses"], run["gradient_share"] = [CE, {"name": name}], {"ce": 0.5, name: 0.5}
     run["environment"]["processor"] = name
-    control = result("kd", 0, 90.0) | {"arm": name.replace("/", "")}
+    control = result("kd", 0, 90.0) | {"variant": name.replace("/", "")}
     (tmp_path / "r").mkdir()
     for content in (run, control):
-        path = tmp_path / "r" / "arm" / f"seed{id(content)}"
+        path = tmp_path / "r" / "variant" / f"seed{id(content)}"
         path.mkdir(parents=True)
         files.write_sealed(path / "result.json", content)
         entry = {
@@ -487,8 +552,10 @@ def test_terms_that_end_or_begin_on_the_way_are_drawn_while_they_last(six, undra
         path.write_text(json.dumps(early) + "\n" + json.dumps(late) + "\n", encoding="utf-8")
     page = Page(report.html(six))
     described = [value for _, name, value in page.attributes if name == "aria-label"]
-    for arm in ("kd", "student"):
-        (shown,) = [text for text in described if text.startswith("share") and f"in {arm}" in text]
+    for variant in ("kd", "student"):
+        (shown,) = [
+            text for text in described if text.startswith("share") and f"in {variant}" in text
+        ]
         assert {"early", "late"} <= set(re.findall(r"\w+", shown))
     for term in ("early", "late"):
         assert f"loss {term} over the epochs of kd, student" in described
@@ -509,7 +576,7 @@ def test_what_files_are_absent_for_is_left_out_and_said(six):
 
 
 def test_a_recipe_without_teacher_has_no_topology(tmp_path):
-    run = result("student", 0, 99.0, losses=[CE], gradient_share={"ce": 1.0}, facts={})
+    run = result("student", 0, 99.0, losses=[CE], gradient_share={"ce": 1.0}, loss_metadata={})
     page = Page(report.html(put(tmp_path, {k: v for k, v in run.items() if k != "teacher"})))
     headings = [tag for tag in page.tags if tag == "h3"]
     assert len(headings) == 1  # training
@@ -536,7 +603,7 @@ def test_clouds_hold_the_same_images_for_every_network(six):
     teacher, control, student = (picture.figure.axes[0] for picture in chapter.pictures[:3])
     together = chapter.pictures[3].figure.axes[0].lines
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:16]
-    examples = study.arms["kd"][0].examples
+    examples = study.variants["kd"][0].examples
     for axes, line, name in zip((teacher, control), together, ("teacher", "student"), strict=False):
         deaths = rips(examples[name][order].double()).deaths
         expected = (deaths / deaths.mean()).sort().values.tolist()
@@ -546,7 +613,16 @@ def test_clouds_hold_the_same_images_for_every_network(six):
     assert student.get_title(loc="left") == "student, seed 0"
 
 
-def test_the_page_is_written_whole(six, quick, capsys):
-    report.write_report(six, six / "report.html", Progress())
-    assert (six / "report.html").read_text(encoding="utf-8").endswith("</html>")
-    report.write_report(six, six / "report.html", Progress(quiet=True))  # again, beside the first
+def test_a_page_is_rebuilt_only_when_its_inputs_change(six, quick, capsys):
+    path = put_files(six) / "report.html"
+    report.write_report(six, path, Progress())
+    first = path.read_text(encoding="utf-8")
+    assert first.endswith("</html>")
+    before = path.stat().st_mtime_ns
+    capsys.readouterr()
+    report.write_report(six, path, Progress())
+    assert path.stat().st_mtime_ns == before
+    assert "report.html is up to date: its inputs have not changed\n" in capsys.readouterr().err
+    put(six, result("kd", 6, 90.0))
+    report.write_report(six, path, Progress(quiet=True))
+    assert path.read_text(encoding="utf-8") != first

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and how they are read."""
+"""Arguments and options shared by several commands."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-# The package is imported inside the commands: `topkd --help` should not have to load torch.
+# Commands import the package when called, so that `topkd --help` does not load torch.
 if TYPE_CHECKING:
     from topkd.training.experiment import Experiment
 
 MOST_SEEDS = 10_000
 
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A file, or a name from `topkd list recipes`.")
+    str,
+    typer.Argument(metavar="RECIPE", help="A file, or a name from `topkd list recipes`."),
 ]
 Changes = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="Changes to the recipe, e.g. `optimizer.lr=0.1` or `losses.kd.weight=1`.",
+        help="Overrides of the recipe, e.g. `optimizer.lr=0.1` or `losses.kd.weight=1`.",
     ),
 ]
-Seeds = Annotated[str, typer.Option(help="One run for each seed: `0 1 2`, `0,1,2` or `0-2`.")]
-Out = Annotated[Path, typer.Option(help="Where runs are kept, in a folder called as the recipe.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Endpoint = Annotated[str | None, typer.Option(help="Address of the hub, if it is another one.")]
+Seeds = Annotated[str, typer.Option(help="Seeds to run: `0 1 2`, `0,1,2` or `0-2`.")]
+Out = Annotated[Path, typer.Option(help="Parent of the recipe's folder of runs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress.")]
+Endpoint = Annotated[str | None, typer.Option(help="URL of the hub, if not the default.")]
 Trust = Annotated[
     bool,
-    typer.Option("--trust", help="Let the file name code to run and paths to open."),
+    typer.Option("--trust", help="Allow the file to name code to run and paths to open."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def experiment_of(recipe: str, changes: list[str] | None, out: Path, quiet: bool) -> Experiment:
-    """Loads a recipe and prepares its experiment."""
+    """Loads a recipe and creates its experiment."""
     from topkd._io.progress import Progress
     from topkd.config import recipe as recipes
     from topkd.training.experiment import Experiment
@@ -45,12 +46,12 @@ def experiment_of(recipe: str, changes: list[str] | None, out: Path, quiet: bool
 
 
 def is_first_process() -> bool:
-    """Tells whether this is the one of several processes that speaks."""
+    """Returns whether this process prints; with several processes, only the first does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def numbers(seeds: str) -> list[int]:
-    """Reads `0,1,2` or `0-2`."""
+    """Parses seeds such as `0,1,2` or `0-2`."""
     ranges: list[range] = []
     try:
         for part in seeds.split(","):

@@ -1,14 +1,17 @@
-"""What the commands print: catalogs and tables, for people."""
+"""Tables that the commands print."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def catalog(what: str) -> list[dict[str, str]]:
-    """Lists what recipes can name: ``recipes``, ``models``, ``losses`` or ``data``."""
+    """Lists the entries of a catalog: ``recipes``, ``models``, ``losses`` or ``data``."""
     if what == "recipes":
         from topkd.config import recipe as recipes
 
@@ -31,11 +34,11 @@ def catalog(what: str) -> list[dict[str, str]]:
         from topkd.data import DATA
 
         about = {name: _first_line(load) for name, load in DATA.items()}
-    return [{"name": name, "about": told} for name, told in about.items()]
+    return [{"name": name, "about": text} for name, text in about.items()]
 
 
 def print_findings(findings: Sequence[dict[str, str]]) -> None:
-    """Prints what a doctor found."""
+    """Prints the findings of `topkd doctor`."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -52,42 +55,94 @@ def print_findings(findings: Sequence[dict[str, str]]) -> None:
 
 
 def _first_line(function: object) -> str:
-    """Reads what a function does off its docstring, without the marks of its markup."""
+    """Returns the first line of a docstring without markup."""
     return re.sub(r":\w+:|`", "", str(function.__doc__).splitlines()[0])
 
 
-def print_results(results: Sequence[dict[str, Any]]) -> None:
-    """Prints the accuracies of finished runs, and of their teacher."""
-    from rich.console import Console
-    from rich.table import Table
+def print_results(results: Sequence[dict[str, Any]], findings: Sequence[str] = ()) -> None:
+    """Prints the metrics of finished runs and of their teacher.
 
-    table = Table("run", "seed", "top-1 %", "agreement %", "topological distance", box=None)
-    taught_by = results[0].get("teacher")
-    if taught_by:
-        table.add_row("teacher", "", f"{taught_by['top1']:.2f}", "", "")
-    for result in results:
-        like = result.get("likeness", {})
-        numbers = (
-            f"{like[key]:.{digits}f}" if key in like else ""
-            for key, digits in (("agreement", 2), ("topological_distance", 4))
-        )
-        row = (result["arm"], str(result["seed"]), f"{result['last']['top1']:.2f}", *numbers)
-        table.add_row(*row)
+    With several seeds, mean and standard deviation follow the runs of each variant.
+
+    Args:
+        results: The contents of ``result.json`` files of one recipe.
+        findings: Sentences that compare the variants with the control.
+    """
+    from rich.console import Console
+
+    from topkd.evaluation.metrics import METRICS
+    from topkd.evaluation.results import Result
+    from topkd.evaluation.statistics import Sample
+
+    read = [Result.model_validate(result) for result in results]
+    rows: list[tuple[str, ...]] = []
+    teacher = read[0].teacher
+    if teacher is not None:
+        values = [metric.format(teacher.value(name)) for name, metric in METRICS.items()]
+        rows.append(("teacher", "", *values))
+    for variant in dict.fromkeys(result.variant for result in read):
+        runs = [result for result in read if result.variant == variant]
+        for run in runs:
+            values = [metric.format(run.metric(name)) for name, metric in METRICS.items()]
+            rows.append((variant, str(run.seed), *values))
+        if len(runs) < 2:
+            continue
+        means, spreads = [], []
+        for name, metric in METRICS.items():
+            known = [value for run in runs if (value := run.metric(name)) is not None]
+            sample = Sample(tuple(known)) if known else None
+            means.append(metric.format(None if sample is None else sample.mean))
+            spreads.append(metric.format(None if sample is None else sample.std))
+        rows += [(variant, "mean", *means), (variant, "± std", *spreads)]
     console = Console(highlight=False)
-    console.print(f"last epoch, on the {results[0]['judged_on']} images")
-    console.print(table)
+    console.print(f"last epoch, on the {read[0].eval_split} images")
+    titles = ("run", "seed", *(metric.heading for metric in METRICS.values()))
+    console.print(_table(titles, rows, left=2))
+    for finding in findings:
+        console.print(finding, markup=False)
+
+
+def print_predictions(predictions: Sequence[dict[str, Any]]) -> None:
+    """Prints the most probable classes of pictures, one per line, the most probable first."""
+    rows = [
+        (prediction["picture"] if place == 0 else "", entry["class"], f"{entry['probability']:.4f}")
+        for prediction in predictions
+        for place, entry in enumerate(prediction["classes"])
+    ]
+    rows = [("picture", "class", "probability"), *rows]
+    first, second, third = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for picture, name, probability in rows:
+        print(f"{picture:<{first}}  {name:<{second}}  {probability:>{third}}")
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> Table:
+    """Builds a table whose headings wrap and whose cells do not; ``left`` columns are text."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for place, title in enumerate(titles):
+        width = max((len(row[place]) for row in rows), default=0)
+        table.add_column(title, justify="left" if place < left else "right", min_width=width)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def print_files(config: dict[str, Any]) -> None:
-    """Prints the files of an export, and how they compare with the network."""
-    titles = ("file", "bytes", "top-1 %", "agreement %", "largest difference")
-    rows, told = [titles], ""
+    """Prints the files of an export and their deviation from the network."""
+    from topkd.evaluation.metrics import METRICS
+
+    top1, agreement = METRICS["top1"], METRICS["agreement"]
+    titles = ("file", "bytes", top1.heading, agreement.heading, "largest difference")
+    rows, checked_on = [titles], ""
     for name, file in config["files"].items():
-        if file["checked_on"] != told:
-            told = file["checked_on"]
+        if file["checked_on"] != checked_on:
+            checked_on = file["checked_on"]
             rows.append(("", "", "", "", ""))
-            rows.append((f"the network, on {told}", "", _percent(file["network_top1"]), "", ""))
-        numbers = _percent(file["top1"]), _percent(file["agreement"])
+            reference = top1.format(file["network_top1"])
+            rows.append((f"the network, on {checked_on}", "", reference, "", ""))
+        numbers = top1.format(file["top1"]), agreement.format(file["agreement"])
         rows.append((name, f"{file['bytes']:,}", *numbers, f"{file['largest_difference']:.1e}"))
     widths = [max(len(row[place]) for row in rows) for place in range(len(titles))]
     for row in rows:
@@ -95,7 +150,3 @@ def print_files(config: dict[str, Any]) -> None:
             f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)
         )
         print(f"{row[0]:<{widths[0]}}  {rest}".rstrip())
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"

@@ -266,23 +266,25 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _terms_leave_no_gap(self) -> Recipe:
-        for name, terms in self.arms.items():
-            arm = "losses" if name == STUDENT else f"controls.{name}"
+        for name, terms in self.variants.items():
+            variant = "losses" if name == STUDENT else f"controls.{name}"
             titles = [term.title for term in terms]
             doubled = sorted({title for title in titles if titles.count(title) > 1})
             if doubled:
-                raise ValueError(f"{arm}: {', '.join(doubled)} appears twice; give a label to each")
+                raise ValueError(
+                    f"{variant}: {', '.join(doubled)} appears twice; give a label to each"
+                )
             if sum(term.share or 0 for term in terms) >= 1 or all(term.share for term in terms):
-                raise ValueError(f"{arm}: shares must leave something to a term with a weight")
+                raise ValueError(f"{variant}: shares must leave something to a term with a weight")
             ends = [term.stop for term in terms if term.stop is not None]
             changes = {1, *(term.start for term in terms), *(end + 1 for end in ends)}
             for epoch in sorted(epoch for epoch in changes if epoch <= self.epochs):
                 if not any(t.weight * t.schedule(epoch, self.epochs) for t in terms if not t.share):
-                    raise ValueError(f"{arm}: no term with a weight counts in epoch {epoch}")
+                    raise ValueError(f"{variant}: no term with a weight counts in epoch {epoch}")
         return self
 
     @property
-    def arms(self) -> dict[str, tuple[Term, ...]]:
+    def variants(self) -> dict[str, tuple[Term, ...]]:
         """The runs of this recipe: its controls and its own losses."""
         return {**self.controls, STUDENT: self.losses}
 

@@ -28,13 +28,20 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-def parse_options(function: Callable[..., Any], options: Mapping[str, Any], where: str) -> Any:
+def parse_options(
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    where: str,
+    *,
+    siblings: Sequence[str] = (),
+) -> Any:
     """Checks options against the keyword-only arguments of a function.
 
     Args:
         function: What will be called with them.
         options: From a recipe.
         where: Their place in the recipe, for messages.
+        siblings: Other valid keys at this place, for suggestions.
 
     Returns:
         The options as keyword arguments, parsed.
@@ -52,20 +59,23 @@ def parse_options(function: Callable[..., Any], options: Mapping[str, Any], wher
         if parameter.kind is parameter.KEYWORD_ONLY
     }
     model = create_model("Options", __base__=Section, **fields)
-    parsed = validated(model, options, where)
+    parsed = validated(model, options, where, siblings=siblings)
     return {name: getattr(parsed, name) for name in parsed.model_fields_set}
 
 
-def validated(model: type[BaseModel], tree: Mapping[str, Any], where: str) -> Any:
+def validated(
+    model: type[BaseModel], tree: Mapping[str, Any], where: str, *, siblings: Sequence[str] = ()
+) -> Any:
     """Makes a section of plain values.
 
     Args:
         model: The section.
         tree: The values.
         where: Their place in the recipe, for messages.
+        siblings: Other valid keys at this place, for suggestions.
 
     Raises:
-        RecipeError: If a key or a value is wrong; the message tells all that are.
+        RecipeError: If a key or a value is invalid; the message lists all of them.
     """
     try:
         # As JSON, strict checking takes lists for tuples and mappings for dataclasses.
@@ -74,11 +84,13 @@ def validated(model: type[BaseModel], tree: Mapping[str, Any], where: str) -> An
         errors = error.errors(include_url=False)
         # A list whose only item is wrong counts as empty: the item's own message is enough.
         inner = [e for e in errors if e["type"] != "too_short"] or errors
-        lines = [_explain(model, tree, where, dict(e)) for e in inner]
+        lines = [_explain(model, tree, where, dict(e), siblings) for e in inner]
         raise RecipeError("\n".join(lines)) from None
 
 
-def _explain(model: Any, tree: Any, where: str, error: dict[str, Any]) -> str:
+def _explain(
+    model: Any, tree: Any, where: str, error: dict[str, Any], siblings: Sequence[str]
+) -> str:
     """Says where an error is, what was got and what would be right."""
     path, known, got = ("" if where == "recipe" else where), _fields(model), tree
     steps = list(error["loc"])
@@ -93,7 +105,8 @@ def _explain(model: Any, tree: Any, where: str, error: dict[str, Any]) -> str:
         elif error["type"] == "missing":
             path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{path}: unknown key{near(str(steps[-1]), known)}"
+        others = siblings if len(steps) == 1 else ()
+        return f"{path}: unknown key{near(str(steps[-1]), [*known, *others])}"
     if error["type"] == "missing":
         return f"{path}: missing"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -134,16 +147,23 @@ def _inside(model: Any, step: Any) -> Any:
 
 
 def near(word: str, words: Sequence[str], otherwise: str | None = None) -> str:
-    """Ends a message about a wrong word with the right one, or with all there are.
+    """Ends a message about an unknown word with the closest known word, or with all of them.
 
     Args:
-        word: The wrong one.
-        words: Those that would be right.
-        otherwise: What is said in place of all there are.
+        word: The unknown word.
+        words: The known words, which are compared regardless of case.
+        otherwise: Replaces the list of all words.
+
+    Examples:
+        >>> near("CRD", ["crd", "ctkd"])
+        "; did you mean 'crd'?"
+        >>> near("wieght", ["weight", "taps"])
+        "; did you mean 'weight'?"
     """
-    near = get_close_matches(word, words, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]!r}?"
+    folded = {known.casefold(): known for known in reversed(words)}
+    close = get_close_matches(word.casefold(), folded, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {folded[close[0]]!r}?"
     if otherwise is not None:
         return otherwise
     return f"; there are {', '.join(words)}" if words else ""

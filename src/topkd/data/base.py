@@ -171,7 +171,7 @@ class Data:
     classes: Sequence[str]
     mean: Sequence[float]
     std: Sequence[float]
-    judged_on: str = "test"
+    eval_split: str = "test"
     faults: DataIssues = field(default_factory=DataIssues)
 
     def __post_init__(self) -> None:
@@ -199,7 +199,7 @@ class Data:
         whole: Any = self.train
         strict = replace(whole, on_error="stop") if hasattr(whole, "on_error") else whole
         train, held_out = Subset(self.train, kept), Subset(strict, chosen)
-        return replace(self, train=train, test=held_out, judged_on="validation")
+        return replace(self, train=train, test=held_out, eval_split="validation")
 
     def with_limit(self, images: int) -> Data:
         """Trains on so many images only, the same share of each class.

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -148,13 +149,13 @@ class Pictures:
         """Reads bytes (n, h, w, 3); ``augmented`` is (seed, epoch), None for plain."""
         frame, places = self.frame, index.tolist()
         if frame.padding is not None:
-            pixels = stacked(frame.size, self._whole, places)
+            pixels = stacked(frame.size, self._plain, places)
             if augmented is None:
                 return pixels
             uniform = draws(*augmented, index, 3)
             return crop_and_flip(pixels, uniform, padding=frame.padding, flip=frame.flip)
         if augmented is None:
-            return stacked(frame.size, self._middle, places)
+            return stacked(frame.size, self._plain, places)
         uniform = draws(*augmented, index, 5)
         return stacked(frame.size, self._part, places, uniform.tolist())
 
@@ -162,25 +163,13 @@ class Pictures:
         """Reads normalized images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
         return normalize(self.read_bytes(index, augmented), self.frame.mean, self.frame.std)
 
-    def _whole(self, index: int) -> np.ndarray:
-        return self._scaled(self._picture(index), None)
-
-    def _middle(self, index: int) -> np.ndarray:
-        picture = self._picture(index)
-        return self._scaled(picture, self.frame.middle(picture.size))
+    def _plain(self, index: int) -> np.ndarray:
+        return evaluation_pixels(self._picture(index), self.frame)
 
     def _part(self, index: int, uniform: list[float]) -> np.ndarray:
         picture = self._picture(index)
-        pixels = self._scaled(picture, _random_box(picture.size, uniform))
+        pixels = _resized(picture, self.frame.size, _random_box(picture.size, uniform))
         return pixels[:, ::-1] if self.frame.flip and uniform[4] < 0.5 else pixels
-
-    def _scaled(
-        self, picture: Image.Image, box: tuple[float, float, float, float] | None
-    ) -> np.ndarray:
-        from PIL import Image
-
-        side = self.frame.size
-        return np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR, box))
 
     def _picture(self, index: int) -> Image.Image:
         from PIL import Image
@@ -201,6 +190,68 @@ class Pictures:
             f"{self.stored.name(index)}: not a readable image, nor is any other of class "
             f"{int(self.target[index])}"
         )
+
+
+def evaluation_pixels(picture: Image.Image, frame: CropConfig) -> np.ndarray:
+    """Prepares an RGB picture for evaluation: bytes (size, size, 3), without augmentation."""
+    box = None if frame.padding is not None else frame.middle(picture.size)
+    return _resized(picture, frame.size, box)
+
+
+def _resized(
+    picture: Image.Image, side: int, box: tuple[float, float, float, float] | None
+) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR, box))
+
+
+def find_pictures(paths: Iterable[Path]) -> list[Path]:
+    """Lists picture files: the given files, and the files below the given folders in sorted order.
+
+    Hidden files and files without one of :data:`EXTENSIONS` are ignored in folders.
+
+    Raises:
+        FileNotFoundError: If a path does not exist, or a folder holds no picture.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            if not path.exists():
+                raise FileNotFoundError(f"there is no file or folder {path}")
+            found.append(path)
+            continue
+        inside = [
+            file
+            for file in sorted(path.rglob("*"))
+            if file.name.lower().endswith(EXTENSIONS)
+            and not any(map(is_hidden, file.relative_to(path).parts))
+            and file.is_file()
+        ]
+        if not inside:
+            raise FileNotFoundError(
+                f"{path} contains no picture; the extensions are {', '.join(EXTENSIONS)}"
+            )
+        found += inside
+    return found
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Reads a picture file as an upright RGB image.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it cannot be decoded; the message names it.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=FORMATS) as opened:
+            return in_color(opened)
+    except FileNotFoundError:
+        raise
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image: {reason(error)}") from error
 
 
 def with_crop(images: Images, crop: float) -> Images | None:

@@ -1,8 +1,8 @@
-"""How good a network is, and how much like its teacher."""
+"""Metrics computed from predictions, and the table that names and formats them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,12 @@ from topkd.data import Images, plain_batches
 from topkd.features import Features
 from topkd.topology import Diagrams, rips, wasserstein
 
-BATCH = 250  # images at a time; no number depends on it
+BATCH = 250  # images per forward pass; does not affect the results
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network makes of a set of images, in order."""
+    """The outputs of a network for a set of images, in order."""
 
     logits: Tensor  # (images, classes)
     embedding: Tensor  # (images, d)
@@ -33,16 +33,18 @@ def predict(
     device: torch.device,
     advance: Callable[[int, str], None] = lambda amount, news: None,
 ) -> Predictions:
-    """Shows a network all images once, as they are; each of several processes shows some of them.
+    """Computes predictions for all images, without augmentation.
+
+    With several processes, each computes a share, and all receive the complete result.
 
     Args:
         network: In eval mode.
-        images: To be shown.
+        images: The images to classify.
         device: Where the network is.
-        advance: Told how many images were shown.
+        advance: Called with the number of images processed, for a progress bar.
 
     Raises:
-        ValueError: If the network answers with NaN or infinity.
+        ValueError: If a logit is NaN or infinite.
     """
     logits, embeddings, total = [], [], len(images.target)
     for batch in plain_batches(images, BATCH, processes.share(total)):
@@ -55,17 +57,22 @@ def predict(
         processes.joined(torch.cat(embeddings), total).cpu(),
         images.target,
     )
-    broken = ~predictions.logits.isfinite().all(1)
-    if broken.any():
-        where = int(broken.nonzero()[0])
-        raise ValueError(f"the network answers image {where} with NaN or infinity")
+    invalid = ~predictions.logits.isfinite().all(1)
+    if invalid.any():
+        first = int(invalid.nonzero()[0])
+        raise ValueError(f"the network returns NaN or infinity for image {first}")
     return predictions
 
 
 def top_k(predictions: Predictions, k: int) -> float:
-    """Computes the share of images, in percent, whose label is among the k likeliest classes."""
+    """Computes the percentage of images whose label is among the ``k`` most probable classes."""
     best = predictions.logits.topk(min(k, predictions.logits.shape[1])).indices
     return 100 * (best == predictions.target[:, None]).any(1).double().mean().item()
+
+
+def negative_log_likelihood(predictions: Predictions) -> float:
+    """Computes the mean negative log-likelihood of the labels, in nats."""
+    return F.cross_entropy(predictions.logits.double(), predictions.target).item()
 
 
 def calibration_error(predictions: Predictions, *, bins: int = 15) -> float:
@@ -73,62 +80,177 @@ def calibration_error(predictions: Predictions, *, bins: int = 15) -> float:
 
     .. math:: \sum_b \frac{n_b}{n} \lvert \mathrm{accuracy}_b - \mathrm{confidence}_b \rvert
 
-    over bins of equal width of the confidence, the probability of the likeliest class.
+    over equal-width bins of the confidence, the probability of the predicted class.
 
     Args:
-        predictions: Of a network.
-        bins: How many there are.
+        predictions: The outputs of a network.
+        bins: Number of bins.
 
     References:
         On Calibration of Modern Neural Networks (Guo et al., ICML 2017)
         https://arxiv.org/abs/1706.04599
     """
-    confidence, guess = predictions.logits.double().softmax(1).max(1)
-    right = (guess == predictions.target).double()
+    confidence, predicted = predictions.logits.double().softmax(1).max(1)
+    correct = (predicted == predictions.target).double()
     number = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    surplus = torch.zeros(bins, dtype=torch.float64).index_add(0, number, right - confidence)
-    return 100 * surplus.abs().sum().item() / len(right)
+    surplus = torch.zeros(bins, dtype=torch.float64).index_add(0, number, correct - confidence)
+    return 100 * surplus.abs().sum().item() / len(correct)
 
 
-def quality(predictions: Predictions) -> dict[str, float]:
-    """Computes accuracy (%), negative log-likelihood (nats) and calibration error (%)."""
-    return {
-        "top1": top_k(predictions, 1),
-        "top5": top_k(predictions, 5),
-        "nll": F.cross_entropy(predictions.logits.double(), predictions.target).item(),
-        "ece": calibration_error(predictions),
-    }
+def agreement(student: Tensor, teacher: Tensor) -> float:
+    """Computes the percentage of images for which two sets of logits predict the same class."""
+    return 100 * (student.argmax(1) == teacher.argmax(1)).double().mean().item()
 
 
-def likeness(student: Predictions, teacher: Predictions, *, cloud_size: int) -> dict[str, float]:
-    """Compares a student with its teacher on the same images.
+def kl_divergence(student: Predictions, teacher: Predictions) -> float:
+    """Computes the mean KL divergence of the student's predictions from the teacher's, in nats."""
+    log_s, log_t = (p.logits.double().log_softmax(1) for p in (student, teacher))
+    return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True).item()
 
-    Args:
-        student: Its predictions.
-        teacher: Its teacher's.
-        cloud_size: Images in each cloud whose shape is compared.
+
+def topological_distance(
+    student: Predictions, teacher: Predictions, cloud_size: int
+) -> float | None:
+    """Computes the mean distance between the H0 diagrams of student and teacher.
+
+    It is the 1-Wasserstein distance divided by the number of bars, averaged over point clouds of
+    ``cloud_size`` consecutive images. Each diagram is scaled to a mean death of 1.
 
     Returns:
-        ``agreement``: share of images, in percent, that both give the same class. ``kl``: mean
-        divergence of the student's prediction from the teacher's, in nats.
-        ``topological_distance``: mean over clouds of the 1-Wasserstein distance between the H0
-        diagrams, divided by the number of bars, each diagram in units of its own mean death;
-        absent where there are fewer images than make a cloud.
+        The distance, or None if there are fewer images than ``cloud_size``.
     """
-    same = student.logits.argmax(1) == teacher.logits.argmax(1)
-    log_s, log_t = (p.logits.double().log_softmax(1) for p in (student, teacher))
-    kl = F.kl_div(log_s, log_t, reduction="batchmean", log_target=True).item()
-    numbers = {"agreement": 100 * same.double().mean().item(), "kl": kl}
     diagrams = [relative_diagrams(p.embedding, cloud_size) for p in (student, teacher)]
-    if len(diagrams[0].bars):
-        distance = wasserstein(*diagrams) / (cloud_size - 1)
-        numbers["topological_distance"] = distance.mean().item()
-    return numbers
+    if not len(diagrams[0].bars):
+        return None
+    return (wasserstein(*diagrams) / (cloud_size - 1)).mean().item()
 
 
 def relative_diagrams(embedding: Tensor, cloud_size: int) -> Diagrams:
-    """Computes the H0 diagrams of images taken in order, each in units of its mean death."""
-    whole = len(embedding) - len(embedding) % cloud_size
-    diagrams = rips(embedding[:whole].double().view(-1, cloud_size, embedding.shape[1]))
+    """Computes the H0 diagrams of consecutive clouds, each scaled to a mean death of 1."""
+    used = len(embedding) - len(embedding) % cloud_size
+    diagrams = rips(embedding[:used].double().view(-1, cloud_size, embedding.shape[1]))
     mean = diagrams.deaths.mean(-1)
     return diagrams.scaled(1 / torch.where(mean > 0, mean, 1.0))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of results, in files, terminal, report, export and model card.
+
+    Args:
+        name: Key in ``result.json``.
+        title: Heading, lower case where it is no abbreviation.
+        unit: Unit of the value; empty if it has none.
+        digits: Number of decimals shown.
+        higher_is_better: Direction of improvement.
+        about: Definition, one sentence without a period.
+        compute: Called with the predictions; with ``needs_teacher``, with the student's, the
+            teacher's and the cloud size. Returns None where the metric is undefined.
+        needs_teacher: Whether the metric compares a student with its teacher.
+    """
+
+    name: str
+    title: str
+    unit: str
+    digits: int
+    higher_is_better: bool
+    about: str
+    compute: Callable[..., float | None]
+    needs_teacher: bool = False
+
+    @property
+    def heading(self) -> str:
+        """The title with an arrow for the direction of improvement, and the unit."""
+        arrow = "↑" if self.higher_is_better else "↓"
+        return f"{self.title} {arrow}" + (f", {self.unit}" if self.unit else "")
+
+    def format(self, value: float | None) -> str:
+        """Formats a value without its unit; an absent value is empty."""
+        return "" if value is None else f"{value:.{self.digits}f}"
+
+
+METRICS: MutableMapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            *("top1", "top-1", "%", 2, True),
+            "percentage of images whose label is the most probable class",
+            lambda predictions: top_k(predictions, 1),
+        ),
+        Metric(
+            *("top5", "top-5", "%", 2, True),
+            "percentage of images whose label is among the five most probable classes",
+            lambda predictions: top_k(predictions, 5),
+        ),
+        Metric(
+            *("nll", "NLL", "nats", 4, False),
+            "mean negative log-likelihood of the labels",
+            negative_log_likelihood,
+        ),
+        Metric(
+            *("ece", "ECE", "%", 2, False),
+            "expected calibration error over 15 bins of the confidence",
+            calibration_error,
+        ),
+        Metric(
+            *("agreement", "agreement", "%", 2, True),
+            "percentage of images for which student and teacher predict the same class",
+            lambda student, teacher, cloud_size: agreement(student.logits, teacher.logits),
+            needs_teacher=True,
+        ),
+        Metric(
+            *("kl", "KL", "nats", 4, False),
+            "mean KL divergence of the student's predictions from the teacher's",
+            lambda student, teacher, cloud_size: kl_divergence(student, teacher),
+            needs_teacher=True,
+        ),
+        Metric(
+            *("topological_distance", "topological distance", "", 4, False),
+            "mean 1-Wasserstein distance per bar between the H0 diagrams of student and teacher, "
+            "each scaled to a mean death of 1",
+            topological_distance,
+            needs_teacher=True,
+        ),
+    )
+}
+"""Name -> metric, in display order. A metric added here is computed, stored and shown."""
+
+
+def prediction_metrics(predictions: Predictions) -> dict[str, float]:
+    """Computes every metric of :data:`METRICS` that needs no teacher."""
+    return _computed(False, predictions)
+
+
+def teacher_similarity(
+    student: Predictions, teacher: Predictions, *, cloud_size: int
+) -> dict[str, float]:
+    """Computes every metric of :data:`METRICS` that compares a student with its teacher.
+
+    Args:
+        student: The student's predictions.
+        teacher: The teacher's predictions for the same images.
+        cloud_size: Number of images in each point cloud.
+
+    Returns:
+        Metric name -> value, without the metrics that are undefined.
+    """
+    return _computed(True, student, teacher, cloud_size)
+
+
+def _computed(needs_teacher: bool, *arguments: object) -> dict[str, float]:
+    values = {
+        name: metric.compute(*arguments)
+        for name, metric in METRICS.items()
+        if metric.needs_teacher is needs_teacher
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def metric_lines(values: Mapping[str, float]) -> list[str]:
+    """Formats metrics as aligned lines: title, value and unit."""
+    shown = [metric for name, metric in METRICS.items() if name in values]
+    width = max([18, *(len(metric.title) for metric in shown)])
+    return [
+        f"{metric.title:<{width}} {metric.format(values[metric.name])} {metric.unit}".rstrip()
+        for metric in shown
+    ]

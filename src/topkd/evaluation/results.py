@@ -1,4 +1,4 @@
-"""Finished runs read back from their folders: checked, and grouped by recipe, arm and seed."""
+"""The result of a run, and finished runs grouped by recipe, variant and seed."""
 
 from __future__ import annotations
 
@@ -26,63 +26,99 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Taught(_Part):
-    """The teacher of a run."""
+class MetricValues(_Part):
+    """Values of :data:`topkd.evaluation.metrics.METRICS`, by name."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, FiniteFloat]
+
+    def value(self, name: str) -> float | None:
+        """Returns the value of a metric, or None if it was not measured."""
+        return getattr(self, name, None)
+
+
+class LastEpoch(MetricValues):
+    """Metrics at the last epoch."""
+
+    top1: FiniteFloat
+
+
+class BestEpoch(_Part):
+    """The epoch with the highest accuracy. It is recorded and never reported as the headline."""
+
+    epoch: int | None = None
+    top1: FiniteFloat
+
+
+class TeacherResult(_Part):
+    """The teacher of a run and its metrics."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, FiniteFloat]
 
     model: str
     hash: str
     top1: FiniteFloat
 
-
-class Likeness(_Part):
-    """How much a student is like its teacher."""
-
-    agreement: FiniteFloat
-    topological_distance: FiniteFloat | None = None
+    def value(self, name: str) -> float | None:
+        """Returns the value of a metric, or None if it was not measured."""
+        return getattr(self, name, None)
 
 
-class Accuracy(_Part):
-    """The accuracy at one epoch, in percent."""
+class Fidelity(_Part):
+    """The accuracy of an approximator of persistence."""
 
-    top1: FiniteFloat
-
-
-class Judged(_Part):
-    """How well an approximator stands for exact persistence."""
+    model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="constants")
 
     r2: float
     gradient_cosine: float
     clouds: int
 
 
-class Facts(_Part):
-    """What is known of a loss beside its options."""
+class LossMetadata(_Part):
+    """Metadata of a loss beyond its options."""
 
-    fidelity: Judged | None = None
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    fidelity: Fidelity | None = None
 
 
 class Result(_Part):
-    """What ``result.json`` holds, as far as a report reads it."""
+    """The content of ``result.json``: written by a run, read by reports and exports."""
 
     recipe: str
     recipe_hash: str
-    arm: str
+    variant: str
     seed: int
     model: str
     data: str
     losses: list[Term]
     epochs: int
-    judged_on: str
-    last: Accuracy
+    eval_split: str
+    last: LastEpoch
     mean_of_last_10: FiniteFloat
-    best: Accuracy
+    best: BestEpoch
     gradient_share: dict[str, FiniteFloat]
-    facts: dict[str, Facts] = Field(default_factory=dict)
+    loss_metadata: dict[str, LossMetadata] = Field(default_factory=dict)
+    data_issues: dict[str, Any] = Field(default_factory=dict)
     train_seconds: FiniteFloat
+    processes: int = 1
     environment: dict[str, Any]
+    teacher: TeacherResult | None = None
+    teacher_similarity: MetricValues | None = None
     files: dict[str, str] = Field(default_factory=dict)  # of the run: name -> hash
-    teacher: Taught | None = None
-    likeness: Likeness | None = None
+
+    def metric(self, name: str) -> float | None:
+        """Returns a metric of the last epoch, or None if it was not measured."""
+        found = self.last.value(name)
+        if found is None and self.teacher_similarity is not None:
+            return self.teacher_similarity.value(name)
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """Converts to plain values, without the teacher's entries if there is none."""
+        absent = {name for name in ("teacher", "teacher_similarity") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude=absent)
 
 
 @dataclass(frozen=True)
@@ -94,7 +130,7 @@ class Run:
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
-        """What was measured in each epoch; empty if that was not kept.
+        """The entries of ``metrics.jsonl``, one per epoch; empty if the file is absent.
 
         Raises:
             ValueError: If ``metrics.jsonl`` is broken.
@@ -102,7 +138,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return []
-        needed = {"losses", "gradient_share", f"{self.result.judged_on}_top1"}
+        needed = {"losses", "gradient_share"}
         try:
             entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except ValueError as error:
@@ -115,7 +151,7 @@ class Run:
 
     @cached_property
     def examples(self) -> dict[str, Tensor]:
-        """Embeddings and labels of some test images; empty if they were not kept.
+        """Embeddings and labels of some test images; empty if the file is absent.
 
         Raises:
             ValueError: If ``examples.safetensors`` is broken.
@@ -129,7 +165,7 @@ class Run:
             raise ValueError(f"{path} is broken: {error}") from error
         for name in ("student", "target"):
             if name not in tensors:
-                raise ValueError(f"{path} is broken: there is no {name!r} in it")
+                raise ValueError(f"{path} is broken: the tensor {name!r} is missing")
         return tensors
 
 
@@ -138,97 +174,102 @@ class Study:
     """All finished runs of one recipe."""
 
     recipe: str
-    arms: Mapping[str, Mapping[int, Run]]  # arm -> seed -> run; controls first, then "student"
-    control: str | None  # the arm that others are compared with; None of a single arm
-    text: str | None  # recipe.yaml, if it was kept
+    variants: Mapping[str, Mapping[int, Run]]  # variant -> seed -> run; controls first
+    control: str | None  # the reference variant; None if there is only one
+    text: str | None  # content of recipe.yaml, if the file exists
 
     @property
     def first(self) -> Run:
-        """The run of the first arm and its lowest seed."""
+        """The run of the first variant and its lowest seed."""
         return next(iter(self.runs))
 
     @property
     def runs(self) -> list[Run]:
-        """Every run, arm by arm."""
-        return [run for seeds in self.arms.values() for run in seeds.values()]
+        """All runs, ordered by variant and seed."""
+        return [run for seeds in self.variants.values() for run in seeds.values()]
 
     @property
     def folder(self) -> Path:
-        """The folder of the recipe, where its RipsNets are."""
+        """The folder of the recipe, which also holds fitted approximators."""
         return self.first.folder.parent.parent
 
     @property
     def cloud_size(self) -> int:
-        """How many points make a cloud: the batch size of the recipe."""
+        """Number of points in a cloud: the batch size of the recipe."""
         size = _tree(self.text, "recipe.yaml").get("batch_size", 64)
         return size if isinstance(size, int) and size > 1 else 64
 
-    def over_seeds(self, arm: str, read: Callable[[Result], Value | None]) -> dict[int, Value]:
-        """Reads something of every run of an arm: seed -> value, without those that have none."""
-        values = {seed: read(run.result) for seed, run in self.arms[arm].items()}
+    def over_seeds(self, variant: str, read: Callable[[Result], Value | None]) -> dict[int, Value]:
+        """Reads a value from every run of a variant: seed -> value, without absent values."""
+        values = {seed: read(run.result) for seed, run in self.variants[variant].items()}
         return {seed: value for seed, value in values.items() if value is not None}
 
-    def compare(self, read: Callable[[Result], float | None]) -> dict[str, Paired | None]:
-        """Compares every other arm with the control, seed by seed.
+    def metric(self, name: str) -> dict[str, dict[int, float]]:
+        """Returns a metric of the last epoch: variant -> seed -> value."""
+        return {v: self.over_seeds(v, lambda result: result.metric(name)) for v in self.variants}
+
+    def compare(self, name: str = "top1") -> dict[str, Paired | None]:
+        """Compares every other variant with the control, paired by seed.
 
         Args:
-            read: What is compared.
+            name: The metric to compare.
 
         Returns:
-            Arm -> comparison, None where no seed is in common.
+            Variant -> comparison, None if the two have no seed in common.
         """
         if self.control is None:
             return {}
-        control, found = self.over_seeds(self.control, read), dict[str, Paired | None]()
-        for arm in self.arms:
-            values = self.over_seeds(arm, read)
-            if arm != self.control:
-                found[arm] = paired(values, control) if values.keys() & control.keys() else None
+        measured, found = self.metric(name), dict[str, Paired | None]()
+        control = measured[self.control]
+        for variant, values in measured.items():
+            if variant != self.control:
+                common = values.keys() & control.keys()
+                found[variant] = paired(values, control) if common else None
         return found
 
 
 def collect(folder: Path) -> list[Study]:
     """Finds all finished runs below a folder.
 
-    The first control of ``recipe.yaml`` is the one that others are compared with. Where that file
-    was not kept, it is the arm that differs least from ``student``: the one with most of the same
-    losses and fewest others.
+    The reference of comparisons is the first control in ``recipe.yaml``. If that file is absent,
+    it is the variant most similar to ``student``: the one that shares the most losses with it and
+    has the fewest others.
 
     Args:
-        folder: Searched for ``result.json``, however deep.
+        folder: Searched for ``result.json`` at any depth.
 
     Returns:
-        One study for each recipe: those that distil first, then those that train a teacher.
+        One study per recipe. Recipes with a teacher come first.
 
     Raises:
-        ValueError: If there is no result, one is broken, a seed of an arm appears twice, or runs
+        ValueError: If there is no result, one is broken, a seed of a variant appears twice, or runs
             of one name had different recipes; the message names the file.
     """
     found: dict[str, dict[str, dict[int, Run]]] = {}
     for path in sorted(folder.rglob("result.json")):
         result = _read(path)
-        arms = found.setdefault(result.recipe, {})
-        seeds = arms.setdefault(result.arm, {})
+        variants = found.setdefault(result.recipe, {})
+        seeds = variants.setdefault(result.variant, {})
         if result.seed in seeds:
             raise ValueError(
-                f"{path}: seed {result.seed} of arm {result.arm!r} of {result.recipe!r} appears "
-                f"twice, the other is in {seeds[result.seed].folder}"
+                f"{path}: seed {result.seed} of variant {result.variant!r} of {result.recipe!r} "
+                f"appears twice, the other is in {seeds[result.seed].folder}"
             )
-        earlier = next(iter(next(iter(arms.values())).values()), None)
+        earlier = next(iter(next(iter(variants.values())).values()), None)
         if earlier is not None and earlier.result.recipe_hash != result.recipe_hash:
             raise ValueError(
                 f"{path}: this is not the recipe {result.recipe!r} of {earlier.folder}, they only "
-                "share the name; report their folders one by one"
+                "share the name; report their folders separately"
             )
         seeds[result.seed] = Run(result, path.parent)
     if not found:
-        raise ValueError(f"there is no result.json below {folder}: no run is finished there")
-    studies = [_study(recipe, arms) for recipe, arms in found.items()]
+        raise ValueError(f"there is no result.json below {folder}: it holds no finished run")
+    studies = [_study(recipe, variants) for recipe, variants in found.items()]
     return sorted(studies, key=lambda study: (study.first.result.teacher is None, study.recipe))
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """Reads the result of a run with all its files; None if it has not ended.
+    """Reads the result of a finished run and checks its files; returns None if it is unfinished.
 
     Raises:
         ValueError: If a file of the run was altered or is missing.
@@ -242,7 +283,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> Result:
-    """Reads a result, and checks the files of its run that are there."""
+    """Reads a result and checks the hashes of the files that are present."""
     try:
         result = Result.model_validate(files.read_sealed(path))
         files.check_hashes(path.parent, result.files)
@@ -259,26 +300,30 @@ def _read(path: Path) -> Result:
         ) from None
 
 
-def _study(recipe: str, arms: Mapping[str, Mapping[int, Run]]) -> Study:
-    run = next(iter(next(iter(arms.values())).values()))
+def _study(recipe: str, variants: Mapping[str, Mapping[int, Run]]) -> Study:
+    run = next(iter(next(iter(variants.values())).values()))
     path = run.folder.parent.parent / "recipe.yaml"
     text = path.read_text(encoding="utf-8") if path.exists() else None
     named = list(_tree(text, str(path)).get("controls") or {})
-    losses = {arm: next(iter(seeds.values())).result.losses for arm, seeds in arms.items()}
-    controls = sorted(arms.keys() - {STUDENT}, key=lambda arm: _place(arm, named, losses))
-    order = [*controls, STUDENT] if STUDENT in arms else controls
-    by_seed = {arm: dict(sorted(arms[arm].items())) for arm in order}
+    losses = {
+        variant: next(iter(seeds.values())).result.losses for variant, seeds in variants.items()
+    }
+    controls = sorted(
+        variants.keys() - {STUDENT}, key=lambda variant: _place(variant, named, losses)
+    )
+    order = [*controls, STUDENT] if STUDENT in variants else controls
+    by_seed = {variant: dict(sorted(variants[variant].items())) for variant in order}
     return Study(recipe, by_seed, order[0] if len(order) > 1 else None, text)
 
 
 def _place(
-    arm: str, named: Sequence[str], losses: Mapping[str, list[Term]]
+    variant: str, named: Sequence[str], losses: Mapping[str, list[Term]]
 ) -> tuple[int, int, int, str]:
-    """Orders controls as the recipe does, and those it does not name by likeness to the student."""
+    """Returns the sort key of a control: place in the recipe, then similarity to the student."""
     own = losses.get(STUDENT, [])
-    shared = sum(term in own for term in losses[arm])
-    position = named.index(arm) if arm in named else len(named)
-    return position, -shared, len(losses[arm]), arm
+    shared = sum(term in own for term in losses[variant])
+    position = named.index(variant) if variant in named else len(named)
+    return position, -shared, len(losses[variant]), variant
 
 
 def _tree(text: str | None, where: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Numbers over seeds: what they are on average, how sure that is, and whether two differ.
+"""Statistics over seeds: mean, standard deviation, confidence intervals and paired tests.
 
-A number never travels without its n: a :class:`Sample` prints as ``71.32 ± 0.21 (5)``.
+A :class:`Sample` always prints its size: ``71.32 ± 0.21 (5)``.
 """
 
 from __future__ import annotations
@@ -8,21 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import special
 
-LEVEL = 0.95  # of intervals
+LEVEL = 0.95  # confidence level of intervals
 FEWEST_FLIPS = 6  # pairs: with five, no sign-flip p is below 2 / 2^5 = 0.0625
 MOST_FLIPS = 24  # pairs: 2^23 sums, 64 MiB
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One number, measured with several seeds.
+    """A quantity measured with several seeds.
 
     Args:
-        values: A value for each seed, at least one, all finite.
+        values: One finite value per seed, at least one.
 
     Raises:
         ValueError: If there is no value, or one is NaN or infinite.
@@ -44,7 +44,7 @@ class Sample:
 
     @property
     def n(self) -> int:
-        """How many values there are."""
+        """Number of values."""
         return len(self.values)
 
     @property
@@ -54,7 +54,7 @@ class Sample:
 
     @property
     def std(self) -> float | None:
-        r"""The standard deviation of the population that the values come from; None of one value.
+        r"""The sample standard deviation; None for a single value.
 
         .. math:: s = \sqrt{\frac{1}{n - 1} \sum_i (x_i - \bar x)^2}
         """
@@ -65,11 +65,11 @@ class Sample:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        r"""The 95 % interval of the mean, by Student's t distribution.
+        r"""The 95 % confidence interval of the mean, from Student's t distribution.
 
         .. math:: \bar x \pm t_{n - 1,\, 0.975} \, \frac{s}{\sqrt n}
 
-        None of one value, and of equal values, which do not tell how far they spread.
+        None for a single value and for equal values, whose spread is unknown.
 
         References:
             The Probable Error of a Mean (Student, Biometrika 1908)
@@ -80,30 +80,29 @@ class Sample:
             >>> round(low, 3), round(high, 3)
             (-0.484, 4.484)
         """
-        error = self._standard_error()
-        if error is None:
+        test = self._t_test()
+        if test is None:
             return None
-        half = special.stdtrit(self.n - 1, (1 + LEVEL) / 2) * error
-        return self.mean - float(half), self.mean + float(half)
+        low, high = test.confidence_interval(LEVEL)
+        return float(low), float(high)
 
     @property
     def p(self) -> float | None:
-        r"""The p-value of the two-sided t-test against a mean of 0; None as :attr:`interval`.
+        r"""The p-value of the two-sided t-test against a mean of 0; None where the interval is.
 
         .. math:: p = 2 \, P\Big(T_{n - 1} > \frac{|\bar x|}{s / \sqrt n}\Big)
         """
-        error = self._standard_error()
-        if error is None:
-            return None
-        return float(2 * special.stdtr(self.n - 1, -abs(self.mean) / error))
+        test = self._t_test()
+        return None if test is None else float(test.pvalue)
 
-    def _standard_error(self) -> float | None:
-        """The standard error of the mean; None where the values differ by rounding at most."""
-        std = self.std
+    def _t_test(self) -> Any:
+        """Runs scipy's t-test; returns None if the values differ at most by rounding."""
         rounding = 1e-9 * max(map(abs, self.values))
-        if std is None or max(self.values) - min(self.values) <= rounding:
+        if self.n < 2 or max(self.values) - min(self.values) <= rounding:
             return None
-        return std / math.sqrt(self.n)
+        from scipy import stats
+
+        return stats.ttest_1samp(self.values, 0.0)
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".2f"
@@ -116,14 +115,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Paired:
-    """How far a method is from its control with the same seeds."""
+    """The difference between a method and its control, paired by seed."""
 
-    difference: Sample  # method minus control, a value for each seed that both have
-    flip_p: float | None  # exact sign-flip test; None of fewer than six pairs
+    difference: Sample  # method minus control, one value per common seed
+    flip_p: float | None  # exact sign-flip test; None below six pairs
 
     @property
     def n(self) -> int:
-        """How many seeds both have."""
+        """Number of common seeds."""
         return self.difference.n
 
     @property
@@ -133,30 +132,30 @@ class Paired:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % t-interval of the mean difference; None of one pair or equal differences."""
+        """The 95 % t-interval of the mean difference; None for one pair or equal differences."""
         return self.difference.interval
 
     @property
     def t_p(self) -> float | None:
-        """The p-value of the paired t-test; None of one pair or equal differences."""
+        """The p-value of the paired t-test; None for one pair or equal differences."""
         return self.difference.p
 
 
 def paired(method: Mapping[int, float], control: Mapping[int, float]) -> Paired:
-    """Compares a method with its control, seed by seed.
+    """Compares a method with its control, paired by seed.
 
-    Both started from the same weights and saw the same images in the same order, so that what a
-    seed does to both cancels in the difference.
+    Runs with the same seed share initial weights and data order, so the effect of the seed cancels
+    in the difference.
 
     Args:
         method: Seed -> value.
-        control: Seed -> value; seeds that only one of them has are not used.
+        control: Seed -> value. Seeds without a counterpart are ignored.
 
     Raises:
-        ValueError: If they have no seed in common.
+        ValueError: If there is no common seed.
 
     References:
-        The Design of Experiments (Fisher, 1935), chapter 3, for pairs and their sign flips
+        The Design of Experiments (Fisher, 1935), chapter 3
 
     Examples:
         >>> result = paired({0: 71.0, 1: 72.0, 2: 73.5}, {0: 70.0, 1: 71.5, 2: 72.0, 3: 70.0})
@@ -174,30 +173,32 @@ def paired(method: Mapping[int, float], control: Mapping[int, float]) -> Paired:
 
 
 def sign_flip(differences: Sequence[float]) -> float:
-    r"""Tests whether differences are symmetric around 0, exactly and without assuming a shape.
+    r"""Computes the exact two-sided sign-flip test of differences that are symmetric around 0.
 
     .. math:: p = 2^{-n} \, \# \Big\{ \epsilon \in \{-1, 1\}^n :
         \Big|\sum_i \epsilon_i d_i\Big| \geq \Big|\sum_i d_i\Big| \Big\}
 
     Args:
-        differences: One for each pair, at most 24: all sign patterns are counted.
+        differences: One per pair, at most 24, since all sign patterns are enumerated.
 
     Returns:
         The two-sided p-value, at least :math:`2^{1 - n}`.
 
     Raises:
-        ValueError: If there is no difference, or there are too many to count.
+        ValueError: If there is no difference, or there are more than 24.
 
     References:
         The Design of Experiments (Fisher, 1935), section 21
 
     Examples:
-        >>> sign_flip([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])  # only all + and all - are as far from 0
+        >>> sign_flip([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])  # only all + and all - are as extreme
         0.03125
     """
     if not 1 <= len(differences) <= MOST_FLIPS:
-        raise ValueError(f"sign flips are counted for 1 to {MOST_FLIPS} pairs: {len(differences)}")
-    # Flipping all signs changes no distance from 0, so that the first may keep its own.
+        raise ValueError(
+            f"sign flips are enumerated for 1 to {MOST_FLIPS} pairs, got {len(differences)}"
+        )
+    # Flipping all signs leaves the absolute value unchanged, so the first sign is fixed.
     sums = np.array([differences[0]], dtype=np.float64)
     for difference in differences[1:]:
         sums = np.concatenate([sums + difference, sums - difference])
@@ -206,17 +207,17 @@ def sign_flip(differences: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    r"""Corrects the p-values of several tests, so that the chance of any false alarm stays small.
+    r"""Adjusts p-values for multiple comparisons by the method of Holm.
 
     .. math:: \tilde p_{(i)} = \max_{j \leq i} \min\big(1,\, (m - j + 1) \, p_{(j)}\big)
 
     for the m p-values in increasing order.
 
     Args:
-        p_values: One for each test.
+        p_values: One per test.
 
     Returns:
-        As many, in the order given, to be compared with the level that one test would be.
+        The adjusted p-values in the given order, to be compared with the significance level.
 
     References:
         A Simple Sequentially Rejective Multiple Test Procedure (Holm, Scand. J. Stat. 1979)

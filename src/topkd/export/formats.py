@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from topkd.data import Images
-from topkd.models import checkpoint, factory
-from topkd.models.reused import rebuild
+from topkd.evaluation.loading import load
+from topkd.models import checkpoint
 
 BATCH = 64  # images at a time; no number depends on it
 CALIBRATION = 512  # training images that set the ranges; as many others judge them
@@ -51,21 +51,6 @@ class Format:
     is_rounded: bool = False  # so that its answers differ from the network's
 
 
-def build(about: Mapping[str, Any]) -> nn.Module:
-    """Builds the network that a file of ours tells of, new and without taps.
-
-    Args:
-        about: Its model, its classes and the size of its images.
-
-    Raises:
-        ValueError: If there is no such network.
-    """
-    classes, taps = len(about["classes"]), about.get("taps") or {}
-    student = factory.build(about["model"], classes, about["size"], **taps)
-    tapped = rebuild(student, about["reused"]) if about.get("reused") else student
-    return tapped.network.eval()
-
-
 def require(package: str) -> ModuleType:
     """Imports a package that only export needs.
 
@@ -85,9 +70,7 @@ def _write_safetensors(subject: Subject, path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> Answer:
-    network = build(checkpoint.read_about(path))
-    checkpoint.fill(network, checkpoint.load_weights(path), path.name)
-    return network
+    return load(path, trust=True).features.network  # trusted: this process wrote the file
 
 
 def _traced(subject: Subject, write: Callable[..., Any], **options: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 import topkd
 from topkd._io import files
@@ -22,8 +21,9 @@ from topkd.data import DATA, Data, Images, InMemory, Subset, plain_batches
 from topkd.data.pictures import CROP
 from topkd.data.trust import changed
 from topkd.evaluation import results
+from topkd.evaluation.loading import evaluation_crop, restore
 from topkd.evaluation.metrics import BATCH
-from topkd.export.formats import FORMATS, Answer, Subject, build, require
+from topkd.export.formats import FORMATS, Answer, Subject, require
 from topkd.models import checkpoint
 from topkd.models.factory import refuse_code
 from topkd.training.build import load_data
@@ -51,7 +51,7 @@ class Student:
     def title(self) -> str:
         """What it is, for people."""
         run = self.run
-        source = str(self.path) if run is None else f"{run.recipe}, {run.arm}, seed {run.seed}"
+        source = str(self.path) if run is None else f"{run.recipe}, {run.variant}, seed {run.seed}"
         return f"{self.about['model']} of {source}"
 
 
@@ -161,8 +161,8 @@ def export(
     seen = shown.read(torch.arange(1), None).shape[-1]
     given = {"data": _without_folders(student.about["data"]), "size": seen}
     about = dict(student.about) | given
-    network = build(about)
-    checkpoint.fill(network, checkpoint.load_weights(student.path), str(student.path))
+    loaded = checkpoint.load_weights(student.path)
+    network: nn.Module = restore(about, loaded, str(student.path))[0].network
     weights = checkpoint.hash_of(network)
     known = _claim(out, weights)
     if images is None:
@@ -255,7 +255,7 @@ def _shown(
         target = torch.zeros(RANDOM, dtype=torch.long)
         images = InMemory(pixels, target, about["mean"], about["std"], 0, flip=False)
         return images, f"{RANDOM} random images"
-    count, which = len(data.test.target), f"{data.judged_on} images of {data.name}"
+    count, which = len(data.test.target), f"{data.eval_split} images of {data.name}"
     if limit is None or limit >= count:
         return data.test, f"the {count:,} {which}"
     index = torch.linspace(0, count - 1, limit).round().long()
@@ -297,7 +297,7 @@ def _config(student: Student, about: Mapping[str, Any], weights: str) -> dict[st
         "mean": about["mean"],
         "std": about["std"],
         "size": about["size"],
-        **_crop(about["data"], about["size"]),
+        **_crop(about),
         "input": "images: float32 (n, 3, size, size), red green blue, (x / 255 - mean) / std",
         "output": "logits: float32 (n, classes)",
         "data": about["data"],
@@ -307,17 +307,18 @@ def _config(student: Student, about: Mapping[str, Any], weights: str) -> dict[st
     }
 
 
-def _crop(data: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Describes the middle square of a picture that networks are shown, or all of it if None.
+def _crop(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Describes the central square of a picture that is evaluated, or None for the full picture.
 
-    ``crop`` is its share of the shorter side, ``crop_least`` its least side in pixels, where a
-    picture has so many.
+    ``crop`` is its fraction of the shorter side; ``crop_least`` is its minimum side in pixels, for
+    pictures that are at least that large.
     """
-    options = inspect.signature(DATA[data["name"]]).parameters
-    if "padding" not in options or data.get("padding") is not None:
+    frame = evaluation_crop(about)
+    if frame.padding is not None:
         return {"crop": None, "crop_least": 0}
-    crop = data.get("crop")
-    return {"crop": CROP, "crop_least": size} if crop is None else {"crop": crop, "crop_least": 0}
+    if frame.crop is None:
+        return {"crop": CROP, "crop_least": frame.size}
+    return {"crop": frame.crop, "crop_least": 0}
 
 
 def _without_folders(tree: Any, key: str = "") -> Any:
@@ -375,14 +376,14 @@ def _header(student: Student, config: Mapping[str, Any]) -> dict[str, Any]:
     metric = {
         "type": "accuracy",
         "value": round(run.last.top1, 2),
-        "name": f"top-1 %, last epoch, {run.judged_on} images, n = 1 seed",
+        "name": f"top-1 %, last epoch, {run.eval_split} images, n = 1 seed",
     }
     result = {
         "task": {"type": "image-classification"},
-        "dataset": {"type": run.data, "name": run.data, "split": run.judged_on},
+        "dataset": {"type": run.data, "name": run.data, "split": run.eval_split},
         "metrics": [metric],
     }
-    return header | {"model-index": [{"name": f"{run.recipe} {run.arm}", "results": [result]}]}
+    return header | {"model-index": [{"name": f"{run.recipe} {run.variant}", "results": [result]}]}
 
 
 def _as_yaml(tree: Any) -> str:

@@ -20,7 +20,9 @@ from topkd.config.validation import Section, validated
 
 LARGEST_SIDE = 16_384  # pixels
 WEIGHTS = "student.safetensors"
-"""The file of a run that holds its weights."""
+"""The weights file of a run."""
+EXPORTED = "model.safetensors"
+"""The weights file of an export."""
 _ACCURACIES = (  # of it, elsewhere
     *("accuracy", "best_accuracy", "test_accuracy", "best_acc", "best_acc1", "acc", "test_acc"),
     *("best_prec1", "prec1", "top1", "best_top1"),
@@ -62,16 +64,18 @@ def save_weights(path: Path, network: nn.Module, about: Mapping[str, Any]) -> No
 
 
 def weights_file(target: Path) -> Path:
-    """Finds the weights of a run, or of a file itself.
+    """Returns the weights file of a run or an export, or the given file.
 
     Raises:
-        FileNotFoundError: If there are none; the message lists the runs in a folder of runs.
+        FileNotFoundError: If there is none; the message lists the runs below a folder.
     """
     path = target / WEIGHTS if target.is_dir() else target
     if path.is_file():
         return path
     if not target.is_dir():
         raise FileNotFoundError(f"there is no run or file {target}")
+    if (target / EXPORTED).is_file():
+        return target / EXPORTED
     runs = sorted(str(found.parent) for found in target.rglob(WEIGHTS))
     more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
     hint = f"; there are {', '.join(runs[:4])}{more}" if runs else ""

@@ -232,9 +232,11 @@ def _found(
         return {}
 
 
-def _near(name: str, names: Iterable[str]) -> str:
-    near = get_close_matches(name, list(names), n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(near)}?" if near else "."
+def _near(name: str, names: Iterable[str], otherwise: str = ".") -> str:
+    folded = {known.casefold(): known for known in names}
+    close = get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)
+    listed = ", ".join(folded[match] for match in close)
+    return f"; did you mean {listed}?" if close else otherwise
 
 
 # --- torchvision ---------------------------------------------------------------------------------
@@ -246,7 +248,8 @@ def _of_torchvision(name: str) -> Foreign:
     base, _, tag = name.partition(".")
     names = models.list_models(module=models)
     if base not in names:
-        raise ValueError(f"there is no 'torchvision:{name}'{_near(base, names)}")
+        listed = "; `torchvision.models.list_models()` lists all"
+        raise ValueError(f"there is no 'torchvision:{name}'{_near(base, names, listed)}")
     tags = [weights.name for weights in models.get_model_weights(base)]
     if tag and tag not in tags:
         raise ValueError(f"torchvision:{base} has no weights {tag!r}; it has {', '.join(tags)}")
@@ -323,7 +326,8 @@ def _of_timm(name: str) -> Foreign:
     base, _, tag = name.partition(".")
     names = timm.list_models()
     if base not in names:
-        raise ValueError(f"there is no 'timm:{name}'{_near(base, names)}")
+        listed = "; `timm.list_models()` lists all"
+        raise ValueError(f"there is no 'timm:{name}'{_near(base, names, listed)}")
     tags = [full.partition(".")[2] for full in timm.list_models(f"{base}.*", pretrained=True)]
     if tag and tag not in tags:
         raise ValueError(f"timm:{base} has no weights {tag!r}; it has {', '.join(tags)}")

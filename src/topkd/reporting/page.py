@@ -3,54 +3,54 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+import topkd
 from topkd._io import files
 from topkd._io.progress import Progress
 from topkd.config.recipe import Term
-from topkd.evaluation.results import Result, Study, Taught, collect
+from topkd.evaluation.metrics import METRICS
+from topkd.evaluation.results import Study, TeacherResult, collect
 from topkd.evaluation.statistics import Paired, Sample, holm
+from topkd.models import checkpoint
 from topkd.reporting import plots, sections
-from topkd.reporting.sections import Chapter, Picture, count, fixed
+from topkd.reporting.sections import Picture, Section, count, fixed
 
 __all__ = ["collect", "formula", "html", "markdown", "rows", "write_report"]
 
 ALPHA = 0.05  # p below which a difference is said to be there
 ABSENT = "–"
+INPUTS = (
+    *("result.json", "metrics.jsonl", "examples.safetensors", "recipe.yaml"),
+    *("*net-*.safetensors", checkpoint.WEIGHTS),
+)
+"""File names that a page is built from."""
 MADE_WITH = ("processor", "threads", "device", "dtype", "topkd", "commit", "torch", "python")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: a teacher or an arm."""
-
-    run: str
-    losses: str
-    last: str = ABSENT
-    difference: str = ABSENT
-    mean_of_last_10: str = ABSENT
-    best: str = ABSENT
-    agreement: str = ABSENT
-    topological_distance: str = ABSENT
-    seconds: str = ABSENT
+Row = dict[str, str]
+"""A row of the table, for a teacher or a variant: column -> text."""
 
 
-HEADINGS = Row(
-    run="Run",
-    losses="Losses",
-    last="Accuracy, last epoch, %",
-    difference="Difference to control [95 % interval]",
-    mean_of_last_10="Mean of last 10 epochs, %",
-    best="Best epoch, % (recorded only)",
-    agreement="Agreement with teacher, %",
-    topological_distance="Topological distance to teacher",
-    seconds="Training, s",
-)
+def headings() -> Row:
+    """Lists the columns of the table: the metrics of :data:`METRICS` and what describes a run."""
+    measured = {name: metric.heading for name, metric in METRICS.items()}
+    measured = {name: heading[:1].upper() + heading[1:] for name, heading in measured.items()}
+    return {
+        "run": "Run",
+        "losses": "Losses",
+        "top1": "",  # the headline comes first
+        "difference": "Difference to control [95 % interval]",
+        "mean_of_last_10": "Mean of last 10 epochs, %",
+        "best": "Best epoch, % (recorded only)",
+        **measured,
+        "seconds": "Training, s",
+    }
 
 
 TOLD = ("share", "start", "stop", "warmup", "decay", "batch")  # of a term, beside its weight
@@ -90,44 +90,41 @@ def _is_number(value: Any) -> bool:
 
 
 def rows(study: Study) -> list[Row]:
-    """Makes the lines of the table: the teacher, the controls, the recipe's own losses."""
-    differences = _compared(study)
-    taught = _teachers(study)
-    lines = []
-    if taught:
-        accuracies = Sample(tuple(teacher.top1 for teacher in taught))
-        models = ", ".join(dict.fromkeys(teacher.model for teacher in taught))
-        lines.append(Row(run=f"teacher: {models}", losses=ABSENT, last=str(accuracies)))
-    for arm, seeds in study.arms.items():
-        name = f"{arm} (control)" if arm == study.control else arm
-
-        def over_seeds(
-            read: Callable[[Result], float | None], spec: str = ".2f", arm: str = arm
-        ) -> str:
-            values = study.over_seeds(arm, read)
-            return format(Sample(tuple(values.values())), spec) if values else ABSENT
-
-        lines.append(
-            Row(
-                run=name,
-                losses=formula(next(iter(seeds.values())).result.losses),
-                last=over_seeds(sections.accuracy),
-                difference=_difference(differences[arm]) if arm in differences else ABSENT,
-                mean_of_last_10=over_seeds(lambda r: r.mean_of_last_10),
-                best=over_seeds(lambda r: r.best.top1),
-                agreement=over_seeds(lambda r: r.likeness.agreement if r.likeness else None),
-                topological_distance=over_seeds(sections.distance, ".3f"),
-                seconds=over_seeds(lambda r: r.train_seconds, ".1f"),
-            )
-        )
-    return lines
+    """Builds the table: the teacher, the controls, then the recipe's own losses."""
+    differences, teachers = study.compare(), _teachers(study)
+    empty = dict.fromkeys(headings(), ABSENT)
+    table = []
+    if teachers:
+        models = ", ".join(dict.fromkeys(teacher.model for teacher in teachers))
+        values = {
+            name: _sample([teacher.value(name) for teacher in teachers], metric.digits)
+            for name, metric in METRICS.items()
+            if not metric.needs_teacher
+        }
+        table.append(empty | {"run": f"teacher: {models}"} | values)
+    for variant, seeds in study.variants.items():
+        results = [run.result for run in seeds.values()]
+        row = {
+            "run": f"{variant} (control)" if variant == study.control else variant,
+            "losses": formula(results[0].losses),
+            "mean_of_last_10": _sample([result.mean_of_last_10 for result in results]),
+            "best": _sample([result.best.top1 for result in results]),
+            "seconds": _sample([result.train_seconds for result in results], 1),
+        }
+        for name, metric in METRICS.items():
+            row[name] = _sample([result.metric(name) for result in results], metric.digits)
+        if variant in differences:
+            row["difference"] = _difference(differences[variant])
+        table.append(empty | row)
+    return table
 
 
-def _compared(study: Study) -> dict[str, Paired | None]:
-    return study.compare(sections.accuracy)
+def _sample(values: Sequence[float | None], digits: int = 2) -> str:
+    known = tuple(value for value in values if value is not None)
+    return format(Sample(known), f".{digits}f") if known else ABSENT
 
 
-def _teachers(study: Study) -> list[Taught]:
+def _teachers(study: Study) -> list[TeacherResult]:
     """The teachers of a study: one, unless runs were put together that had others."""
     found = [run.result.teacher for run in study.runs if run.result.teacher is not None]
     return list({teacher.hash: teacher for teacher in found}.values())
@@ -144,37 +141,52 @@ def _difference(found: Paired | None) -> str:
 
 
 def statements(study: Study) -> list[str]:
-    """Says what the comparison with the control shows and what it does not, arm by arm."""
+    """Says what the comparison with the control shows and what it does not, variant by variant."""
     if study.control is None:
         return []
-    found = _compared(study)
-    p_values = {arm: p.t_p for arm, p in found.items() if p is not None and p.t_p is not None}
+    found = study.compare()
+    p_values = {
+        variant: p.t_p for variant, p in found.items() if p is not None and p.t_p is not None
+    }
     corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     return [
-        _statement(arm, study.control, result, corrected.get(arm)) for arm, result in found.items()
+        _statement(variant, study.control, result, corrected.get(variant))
+        for variant, result in found.items()
     ]
 
 
-def _statement(arm: str, control: str, found: Paired | None, p: float | None) -> str:
-    both = f"{arm} and {control}"
+def findings(folder: Path, recipe: str) -> list[str]:
+    """Compares the variants of one recipe with its control, for variants with several seeds.
+
+    Args:
+        folder: Searched for finished runs at any depth.
+        recipe: Name of the recipe; the runs of other recipes are ignored.
+    """
+    study = next(study for study in collect(folder) if study.recipe == recipe)
+    several = any(len(seeds) > 1 for seeds in study.variants.values())
+    return statements(study) if several else []
+
+
+def _statement(variant: str, control: str, found: Paired | None, p: float | None) -> str:
+    both = f"{variant} and {control}"
     if found is None:
         return f"No seed in common: no statement possible about {both}."
     side = f"{abs(found.mean):.2f} percentage points {'above' if found.mean > 0 else 'below'}"
     if round(found.mean, 2) == 0:
         side = "level"
     if found.n == 1:
-        return f"One seed: no statement possible about {both}. With it, {arm} is {side}."
+        return f"One seed: no statement possible about {both}. With it, {variant} is {side}."
     if found.interval is None or p is None:
         return (
-            f"No statement possible about {both}: {arm} is {side} with each of {found.n} seeds, "
-            "which does not tell how differences spread."
+            f"No statement possible about {both}: {variant} is {side} with each of {found.n} "
+            "seeds, so the spread of the differences is unknown."
         )
     low, high = found.interval
     tests = f"p = {p:.2g}"
     if found.flip_p is not None:
         tests += f"; by sign flips alone, p = {found.flip_p:.2g}"
     numbers = (
-        f"{arm} is {side} on average over {found.n} seeds "
+        f"{variant} is {side} on average over {found.n} seeds "
         f"(95 % interval {fixed(low, '+.2f')} to {fixed(high, '+.2f')}; {tests})."
     )
     if p < ALPHA:
@@ -188,14 +200,14 @@ def _statement(arm: str, control: str, found: Paired | None, p: float | None) ->
 def setting(study: Study) -> list[str]:
     """Says what the numbers of a study are: judged on what, of which data, made where."""
     result = study.first.result
-    split = "the test set" if result.judged_on == "test" else f"the {result.judged_on} split"
+    split = "the test set" if result.eval_split == "test" else f"the {result.eval_split} split"
     networks = f"student {result.model}"
     if result.teacher is not None:
         networks = f"teacher {result.teacher.model}, {networks}"
     env = _environment(study)
     threads = "1 thread" if env["threads"] == "1" else f"{env['threads']} threads"
     versions = ", ".join(f"{name} {env[name]}" for name in ("topkd", "torch", "python"))
-    tests = sum(p is not None and p.t_p is not None for p in _compared(study).values())
+    tests = sum(p is not None and p.t_p is not None for p in study.compare().values())
     tested = "p-values are of t-tests paired by seed"
     if tests > 1:
         tested += f", corrected for {tests} comparisons (Holm); those of sign flips are not"
@@ -247,8 +259,10 @@ def markdown(folder: Path) -> str:
     parts = []
     for study in collect(folder):
         lines = [f"### {_plain(study.recipe)}", ""]
-        table = [f"| {' | '.join(map(_plain, astuple(row)))} |" for row in (HEADINGS, *rows(study))]
-        lines += [table[0], "|---|---" + "|--:" * 7 + "|", *table[1:]]
+        titles = headings()
+        cells = [[row[column] for column in titles] for row in (titles, *rows(study))]
+        table = [f"| {' | '.join(map(_plain, row))} |" for row in cells]
+        lines += [table[0], "|---|---" + "|--:" * (len(titles) - 2) + "|", *table[1:]]
         sentences = [*statements(study), *setting(study)]
         warnings = [
             *cautions(study),
@@ -269,39 +283,39 @@ def _plain(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Section:
-    """What the template is told of one recipe."""
+class _Recipe:
+    """The template's data for one recipe."""
 
     study: Study
     rows: list[Row]
     statements: list[str]
     setting: list[str]
     cautions: list[str]
-    chapters: list[Chapter]
+    sections: list[Section]
     environment: dict[str, str]
 
 
 def html(folder: Path, progress: Progress | None = None) -> str:
-    """Writes the finished runs below a folder as one page that needs no other file.
+    """Renders the finished runs below a folder as one self-contained page.
 
     Args:
-        folder: Searched for finished runs, however deep.
-        progress: Tells the user; nobody if not given.
+        folder: Searched for finished runs at any depth.
+        progress: Shows progress. Silent by default.
 
     Raises:
         ValueError: If there is no finished run, or a file is broken; see :func:`collect`.
     """
     import jinja2
 
-    studies, pages = collect(folder), []
+    studies, recipes = collect(folder), []
     progress = progress or Progress(quiet=True)
-    with progress.bar("Report", len(studies) * len(sections.CHAPTERS), "chapters") as advance:
+    with progress.bar("Report", len(studies) * len(sections.SECTIONS), "sections") as advance:
         for study in studies:
             written = []
-            for write in sections.CHAPTERS:
+            for write in sections.SECTIONS:
                 written.append(write(study))
                 advance(1, "")
-            pages.append(_section(study, [c for c in written if c is not None]))
+            recipes.append(_recipe(study, [section for section in written if section is not None]))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("topkd.reporting"),
         autoescape=True,
@@ -310,11 +324,13 @@ def html(folder: Path, progress: Progress | None = None) -> str:
         lstrip_blocks=True,
     )
     template = environment.get_template("report.html")
-    return template.render(sections=pages, headings=HEADINGS, element=_element)
+    return template.render(
+        recipes=recipes, headings=headings(), metrics=METRICS.values(), element=_element
+    )
 
 
-def _section(study: Study, written: list[Chapter]) -> _Section:
-    return _Section(
+def _recipe(study: Study, written: list[Section]) -> _Recipe:
+    return _Recipe(
         study,
         rows(study),
         statements(study),
@@ -336,15 +352,37 @@ def _element(picture: Picture, name: str) -> Markup:
 
 
 def write_report(folder: Path, path: Path, progress: Progress) -> None:
-    """Writes the page of :func:`html` to a file.
+    """Writes the page of :func:`html` to a file, unless the file was built from the same inputs.
+
+    The page stores a hash of its inputs: the files of the runs, the metrics and this package.
 
     Args:
-        folder: Searched for finished runs, however deep.
-        path: The file.
-        progress: Tells the user.
+        folder: Searched for finished runs at any depth.
+        path: The file to write.
+        progress: Shows progress.
 
     Raises:
         ValueError: If there is no finished run, or a file is broken; see :func:`collect`.
         OSError: If the file cannot be written.
     """
-    files.write(path, html(folder, progress))
+    mark = f'<meta name="topkd-inputs" content="{_inputs_hash(folder)}">'
+    if path.is_file() and mark in path.read_text(encoding="utf-8", errors="replace")[:2000]:
+        progress.say(f"{path} is up to date: its inputs have not changed")
+        return
+    page = html(folder, progress)
+    files.write(path, page.replace('<meta charset="utf-8">', f'<meta charset="utf-8">\n{mark}', 1))
+
+
+def _inputs_hash(folder: Path) -> str:
+    """Computes a hash of everything that determines a page, weights by size and time alone."""
+    here, parts = Path(__file__).parent, [topkd.__version__, *headings().values()]
+    for pattern in INPUTS:
+        for file in sorted(folder.rglob(pattern)):
+            name = file.relative_to(folder).as_posix()
+            large = file.name == checkpoint.WEIGHTS
+            state = file.stat()
+            content = f"{state.st_size} {state.st_mtime_ns}" if large else files.sha256_of(file)
+            parts.append(f"{name} {content}")
+    code = (path for path in sorted(here.rglob("*")) if path.suffix in (".py", ".html"))
+    parts += [files.sha256_of(path) for path in code]
+    return files.sha256("\n".join(parts).encode())

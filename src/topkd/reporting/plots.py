@@ -117,16 +117,18 @@ def curves(
             length = min(len(seed) for seed in seeds)
             values = np.array([seed[:length] for seed in seeds], dtype=float)
             epochs = np.arange(1, length + 1)
-            if len(values) > 1:
-                axes.plot(epochs, values.T, color=colors[name], linewidth=0.7, alpha=0.35)
             mean = values.mean(0)
+            known = np.isfinite(mean)  # not every epoch is evaluated
+            if len(values) > 1:
+                lines = values.T[known]
+                axes.plot(epochs[known], lines, color=colors[name], linewidth=0.7, alpha=0.35)
             axes.plot(
-                epochs,
-                mean,
+                epochs[known],
+                mean[known],
                 color=colors[name],
                 linewidth=2,
                 linestyle=styles[name],
-                marker="o" if np.isfinite(mean).sum() == 1 else None,
+                marker="o" if known.sum() == 1 else None,
                 label=name,
             )
         if threshold is not None:

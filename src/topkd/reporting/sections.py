@@ -13,7 +13,7 @@ from torch import Tensor
 from topkd._io import files
 from topkd.config.recipe import STUDENT
 from topkd.evaluation import metrics
-from topkd.evaluation.results import Judged, Result, Run, Study
+from topkd.evaluation.results import Fidelity, Run, Study
 from topkd.evaluation.statistics import Sample
 from topkd.losses.base import MIN_GRADIENT_SHARE
 from topkd.models import checkpoint
@@ -38,7 +38,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Chapter:
+class Section:
     """A part of the report on one recipe; the template knows its heading and explanation."""
 
     name: str
@@ -49,32 +49,35 @@ class Chapter:
     legend: Mapping[str, str] = field(default_factory=dict)  # what -> color
 
 
-def training(study: Study) -> Chapter:
-    """Draws accuracy and every term of the loss over the epochs, for all arms."""
+def training(study: Study) -> Section:
+    """Draws accuracy and every term of the loss over the epochs, for all variants."""
     runs = {
-        arm: [run.history for run in seeds.values() if run.history]
-        for arm, seeds in study.arms.items()
+        variant: [run.history for run in seeds.values() if run.history]
+        for variant, seeds in study.variants.items()
     }
-    runs = {arm: histories for arm, histories in runs.items() if histories}
+    runs = {variant: histories for variant, histories in runs.items() if histories}
     if not runs:
-        return Chapter("training", missing=[NO_METRICS])
-    colors, judged_on = plots.palette(list(study.arms)), study.first.result.judged_on
+        return Section("training", missing=[NO_METRICS])
+    colors, eval_split = plots.palette(list(study.variants)), study.first.result.eval_split
     accuracies = {
-        arm: [[entry[f"{judged_on}_top1"] for entry in history] for history in histories]
-        for arm, histories in runs.items()
+        variant: [
+            [entry.get(f"{eval_split}_top1", math.nan) for entry in history]  # not every epoch
+            for history in histories
+        ]
+        for variant, histories in runs.items()
     }
     figure = plots.curves(
-        accuracies, title="Accuracy", ylabel=f"{judged_on} accuracy, %", colors=colors
+        accuracies, title="Accuracy", ylabel=f"{eval_split} accuracy, %", colors=colors
     )
-    pictures = [Picture(figure, f"{judged_on} accuracy over the epochs of {', '.join(runs)}")]
-    losses = {arm: _over_epochs(histories, "losses") for arm, histories in runs.items()}
+    pictures = [Picture(figure, f"{eval_split} accuracy over the epochs of {', '.join(runs)}")]
+    losses = {variant: _over_epochs(histories, "losses") for variant, histories in runs.items()}
     for term in dict.fromkeys(term for terms in losses.values() for term in terms):
-        values = {arm: terms[term] for arm, terms in losses.items() if term in terms}
+        values = {variant: terms[term] for variant, terms in losses.items() if term in terms}
         figure = plots.curves(
             values, title=term, ylabel="loss, unweighted", colors=colors, wide=True
         )
         pictures.append(Picture(figure, f"loss {term} over the epochs of {', '.join(values)}"))
-    return Chapter("training", pictures=pictures)
+    return Section("training", pictures=pictures)
 
 
 def _over_epochs(
@@ -91,12 +94,12 @@ def _over_epochs(
 def faint_terms(study: Study) -> list[str]:
     """Warns of terms that have a weight but next to no part in the gradient at the last epoch."""
     warnings = []
-    for arm, seeds in study.arms.items():
+    for variant, seeds in study.variants.items():
         weighted = [t.name for t in next(iter(seeds.values())).result.losses if t.weight]
         for term, share in _last_shares(seeds).items():
             if term in weighted and share.mean < MIN_GRADIENT_SHARE:
                 warnings.append(
-                    f"In {arm}, the term {term} carries {percent(share.mean)} of the gradient "
+                    f"In {variant}, the term {term} carries {percent(share.mean)} of the gradient "
                     f"at the last epoch (mean of {count(share.n, 'seed')}). Below "
                     f"{percent(MIN_GRADIENT_SHARE)} a term hardly moves the student, whatever it "
                     "measures: a difference between the runs does not speak for or against it."
@@ -105,7 +108,7 @@ def faint_terms(study: Study) -> list[str]:
 
 
 def _last_shares(seeds: Mapping[int, Run]) -> dict[str, Sample]:
-    """The share of each term in the gradient at the last epoch, over the seeds of an arm."""
+    """The share of each term in the gradient at the last epoch, over the seeds of a variant."""
     results = [run.result for run in seeds.values()]
     return {
         term: Sample(tuple(r.gradient_share[term] for r in results if term in r.gradient_share))
@@ -113,39 +116,42 @@ def _last_shares(seeds: Mapping[int, Run]) -> dict[str, Sample]:
     }
 
 
-def gradients(study: Study) -> Chapter | None:
-    """Draws which share of the gradient each term has, for arms with several terms."""
-    shares = {arm: _last_shares(seeds) for arm, seeds in study.arms.items()}
-    shares = {arm: terms for arm, terms in shares.items() if len(terms) > 1}
+def gradients(study: Study) -> Section | None:
+    """Draws which share of the gradient each term has, for variants with several terms."""
+    shares = {variant: _last_shares(seeds) for variant, seeds in study.variants.items()}
+    shares = {variant: terms for variant, terms in shares.items() if len(terms) > 1}
     if not shares:
         return None
     over_epochs = {}
-    for arm in shares:
-        histories = [run.history for run in study.arms[arm].values() if run.history]
-        over_epochs[arm] = _over_epochs(histories, "gradient_share")
+    for variant in shares:
+        histories = [run.history for run in study.variants[variant].values() if run.history]
+        over_epochs[variant] = _over_epochs(histories, "gradient_share")
     colors = plots.palette(list({term: None for terms in over_epochs.values() for term in terms}))
     pictures, sentences = [], []
-    for arm, last in shares.items():
+    for variant, last in shares.items():
         listed = ", ".join(f"{term} {percent(share.mean)}" for term, share in last.items())
-        seeds = count(len(study.arms[arm]), "seed")
-        sentences.append(f"{arm}, last epoch, mean of {seeds}: {listed}.")
-        if terms := over_epochs[arm]:
-            figure = plots.gradient_shares(terms, title=arm, colors=colors)
-            alt = f"share of the gradient of {', '.join(terms)} in {arm}"
+        seeds = count(len(study.variants[variant]), "seed")
+        sentences.append(f"{variant}, last epoch, mean of {seeds}: {listed}.")
+        if terms := over_epochs[variant]:
+            figure = plots.gradient_shares(terms, title=variant, colors=colors)
+            alt = f"share of the gradient of {', '.join(terms)} in {variant}"
             pictures.append(Picture(figure, alt))
     missing = [] if pictures else [NO_METRICS]
-    return Chapter("gradients", sentences, faint_terms(study), pictures, missing)
+    return Section("gradients", sentences, faint_terms(study), pictures, missing)
 
 
 def _shown(study: Study) -> dict[str, Run]:
     """Chooses a run of the first control and one of the recipe's own, of the same seed."""
-    main = STUDENT if STUDENT in study.arms else list(study.arms)[-1]
-    arms = [main] if study.control in (None, main) else [str(study.control), main]
-    kept = {arm: {s: r for s, r in study.arms[arm].items() if r.examples} for arm in arms}
+    main = STUDENT if STUDENT in study.variants else list(study.variants)[-1]
+    variants = [main] if study.control in (None, main) else [str(study.control), main]
+    kept = {
+        variant: {s: r for s, r in study.variants[variant].items() if r.examples}
+        for variant in variants
+    }
     if not all(kept.values()):
         return {}
     common = set.intersection(*(set(seeds) for seeds in kept.values()))
-    return {arm: seeds[min(common or seeds)] for arm, seeds in kept.items()}
+    return {variant: seeds[min(common or seeds)] for variant, seeds in kept.items()}
 
 
 def _embeddings(study: Study) -> tuple[dict[str, Tensor], Tensor] | None:
@@ -156,7 +162,8 @@ def _embeddings(study: Study) -> tuple[dict[str, Tensor], Tensor] | None:
     first = next(iter(runs.values()))
     embeddings = {f"teacher, {_teacher(first)}": first.examples["teacher"]}
     embeddings |= {
-        f"{arm}, seed {run.result.seed}": run.examples["student"] for arm, run in runs.items()
+        f"{variant}, seed {run.result.seed}": run.examples["student"]
+        for variant, run in runs.items()
     }
     target = first.examples["target"]
     if any(len(embedding) != len(target) for embedding in embeddings.values()):
@@ -168,7 +175,7 @@ def _teacher(run: Run) -> str:
     return "" if run.result.teacher is None else run.result.teacher.model
 
 
-def shape(study: Study) -> Chapter | None:
+def shape(study: Study) -> Section | None:
     """Draws the H0 diagrams of teacher, control and student for one cloud of test images."""
     if study.first.result.teacher is None:
         return None
@@ -177,7 +184,7 @@ def shape(study: Study) -> Chapter | None:
     size = study.cloud_size
     if found is None or len(found[1]) < size:
         reason = NO_EXAMPLES if found is None else f"fewer than {size} images were kept."
-        return Chapter("shape", sentences, missing=[f"No diagrams: {reason}"])
+        return Section("shape", sentences, missing=[f"No diagrams: {reason}"])
     deaths = {}
     for name, embedding in found[0].items():
         cloud = _clouds(embedding, size)[0]
@@ -194,36 +201,29 @@ def shape(study: Study) -> Chapter | None:
     ]
     together = plots.sorted_deaths(deaths, title="Together", unit=unit, colors=colors)
     pictures.append(Picture(together, f"sorted bar lengths of {', '.join(deaths)}"))
-    return Chapter("shape", sentences, pictures=pictures)
-
-
-def accuracy(result: Result) -> float:
-    """The accuracy of a run at the last epoch, in percent."""
-    return result.last.top1
-
-
-def distance(result: Result) -> float | None:
-    """The topological distance of a run to its teacher, if it was measured."""
-    return None if result.likeness is None else result.likeness.topological_distance
+    return Section("shape", sentences, pictures=pictures)
 
 
 def _distances(study: Study) -> list[str]:
-    measured = {arm: study.over_seeds(arm, distance) for arm in study.arms}
+    metric = metrics.METRICS["topological_distance"]
+    spec, measured = f".{metric.digits}f", study.metric(metric.name)
     listed = ", ".join(
-        f"{arm} {Sample(tuple(values.values())):.3f}" for arm, values in measured.items() if values
+        f"{variant} {Sample(tuple(values.values())):{spec}}"
+        for variant, values in measured.items()
+        if values
     )
     if not listed:
         return []
     sentences = [f"Topological distance to the teacher, over all clouds of test images: {listed}."]
-    for arm, found in study.compare(distance).items():
+    for variant, found in study.compare(metric.name).items():
         if found is not None and found.interval is not None:
+            ends = " to ".join(fixed(end, f"+{spec}") for end in found.interval)
             low, high = found.interval
-            ends = f"{fixed(low, '+.3f')} to {fixed(high, '+.3f')}"
             sentences.append(
-                f"Seed by seed, {arm} is {abs(found.mean):.3f} "
+                f"Paired by seed, {variant} is {abs(found.mean):{spec}} "
                 f"{'closer' if found.mean < 0 else 'farther'} than {study.control} (95 % interval "
                 f"of the difference {ends}, {count(found.n, 'seed')})"
-                f"{', which may be chance.' if low <= 0 <= high else '.'}"
+                f"{', which is not significant.' if low <= 0 <= high else '.'}"
             )
     return sentences
 
@@ -233,13 +233,14 @@ def _clouds(embedding: Tensor, size: int) -> Tensor:
     return cut_clouds(embedding, size, torch.Generator().manual_seed(0))
 
 
-def fidelities(study: Study) -> dict[str, Judged]:
+def fidelities(study: Study) -> dict[str, Fidelity]:
     """Finds how well the approximators of a study stand for the exact: whose -> numbers."""
-    found: dict[str, Judged] = {}
+    found: dict[str, Fidelity] = {}
     for run in study.runs:
-        for term, facts in run.result.facts.items():
-            if facts.fidelity is not None and facts.fidelity not in found.values():
-                found[f"{term} in {run.result.arm}"] = facts.fidelity
+        for term, metadata in run.result.loss_metadata.items():
+            fidelity = metadata.fidelity
+            if fidelity is not None and fidelity not in found.values():
+                found[f"{term} in {run.result.variant}"] = fidelity
     return found
 
 
@@ -254,7 +255,7 @@ def poor_approximators(study: Study) -> list[str]:
     ]
 
 
-def images(study: Study) -> Chapter | None:
+def images(study: Study) -> Section | None:
     """Draws exact persistence images of the teacher's test images above the approximated ones."""
     known = fidelities(study)
     if not known:
@@ -279,7 +280,7 @@ def images(study: Study) -> Chapter | None:
         missing.append(
             "No images: there is no approximator of this teacher, or no examples.safetensors."
         )
-    return Chapter("images", sentences, warnings, pictures, missing)
+    return Section("images", sentences, warnings, pictures, missing)
 
 
 def _guesses(study: Study, approximation: Approximation) -> list[Picture]:
@@ -303,17 +304,17 @@ def _guesses(study: Study, approximation: Approximation) -> list[Picture]:
     return [Picture(figure, alt, raster=True)]
 
 
-def maps(study: Study) -> Chapter | None:
+def maps(study: Study) -> Section | None:
     """Lays the embeddings of teacher, control and student out in the plane, colored by class."""
     if study.first.result.teacher is None:
         return None
     found = _embeddings(study)
     if found is None:
-        return Chapter("maps", missing=[f"No maps: {NO_EXAMPLES}"])
+        return Section("maps", missing=[f"No maps: {NO_EXAMPLES}"])
     embeddings, target = found
     classes = target.tolist()
     if len(classes) < 2:
-        return Chapter("maps", missing=["No maps: fewer than 2 images were kept."])
+        return Section("maps", missing=["No maps: fewer than 2 images were kept."])
     pictures = []
     for name, embedding in embeddings.items():
         places, method = plots.project(embedding.numpy())
@@ -330,7 +331,7 @@ def maps(study: Study) -> Chapter | None:
     }
     if len(set(classes)) > len(colors):
         legend["other classes"] = plots.OTHERS
-    return Chapter("maps", pictures=pictures, legend=legend)
+    return Section("maps", pictures=pictures, legend=legend)
 
 
 def percent(share: float) -> str:
@@ -366,5 +367,5 @@ def fixed(number: float, spec: str) -> str:
     return text.replace("-", "\u2212")
 
 
-CHAPTERS = (training, gradients, shape, images, maps)
+SECTIONS = (training, gradients, shape, images, maps)
 """Everything that can be told of a study, in the order of the page; some have nothing to tell."""

@@ -60,7 +60,7 @@ LOWER_IS_BETTER = frozenset({"nll", "ece", "kl", "topological_distance"})
 
 def metric_of(result: dict[str, Any], name: str) -> float | None:
     """Reads a metric of a result; None if it was not measured."""
-    for part in ("last", "teacher_similarity", "likeness"):
+    for part in ("last", "teacher_similarity"):
         value = (result.get(part) or {}).get(name)
         if value is not None:
             return float(value)

@@ -33,8 +33,8 @@ def check(recipe: Recipe, objects: Objects = NO_OBJECTS) -> None:
         parse_options(DATA[recipe.data.name], recipe.data.options, "data")
     if objects.student is None:
         _check_network(recipe.student, "student")
-    for arm, terms in recipe.arms.items():
-        place = "losses" if arm == STUDENT else f"controls.{arm}"
+    for variant, terms in recipe.variants.items():
+        place = "losses" if variant == STUDENT else f"controls.{variant}"
         for number, term in enumerate(terms):
             _check_term(term, f"{place}[{number}]", recipe, objects.losses.get(term.title))
     if recipe.teacher is None and recipe.student.classifier == "teacher":
@@ -143,7 +143,7 @@ def configured(term: Term, where: str) -> Loss:
         RecipeError: If an option is unknown or invalid.
     """
     loss = LOSSES[term.name]
-    options = parse_options(loss.__init__, term.options, where)
+    options = parse_options(loss.__init__, term.options, where, siblings=[*Term.model_fields])
     try:
         return loss(**options)
     except ValueError as error:

@@ -26,11 +26,12 @@ from topkd.config.validation import RecipeError
 from topkd.data import DATA, Data, same_order, training_batches
 from topkd.data.trust import changed
 from topkd.evaluation import metrics
-from topkd.evaluation.results import finished
+from topkd.evaluation.loading import restore
+from topkd.evaluation.results import Result, finished
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 from topkd.losses.base import LossContext, LossTerm, located, needed_taps
 from topkd.models import checkpoint, factory
-from topkd.models.reused import ReusedClassifierStudent, rebuild, reuse
+from topkd.models.reused import ReusedClassifierStudent, reuse
 from topkd.training.build import (
     NO_OBJECTS,
     Objects,
@@ -192,15 +193,15 @@ class Experiment:
                 self.progress.say(f"teacher: {section.model}, top-1 {result['last']['top1']:.2f} %")
         return self.teacher_file
 
-    def losses(self, arm: str, student: FeatureExtractor, seed: int) -> list[LossTerm]:
+    def losses(self, variant: str, student: FeatureExtractor, seed: int) -> list[LossTerm]:
         """Builds the losses of one run, learning from the teacher what they need.
 
         Args:
-            arm: Which of the recipe's runs.
+            variant: Which of the recipe's runs.
             student: The network that will learn.
             seed: Of the weights that losses bring; they do not touch the student's random numbers.
         """
-        return self.build(self.recipe.arms[arm], self.context(student), seed)
+        return self.build(self.recipe.variants[variant], self.context(student), seed)
 
     def build(self, terms: Sequence[Term], context: LossContext, seed: int) -> list[LossTerm]:
         """Configures some losses and binds them to the networks; see :meth:`losses`."""
@@ -276,16 +277,16 @@ class Experiment:
             self.train_teacher()
             refuse_large_batches(self.recipe, self.data)
             self._claim_folder()
-            for arm in self.recipe.arms:
-                self.losses(arm, self.new_student(), 0)
+            for variant in self.recipe.variants:
+                self.losses(variant, self.new_student(), 0)
 
-    def train_student(self, arm: str, seed: int) -> dict[str, Any]:
+    def train_student(self, variant: str, seed: int) -> dict[str, Any]:
         """Trains and evaluates one student, or reads its result if that is done.
 
         The teacher is trained first, where its recipe has not been run.
 
         Args:
-            arm: Name of the run: a control, or ``"student"`` for the recipe's own losses.
+            variant: Name of the run: a control, or ``"student"`` for the recipe's own losses.
             seed: Of the weights, the order of the images and their augmentation.
 
         Returns:
@@ -295,16 +296,18 @@ class Experiment:
             RecipeError: If the recipe has no such run.
             ValueError: If the folder holds runs of another recipe.
         """
-        named(self.recipe.arms, arm, "arm")
+        named(self.recipe.variants, variant, "variant")
         self._claim_folder()
-        folder = self.folder / arm / f"seed{seed}"
+        folder = self.folder / variant / f"seed{seed}"
         with self._working_alone(folder), cpu_threads(self.recipe.threads):
             done = processes.by_first(lambda: finished(folder))
-            return self._train_student(arm, seed, folder) if done is None else done
+            return self._train_student(variant, seed, folder) if done is None else done
 
     def run(self, seeds: Iterable[int]) -> list[dict[str, Any]]:
         """Carries out all stages: the teacher, fitted losses, and every run with every seed."""
-        return [self.train_student(arm, seed) for seed in seeds for arm in self.recipe.arms]
+        return [
+            self.train_student(variant, seed) for seed in seeds for variant in self.recipe.variants
+        ]
 
     @contextmanager
     def _working_alone(self, folder: Path) -> Iterator[None]:
@@ -316,13 +319,13 @@ class Experiment:
             files.sweep(folder)
             yield
 
-    def _train_student(self, arm: str, seed: int, folder: Path) -> dict[str, Any]:
+    def _train_student(self, variant: str, seed: int, folder: Path) -> dict[str, Any]:
         refuse_large_batches(self.recipe, self.data)
         self.train_teacher()
         teacher = self.teacher  # loaded before the student's random numbers begin
         torch.manual_seed(seed)
         student = self.new_student()
-        losses = self.losses(arm, student, seed)
+        losses = self.losses(variant, student, seed)
         self._say_where(student, "student")
         trainer = Trainer(
             student,
@@ -340,7 +343,7 @@ class Experiment:
         history = trainer.run(folder)
         predictions = metrics.predict(student.eval(), self.data.test, self.device.device)
         processes.merge(self.data.faults.unreadable)
-        result = self._result(arm, seed, predictions, losses, history)
+        result = self._result(variant, seed, predictions, losses, history).as_json()
         result["environment"] |= _as_text({"memory_format": student.memory_format})
         if processes.rank() == 0:
             files.refuse_deleted(folder)
@@ -410,43 +413,50 @@ class Experiment:
 
     def _result(
         self,
-        arm: str,
+        variant: str,
         seed: int,
         predictions: metrics.Predictions,
         losses: list[LossTerm],
         history: list[dict[str, Any]],
-    ) -> dict[str, Any]:
-        recipe, judged_on = self.recipe, self.data.judged_on
-        accuracies = [entry[f"{judged_on}_top1"] for entry in history]
-        best = max(range(len(accuracies)), key=accuracies.__getitem__)
-        result: dict[str, Any] = {
-            "recipe": recipe.name,
-            "recipe_hash": recipe.hash,
-            "arm": arm,
-            "seed": seed,
-            "model": recipe.student.model,
-            "data": recipe.data.name,
-            "losses": [term.model_dump(mode="json") for term in recipe.arms[arm]],
-            "epochs": recipe.epochs,
-            "judged_on": judged_on,
-            "last": metrics.quality(predictions),
-            "mean_of_last_10": sum(accuracies[-10:]) / len(accuracies[-10:]),
-            "best": {"epoch": best + 1, "top1": accuracies[best]},
-            "gradient_share": history[-1]["gradient_share"],
-            "facts": {term.title: term.loss.metadata() for term in losses if term.loss.metadata()},
-            "faults": self.data.faults.facts(),
-            "train_seconds": round(sum(entry["seconds"] for entry in history), 1),
-            "processes": processes.count(),
-            "environment": environment() | _as_text(asdict(self.device)),
-        }
+    ) -> Result:
+        recipe, split = self.recipe, self.data.eval_split
+        key = f"{split}_top1"
+        accuracies = {entry["epoch"]: entry[key] for entry in history if key in entry}
+        best, recent = max(accuracies, key=accuracies.__getitem__), [*accuracies.values()][-10:]
+        teacher: dict[str, Any] = {}
         if recipe.teacher is not None and self._teacher_predictions is not None:
             taught_by = self._teacher_predictions
-            result["teacher"] = {"model": recipe.teacher.model, "hash": self._teacher_hash}
-            result["teacher"] |= metrics.quality(taught_by)
-            result["likeness"] = metrics.likeness(
-                predictions, taught_by, cloud_size=recipe.batch_size
-            )
-        return result
+            described = {"model": recipe.teacher.model, "hash": self._teacher_hash}
+            teacher = {
+                "teacher": described | metrics.prediction_metrics(taught_by),
+                "teacher_similarity": metrics.teacher_similarity(
+                    predictions, taught_by, cloud_size=recipe.batch_size
+                ),
+            }
+        metadata = {term.title: term.loss.metadata() for term in losses if term.loss.metadata()}
+        return Result.model_validate(
+            {
+                "recipe": recipe.name,
+                "recipe_hash": recipe.hash,
+                "variant": variant,
+                "seed": seed,
+                "model": recipe.student.model,
+                "data": recipe.data.name,
+                "losses": list(recipe.variants[variant]),
+                "epochs": recipe.epochs,
+                "eval_split": split,
+                "last": metrics.prediction_metrics(predictions),
+                "mean_of_last_10": sum(recent) / len(recent),
+                "best": {"epoch": best, "top1": accuracies[best]},
+                "gradient_share": history[-1]["gradient_share"],
+                "loss_metadata": metadata,
+                "data_issues": self.data.faults.facts(),
+                "train_seconds": round(sum(entry["seconds"] for entry in history), 1),
+                "processes": processes.count(),
+                "environment": environment() | _as_text(asdict(self.device)),
+                **teacher,
+            }
+        )
 
     def _keep_examples(self, predictions: metrics.Predictions, folder: Path) -> None:
         """Keeps some embeddings, from which the report draws pictures."""
@@ -526,22 +536,26 @@ def evaluate_file(
     size, taps = own.get("size", side(images)), dict(own.get("taps", {}))
     if head is not None:
         taps["head"] = head
+    described = {
+        "model": model,
+        "classes": images.classes,
+        "size": size,
+        "taps": taps,
+        "reused": own.get("reused"),
+    }
     with taking(model, side(images)):
-        network = factory.build(model, len(images.classes), size, **taps)
+        network, note = restore(described, loaded, str(path), weights)
         evaluate_once(network, side(images), model, images)
-    if own.get("reused"):
-        network = rebuild(network, own["reused"])
-    said = checkpoint.fill(network.network, loaded, str(path), weights)
-    if said:
-        progress.say(f"{path}: {said} (--weights)")
+    if note:
+        progress.say(f"{path}: {note} (--weights)")
     if network.found:
         progress.say(network.found)
     device = processes.accelerator().device
     network.to(device).eval()
     with progress.bar("Evaluating", len(images.test.target), "images") as advance:
         predictions = metrics.predict(network, images.test, device, advance)
-    described = {"model": model, "data": images.name, "images": len(images.test.target)}
-    return described | metrics.quality(predictions)
+    evaluated = {"model": model, "data": images.name, "images": len(images.test.target)}
+    return evaluated | metrics.prediction_metrics(predictions)
 
 
 def _as_text(values: Mapping[str, Any]) -> dict[str, str]:

@@ -76,7 +76,7 @@ def examine(experiment: Experiment) -> list[Finding]:
     """
     torch.manual_seed(0)
     recipe, seconds = experiment.recipe, dict[str, float]()
-    with experiment.progress.bar("Doctor", 2 + len(recipe.arms), "parts") as advance:
+    with experiment.progress.bar("Doctor", 2 + len(recipe.variants), "parts") as advance:
         advance(0, "looks at the data")
         findings = [*_data(experiment)]
         advance(1, "asks the teacher")
@@ -84,13 +84,13 @@ def examine(experiment: Experiment) -> list[Finding]:
         findings += found
         if not is_there:
             return findings
-        arms = recipe.arms if len(experiment.data.train.target) >= recipe.batch_size else ()
-        for arm in arms:
-            advance(1, f"tries a few steps of {arm}")
-            found, epoch = _run(experiment, arm)
+        variants = recipe.variants if len(experiment.data.train.target) >= recipe.batch_size else ()
+        for variant in variants:
+            advance(1, f"tries a few steps of {variant}")
+            found, epoch = _run(experiment, variant)
             findings += found
             if epoch is not None:
-                seconds[arm] = epoch
+                seconds[variant] = epoch
     if seconds:
         findings += [_time(recipe, seconds), Finding("memory", _memory(experiment.device.device))]
     faults = experiment.data.faults.lines()
@@ -106,7 +106,7 @@ def _data(experiment: Experiment) -> Iterator[Finding]:
     named = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
     yield Finding(
         "data",
-        f"{images:,} training and {len(data.test.target):,} {data.judged_on} images of "
+        f"{images:,} training and {len(data.test.target):,} {data.eval_split} images of "
         f"{len(data.classes)} classes, {each}{int(counts.max())} each",
         "wrong" if absent else "good",
         f"no student learns {named}: add training images, or take the name away" if absent else "",
@@ -180,7 +180,7 @@ def _judge(experiment: Experiment, teacher: Teacher) -> Iterator[Finding]:
     }
     yield Finding(
         "teacher",
-        f"right on {top1:.2f} % of {len(images.target):,} {data.judged_on} images; {said}",
+        f"right on {top1:.2f} % of {len(images.target):,} {data.eval_split} images; {said}",
         verdict,
         "what the next lines say" if causes else advice[verdict],
     )
@@ -306,18 +306,18 @@ class _NoLearning(Progress):
         raise _LearnsFirstError
 
 
-def _run(experiment: Experiment, arm: str) -> tuple[list[Finding], float | None]:
+def _run(experiment: Experiment, variant: str) -> tuple[list[Finding], float | None]:
     """Tries one run, and tells the seconds of an epoch if it can be trained."""
-    part, other = f"losses of {arm}", "other taps or options, or another loss"
+    part, other = f"losses of {variant}", "other taps or options, or another loss"
     try:
         student = experiment.new_student()
-        findings, losses = _losses(experiment, arm, student)
+        findings, losses = _losses(experiment, variant, student)
         if any(finding.verdict == "wrong" for finding in findings):
             return findings, None
         tried = _train(experiment, student, losses)
     except torch.OutOfMemoryError:
         advice = f"make batch_size smaller than {experiment.recipe.batch_size}"
-        return [Finding("memory", f"a step of {arm} does not fit", "wrong", advice)], None
+        return [Finding("memory", f"a step of {variant} does not fit", "wrong", advice)], None
     except (ValueError, RuntimeError) as error:  # torch's own, of shapes that do not go together
         return [Finding(part, str(error), "wrong", other)], None
     if tried is None:
@@ -334,12 +334,12 @@ def _run(experiment: Experiment, arm: str) -> tuple[list[Finding], float | None]
 
 
 def _losses(
-    experiment: Experiment, arm: str, student: FeatureExtractor
+    experiment: Experiment, variant: str, student: FeatureExtractor
 ) -> tuple[list[Finding], list[LossTerm]]:
     """Builds the losses of a run, as far as that takes no learning."""
-    part, findings, built = f"losses of {arm}", list[Finding](), list[LossTerm]()
+    part, findings, built = f"losses of {variant}", list[Finding](), list[LossTerm]()
     source = replace(experiment.context(student), progress=_NoLearning(quiet=True))
-    for term in experiment.recipe.arms[arm]:
+    for term in experiment.recipe.variants[variant]:
         try:
             built += experiment.build([term], source, 0)
         except _LearnsFirstError:
@@ -432,7 +432,7 @@ def _fullest(terms: Sequence[Term], epochs: int) -> int:
 
 
 def _time(recipe: Recipe, seconds: Mapping[str, float]) -> Finding:
-    each = ", ".join(f"{_duration(epoch)} ({arm})" for arm, epoch in seconds.items())
+    each = ", ".join(f"{_duration(epoch)} ({variant})" for variant, epoch in seconds.items())
     whole = _duration(recipe.epochs * sum(seconds.values()))
     return Finding(
         "time", f"an epoch takes about {each} here; {recipe.epochs} epochs of each: {whole} a seed"

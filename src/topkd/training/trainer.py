@@ -191,7 +191,7 @@ class Trainer:
         self.student.eval()
         with self.device.autocast():
             predictions = metrics.predict(self.student, self.data.test, self.device.device)
-        return {f"{self.data.judged_on}_top1": metrics.top_k(predictions, 1)}
+        return {f"{self.data.eval_split}_top1": metrics.top_k(predictions, 1)}
 
     def step(self, batch: Batch, epoch: int, sums: Sums, *, measure: bool) -> None:
         device = self.device.device

@@ -10,7 +10,7 @@ PANEL = "Recipes"
 
 
 def check(recipe: RecipeName, changes: Changes = None) -> None:
-    """Check every name and option of a recipe, without running it."""
+    """Validate every name and option of a recipe without running it."""
     from topkd.config import recipe as recipes
     from topkd.training.check import check as check_recipe
     from topkd.training.check import check_batches, found_taps
@@ -18,8 +18,10 @@ def check(recipe: RecipeName, changes: Changes = None) -> None:
     loaded = recipes.load(recipe, changes or [])
     check_recipe(loaded)
     check_batches(loaded)
-    taught = f", taught by {loaded.teacher.model}" if loaded.teacher else ""
-    arms = ", ".join(loaded.arms)
-    typer.echo(f"{loaded.name} is right: {loaded.student.model}{taught}; runs {arms}")
+    teacher = f", teacher {loaded.teacher.model}" if loaded.teacher else ""
+    variants = ", ".join(loaded.variants)
+    typer.echo(
+        f"{loaded.name} is valid: student {loaded.student.model}{teacher}; variants {variants}"
+    )
     for line in found_taps(loaded):
         typer.echo(line)

@@ -16,11 +16,11 @@ def copy_(
     recipe: RecipeName,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")],
 ) -> None:
-    """Copy a recipe, comments included, to a file of your own."""
+    """Copy a recipe, including its comments, to a file."""
     from topkd._io import files
     from topkd.config import recipe as recipes
 
     if file.exists():
-        raise FileExistsError(f"{file} exists already; copy to another name")
+        raise FileExistsError(f"{file} already exists; choose another name")
     files.write(file, recipes.text(recipe))
     typer.echo(f"{file}: edit it, then `topkd check {file}` and `topkd run {file}`")

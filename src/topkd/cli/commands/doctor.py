@@ -20,16 +20,15 @@ def doctor(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Try a recipe for a minute, and tell what to change before hours are spent on it.
+    """Test a recipe for a minute and report problems before training.
 
-    Does the teacher reach its recorded accuracy on these images? Are they normalized and
-    cropped as it knows them, and its classes in the same order? Do the taps give every loss what it
-    needs, and is a term too light to matter? How good is an approximator? How long does an epoch
-    take here, in how much memory?
+    It checks that the teacher reaches its recorded accuracy, that normalization, crop and class
+    order match, that every loss gets the features it needs and has a measurable gradient, and how
+    accurate an approximator is. It estimates time per epoch and memory.
 
-    `good` is as it should be, `look` deserves a thought, `wrong` spoils the runs; if anything is
-    wrong, the exit status is 1. Nothing is written. `topkd check` looks at the words of a recipe
-    alone, and needs no data.
+    `good` passes, `look` deserves attention, `wrong` invalidates the runs and sets the exit
+    status to 1. Nothing is written. `topkd check` validates the
+    recipe alone and needs no data.
 
     Example: `topkd doctor cifar100/resnet20-resnet8 data.root=~/data/cifar100
     teacher.checkpoint=resnet20.pth`
@@ -44,5 +43,5 @@ def doctor(
         typer.echo(json.dumps(findings, indent=2))
     else:
         print_findings(findings)
-        typer.echo(f"{wrong} wrong: to be changed first" if wrong else "nothing is wrong")
+        typer.echo(f"{wrong} wrong: fix before training" if wrong else "no problems found")
     raise typer.Exit(1 if wrong else 0)

@@ -12,7 +12,7 @@ PANEL = "This machine"
 
 
 def env(as_json: AsJson = False) -> None:
-    """Print machine, versions and what is chosen for this machine, for reports of faults."""
+    """Print hardware, versions and the settings chosen for this machine, for bug reports."""
     from topkd._runtime.environment import environment
     from topkd.training.precision import choices
 

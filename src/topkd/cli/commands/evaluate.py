@@ -15,36 +15,37 @@ PANEL = "Evaluate and report"
 
 def evaluate(
     target: Annotated[
-        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or a weights file.")
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run, or a weights file.")
     ],
     model: Annotated[
-        str | None, typer.Option(help="Network in the file, if the file does not tell.")
+        str | None, typer.Option(help="Model name, if the file does not record it.")
     ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME|KEY=VALUE",
-            help="Evaluation data set, or a change to the one in the file, e.g. `root=FOLDER`.",
+            help="Evaluation data set, or an override of the one in the file, e.g. `root=FOLDER`.",
         ),
     ] = None,
-    root: Annotated[str | None, typer.Option(help="The same as `--data root=FOLDER`.")] = None,
+    root: Annotated[str | None, typer.Option(help="Short for `--data root=FOLDER`.")] = None,
     weights: Annotated[
         Literal["plain", "ema"],
-        typer.Option(help="Of a file with both: as trained, or their running mean."),
+        typer.Option(help="Weights to load from a file with both: as trained, or averaged."),
     ] = "plain",
     head: Annotated[
         str | None,
-        typer.Option(help="Module that makes the logits, of a network where it is not found."),
+        typer.Option(help="Name of the classifier module, if it is not detected."),
     ] = None,
     trust: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure accuracy and calibration of a network on test images, in float32.
+    """Evaluate a network on test images in float32.
 
     Example: `topkd evaluate resnet20.pth --model resnet20 --data cifar100 --root ~/data/cifar100`
     """
     from topkd._io.progress import Progress
+    from topkd.evaluation.metrics import metric_lines
     from topkd.training.experiment import evaluate_file
 
     changes = [*(data or []), *([f"root={json.dumps(root)}"] if root else [])]
@@ -56,7 +57,5 @@ def evaluate(
         typer.echo(json.dumps(result, indent=2))
         return
     typer.echo(f"{result['model']} on the {result['images']:,} test images of {result['data']}")
-    typer.echo(f"top-1              {result['top1']:.2f} %")
-    typer.echo(f"top-5              {result['top5']:.2f} %")
-    typer.echo(f"log-likelihood     {-result['nll']:.4f} nats an image")
-    typer.echo(f"calibration error  {result['ece']:.2f} %")
+    for line in metric_lines(result):
+        typer.echo(line)

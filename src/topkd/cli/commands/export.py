@@ -16,35 +16,37 @@ PANEL = "Export and share"
 
 def export(
     target: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run's folder, or weights that topkd wrote.")
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, or a weights file of topkd.")
     ],
     to: Annotated[
         list[str],
         typer.Option(help="`safetensors`, `onnx`, `torch-export`, `onnx-int8`, or several: `a,b`."),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    out: Annotated[Path, typer.Option(help="Output folder.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Changes to the run's data, e.g. `root=FOLDER`."),
+        typer.Option(
+            metavar="KEY=VALUE", help="Overrides of the data section, e.g. `root=FOLDER`."
+        ),
     ] = None,
     size: Annotated[
         int | None,
-        typer.Option(min=1, help="Pixels on a side, to check on random images if there are none."),
+        typer.Option(min=1, help="Image size in pixels, to verify without data."),
     ] = None,
     license_: Annotated[
-        str | None, typer.Option("--license", help="Of the weights, for the model card.")
+        str | None, typer.Option("--license", help="License of the weights, for the model card.")
     ] = None,
     images: Annotated[
-        int | None, typer.Option(min=1, help="Check on so many test images instead of all.")
+        int | None, typer.Option(min=1, help="Number of test images to verify on. Defaults to all.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Largest difference of a logit, but for eight bits.")
+        float, typer.Option(help="Maximum difference of a logit, except for int8.")
     ] = 1e-4,
     trust: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a student for others to use, with a model card, and check every file.
+    """Export a student with a model card and verify every file.
 
     Example: `topkd export runs/digits/student/seed0 --to safetensors,onnx,onnx-int8 --out mine`
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -11,15 +11,25 @@ from topkd.cli.options import AsJson
 from topkd.cli.printing import catalog
 
 PANEL = "Recipes"
+CATALOGS = ("recipes", "models", "losses", "data")
 
 
 def list_(
     what: Annotated[
-        Literal["recipes", "models", "losses", "data"], typer.Argument(help="Which catalog.")
+        str,
+        typer.Argument(
+            metavar="{recipes|models|losses|data}",
+            help="The catalog to list.",
+            autocompletion=lambda: list(CATALOGS),
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """List what recipes can name."""
+    """List the recipes, models, losses or data sets that are available."""
+    if what not in CATALOGS:
+        from topkd.config.validation import near
+
+        raise ValueError(f"there is no catalog {what!r}{near(what, CATALOGS)}")
     entries = catalog(what)
     if as_json:
         typer.echo(json.dumps(entries, indent=2))
@@ -32,4 +42,4 @@ def list_(
         indent = "  " if group else ""
         typer.echo(f"{indent}{entry['name']:<{width}}  {entry['about']}".rstrip())
     if what == "models":
-        typer.echo("and torchvision:NAME, timm:NAME, or MODULE:CALLABLE for one of your own")
+        typer.echo("also torchvision:NAME, timm:NAME, and MODULE:CALLABLE for your own models")

@@ -13,14 +13,14 @@ PANEL = "Export and share"
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `topkd export` wrote.")],
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where to.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Export to upload.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
     endpoint: Endpoint = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Let nobody else see the repository.")
+        bool, typer.Option("--private", help="Make the repository private.")
     ] = False,
 ) -> None:
-    """Push an export to the Hugging Face hub, with a hash of every file."""
+    """Upload an export to the Hugging Face hub with a hash of every file."""
     from topkd.export import hub
 
     typer.echo(f"commit: {hub.push(folder, repository, endpoint=endpoint, private=private)}")

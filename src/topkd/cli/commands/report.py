@@ -14,13 +14,13 @@ def report(
     runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder with finished runs.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="The page to write; `report.html` among the runs if not told."),
+        typer.Option(help="Output file. Defaults to `report.html` in RUNS."),
     ] = None,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table as Markdown, and write no page.")
+        bool, typer.Option("--markdown", help="Print the tables as Markdown instead.")
     ] = False,
 ) -> None:
-    """Make one HTML page, with all pictures in it, of finished runs."""
+    """Build a self-contained HTML report of finished runs."""
     from topkd._io.progress import Progress
     from topkd.reporting import page as reports
 

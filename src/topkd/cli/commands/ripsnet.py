@@ -14,18 +14,18 @@ PANEL = "Train"
 def ripsnet(
     recipe: RecipeName, changes: Changes = None, out: Out = Path("runs"), quiet: Quiet = False
 ) -> None:
-    """Make clouds and persistence images and train RipsNet, and before it the teacher.
+    """Fit everything that losses learn from the teacher, which is trained first if necessary.
 
-    The same for a DistanceNet, where a loss is computed `via: distancenet`, and for the paraphraser
-    of factor transfer.
+    These are RipsNets (`via: ripsnet`), DistanceNets (`via: distancenet`) and the paraphraser of
+    factor transfer.
     """
     experiment = experiment_of(recipe, changes, out, quiet)
     experiment.fit_losses()
     made = sorted(experiment.folder.glob("*-*.safetensors"))
     if not made:
         raise ValueError(
-            f"no loss of {experiment.recipe.name} is computed `via: ripsnet` or "
-            "`via: distancenet`, or learns from its teacher first in another way"
+            f"no loss of {experiment.recipe.name} is fitted to the teacher: none is computed "
+            "`via: ripsnet` or `via: distancenet`, and none has a pre-training stage"
         )
     for path in made:
-        typer.echo(f"learned from the teacher: {path}")
+        typer.echo(f"fitted to the teacher: {path}")

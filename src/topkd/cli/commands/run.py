@@ -28,14 +28,14 @@ def run(
     out: Out = Path("runs"),
     quiet: Quiet = False,
 ) -> None:
-    """Run all that a recipe needs: teacher, RipsNet, students, evaluation, report.
+    """Run every stage of a recipe: teacher, fitted losses, students, evaluation, report.
 
-    What is done already is not done again, so the same command goes on where it was stopped.
+    Completed stages are skipped; rerun the command to resume.
 
     Examples: `topkd run digits --seeds 0 1 2` · `topkd run cifar100/resnet56-resnet20
     data.root=~/data/cifar100`
     """
-    from topkd.reporting.page import write_report
+    from topkd.reporting.page import findings, write_report
 
     experiment = experiment_of(recipe, changes, out, quiet)
     results = experiment.run(numbers(seeds))
@@ -43,5 +43,5 @@ def run(
         return
     page = experiment.folder / "report.html"
     write_report(experiment.folder, page, experiment.progress)
-    print_results(results)
+    print_results(results, findings(experiment.folder, experiment.recipe.name))
     typer.echo(f"report: {page}")

@@ -10,7 +10,7 @@ PANEL = "Recipes"
 
 
 def show(recipe: RecipeName, changes: Changes = None) -> None:
-    """Print a recipe with every setting that it leaves to its default."""
+    """Print a recipe with all defaults filled in."""
     from topkd.config import recipe as recipes
 
     typer.echo(recipes.write(recipes.load(recipe, changes or [])), nl=False)

@@ -25,15 +25,17 @@ PANEL = "Train"
 def student(
     recipe: RecipeName,
     changes: Changes = None,
-    arm: Annotated[
+    variant: Annotated[
         str, typer.Option(help="`student` for the recipe's own losses, or the name of a control.")
     ] = "student",
     seeds: Seeds = "0",
     out: Out = Path("runs"),
     quiet: Quiet = False,
 ) -> None:
-    """Train and evaluate the student of a recipe without its controls, or one control."""
+    """Train and evaluate one variant of a recipe: the student or a control."""
+    from topkd.reporting.page import findings
+
     experiment = experiment_of(recipe, changes, out, quiet)
-    results = [experiment.train_student(arm, seed) for seed in numbers(seeds)]
+    results = [experiment.train_student(variant, seed) for seed in numbers(seeds)]
     if is_first_process():
-        print_results(results)
+        print_results(results, findings(experiment.folder, experiment.recipe.name))

@@ -14,14 +14,14 @@ PANEL = "Train"
 def teacher(
     recipe: RecipeName, changes: Changes = None, out: Out = Path("runs"), quiet: Quiet = False
 ) -> None:
-    """Train the teacher of a recipe, and nothing else."""
+    """Train only the teacher of a recipe."""
     experiment = experiment_of(recipe, changes, out, quiet)
     section = experiment.recipe.teacher
     if section is None:
         raise ValueError(f"{experiment.recipe.name} has no teacher; `topkd run` trains its network")
     path = experiment.train_teacher()
     if path is None:
-        typer.echo(f"teacher: {section.model}, with its published weights; nothing to train")
+        typer.echo(f"teacher: {section.model}, with published weights; nothing to train")
         return
     assert experiment.teacher is not None  # its weights can be read
     typer.echo(f"teacher: {path}")
