@@ -23,7 +23,7 @@ GROUPS = {
     "Feature maps and embeddings": "fitnet mse at nst vid fsp ab ofd ft review",
     "Relations and memory": "sp cc rkd pkt crd",
     "The teacher's classifier": "srrl cat simkd",
-    "Topology": "topkd wasserstein pce edge_matching rtd_lite ultrametric",
+    "Topology": "topkd wasserstein pce edge_matching rtd_lite ultrametric scale",
 }
 # Of the pair that most papers share, and of the loss that needs another network.
 SHOWN = ("methods/resnet56-resnet20/", "imagenet/regnety16-deit-tiny")

@@ -334,7 +334,7 @@ MADE = {
 def test_networks_with_other_numbers_of_maps_are_refused(source, loss):
     student, teacher = features(5, seed=1), features(5, seed=2)
     teacher = replace(teacher, maps=teacher.maps[1:])
-    said = "the student has 4 maps and the teacher 3, which are compared one by one; let the term's"
+    said = "the student has 4 maps and the teacher 3; maps are compared in pairs, so select equally"
     with pytest.raises(ValueError, match=said):
         bound(loss, student, teacher, source)
 

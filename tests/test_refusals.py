@@ -52,6 +52,7 @@ CASES = {
     "attention_transfer": (BOTH_MAPS, {}),
     "class_attention": (BOTH_MAPS, {}),
     "class_maps": ({"last": maps}, {"classifier": nn.Linear(3, 5).double()}),
+    "cloud_scale": (BOTH_LOGITS, {}),
     "contrast": ({"similarity": logits}, {"log_z": 0.0, "images": 9}),
     "correlation_distillation": (BOTH_LOGITS, {}),
     "correlation_kernel": (BOTH_LOGITS, {}),
