@@ -334,7 +334,7 @@ MADE = {
 def test_networks_with_other_numbers_of_maps_are_refused(source, loss):
     student, teacher = features(5, seed=1), features(5, seed=2)
     teacher = replace(teacher, maps=teacher.maps[1:])
-    said = "the student has 4 maps and the teacher 3, which are compared one by one; let the term's"
+    said = "the student has 4 maps and the teacher 3; maps are compared in pairs, so select equally"
     with pytest.raises(ValueError, match=said):
         loss.between(student, teacher, source)
 
@@ -361,7 +361,7 @@ def test_what_is_no_map_is_refused(source):
 def test_fsp_names_the_maps_whose_channels_differ(source):
     said = (
         "fsp needs as many channels in the student as in the teacher, but map 1 has 2 and 3, map 2 "
-        "has 2 and 4, map 3 has 3 and 5; let the term's taps choose maps that agree, or use at, nst"
+        "has 2 and 4, map 3 has 3 and 5; select matching maps with the term's taps, or use at, nst"
     )
     with pytest.raises(ValueError, match=said):
         bound(FSP, features(3, seed=1), features(5, seed=2), source)
