@@ -257,9 +257,9 @@ def test_approximators_learn_loops_too(source):
         assert not getattr(loss.describe, "sees_scale", False)
         again = bound(TopKD, student, teacher, source, file=str(path), **options).double()
         assert again(student, teacher, batch(RING)) == loss(student, teacher, batch(RING))
-        with pytest.raises(ValueError, match="guesses dimension 1, here it is dimension: 0"):
+        with pytest.raises(ValueError, match="approximates dimension 1, here it is dimension: 0"):
             bound(TopKD, student, teacher, source, file=str(path), via=via)
-        with pytest.raises(ValueError, match="guesses at scale: mean, here it is scale: max"):
+        with pytest.raises(ValueError, match="has scale: mean, here it is scale: max"):
             bound(TopKD, student, teacher, source, file=str(path), **options | {"scale": "max"})
 
 
@@ -452,7 +452,9 @@ def test_a_ripsnet_file_is_used_as_it_is(source, tmp_path):
 def test_a_ripsnet_of_another_teacher_is_refused(source):
     by_ripsnet(source)
     path = str(the_file(source))
-    with pytest.raises(ValueError, match=r"ripsnet-.*made for another teacher: it learned a teach"):
+    with pytest.raises(
+        ValueError, match=r"ripsnet-.*made for another teacher: its hash is a teach"
+    ):
         by_ripsnet(replace(source, teacher_hash="somebody else"), file=path)
 
 

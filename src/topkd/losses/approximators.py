@@ -1,4 +1,4 @@
-"""What describes the clouds of a teacher: fitted on them, and learned by networks that guess it."""
+"""Vectorizations fitted to a teacher's clouds, and networks that approximate them."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ HELD_OUT = 256  # minimum number of held-out clouds
 
 
 def fit(diagrams: Diagrams, form: Form, dimension: int, scale: Unit | None) -> Exact:
-    """Chooses what describes clouds, from diagrams of the teacher's.
+    """Fits a vectorization to diagrams of the teacher.
 
     Args:
-        diagrams: Of all dimensions up to that one.
-        form: How one is described.
-        dimension: Which of them is.
-        scale: What the lengths of each cloud are divided by, a statistic of its deaths of H0. If
-            not told, the mean for vectors and none for images.
+        diagrams: Diagrams of all dimensions up to ``dimension``.
+        form: "vector" or "image".
+        dimension: Homology dimension to vectorize.
+        scale: Length scale of each cloud, a statistic of its H0 deaths. Defaults to the mean for
+            vectors and to none for images.
+
+    Returns:
+        The exact vectorization.
 
     Raises:
-        ValueError: If there is no bar of any length.
+        ValueError: If no bar has positive length.
     """
     unit: Unit = scale or ("mean" if form == "vector" else "none")
     scaled = diagrams.scaled(1 / length_unit(diagrams.of(0), unit)).of(dimension)
@@ -55,7 +58,7 @@ def fit(diagrams: Diagrams, form: Form, dimension: int, scale: Unit | None) -> E
 
 
 def scale_of(exact: Exact) -> Unit:
-    """What :func:`fit` was told."""
+    """Returns the length scale of a vectorization that :func:`fit` returned."""
     return exact.unit if exact.dimension > 0 else exact.vectorization.unit
 
 
@@ -126,35 +129,34 @@ def learn(
 
 
 class _Clouds:
-    """Clouds of a teacher's embeddings, cut anew each epoch from some augmented passes."""
+    """Clouds of teacher embeddings, cut anew in each epoch from several augmented passes."""
 
     def __init__(self, context: LossContext, size: int, passes: int) -> None:
         if context.images < 3 * size:
             raise ValueError(
                 f"{context.images} training images are too few for an approximator: it needs "
-                f"clouds of {size} to learn from and two more to be judged by; use `via: exact`"
+                f"clouds of {size} for training and two held-out ones; use `via: exact`"
             )
         self.size = size
         self.passes = []
         with context.progress.bar("Clouds", passes * context.images, "images") as advance:
             for epoch in range(passes):
-                answers = context.teacher_batches(epoch)
                 index, embeddings = [], []
-                for batch, features in answers:
+                for batch, features in context.teacher_batches(epoch):
                     index.append(batch.index)
                     embeddings.append(features.embedding)
                     advance(len(batch.index), "")
                 self.passes.append((torch.cat(index), torch.cat(embeddings)))
         order = torch.randperm(context.images, generator=torch.Generator().manual_seed(0))
-        self.kept_back = torch.zeros(context.images, dtype=torch.bool)
-        self.kept_back[order[: max(context.images // 10, 2 * size)]] = True
+        self.is_held_out = torch.zeros(context.images, dtype=torch.bool)
+        self.is_held_out[order[: max(context.images // 10, 2 * size)]] = True
 
     def training(self, epoch: int) -> Tensor:
-        """Clouds without the images that are kept back, (clouds, n, d)."""
+        """Cuts training clouds from the images that are not held out, (clouds, n, d)."""
         return torch.cat(
             [
                 cut_clouds(
-                    embeddings[~self.kept_back[index]],
+                    embeddings[~self.is_held_out[index]],
                     self.size,
                     torch.Generator().manual_seed(epoch * len(self.passes) + number),
                 )
@@ -163,12 +165,12 @@ class _Clouds:
         )
 
     def held_out(self) -> Tensor:
-        """Clouds of the images that are kept back, at least 256, (clouds, n, d)."""
+        """Cuts at least 256 clouds from the held-out images, (clouds, n, d)."""
         generator = torch.Generator().manual_seed(0)
         clouds: list[Tensor] = []
         while sum(map(len, clouds)) < HELD_OUT:
             index, embeddings = self.passes[len(clouds) % len(self.passes)]
-            clouds.append(cut_clouds(embeddings[self.kept_back[index]], self.size, generator))
+            clouds.append(cut_clouds(embeddings[self.is_held_out[index]], self.size, generator))
         return torch.cat(clouds)
 
 
@@ -180,22 +182,29 @@ def check_fit(
     dimension: int,
     scale: Unit | None,
 ) -> None:
-    """Refuses an approximator that was made for something else.
+    """Checks that an approximator was made for this teacher, cloud size, dimension and scale.
+
+    Args:
+        approximation: The approximator.
+        file: Name of its file, for messages.
+        teacher: Hash of the teacher.
+        size: Points per cloud.
+        dimension: Homology dimension.
+        scale: Length scale; None accepts any.
 
     Raises:
-        ValueError: If it guesses another dimension or scale, or was made for another teacher or
-            clouds of another size.
+        ValueError: If it was not; the message names the file.
     """
     exact = approximation.exact
     if exact.dimension != dimension:
         raise ValueError(
-            f"{file} guesses dimension {exact.dimension}, here it is dimension: {dimension}"
+            f"{file} approximates dimension {exact.dimension}, here it is dimension: {dimension}"
         )
     if scale not in (None, scale_of(exact)):
-        raise ValueError(f"{file} guesses at scale: {scale_of(exact)}, here it is scale: {scale}")
+        raise ValueError(f"{file} has scale: {scale_of(exact)}, here it is scale: {scale}")
     if approximation.teacher != teacher:
         raise ValueError(
-            f"{file} was made for another teacher: it learned {approximation.teacher[:8]}, "
+            f"{file} was made for another teacher: its hash is {approximation.teacher[:8]}, "
             f"this one is {teacher[:8]}"
         )
     if approximation.cloud_size != size:

@@ -14,8 +14,8 @@ option            effect
 With a random tree, every loss depends on the correspondence of images, as both clouds share the
 tree.
 
-Random draws are functions of the epoch and of the set of images in the batch. They are the same when
-a run is repeated or resumed, and do not use the global random number generator.
+Random draws are functions of the epoch and of the set of images in the batch. They are the same
+when a run is repeated or resumed, and do not use the global random number generator.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def batch_tree(batch: Batch, epoch: int) -> Tensor:
 
 
 def _places(batch: Batch) -> Tensor:
-    """Returns the positions of the images sorted by index, independent of the order of the batch."""
+    """Returns the positions of the images, sorted by their index."""
     return batch.index.argsort(stable=True)
 
 
@@ -155,8 +155,8 @@ class PermutationInvariant(Topological):
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
         """Computes the features that the target needs before the first batch.
 
-        For ``other`` these are teacher embeddings of the sample batch; for ``mean``, the mean vectorization
-        of 64 batches.
+        For ``other`` these are teacher embeddings of the sample batch; for ``mean``, the mean
+        vectorization of 64 batches.
         """
         if self.target == "other":
             self.held = teacher.embedding.detach().clone()
@@ -222,7 +222,6 @@ class Matched(Topological):
             cycle = self._cycle(batch)
             reference = torch.empty_like(reference).index_copy(0, cycle, reference[cycle.roll(1)])
         return self.compared(student.embedding, reference, self.tree(batch))
-
 
     def _cycle(self, batch: Batch) -> Tensor:
         """Returns a random cyclic order of the batch; a shift along it moves every image."""

@@ -281,7 +281,7 @@ class CRD(Loss):
         self.fixed = torch.ones_like(self.fixed)
 
     def metadata(self) -> dict[str, Any]:
-        """Returns the number of negatives, the kind of positives and the size of the memories in MB."""
+        """Returns number of negatives, kind of positives and size of the memories in MB."""
         megabytes = (self.of_student.nbytes + self.of_teacher.nbytes) / 1e6
         return {
             "negatives": self.sample.negatives,
