@@ -245,9 +245,9 @@ class CRD(Loss):
         # Memories are updated in place, before the caller's backward pass: compute gradients now.
         constants = s.detach(), t.detach()
         with torch.enable_grad():
-            leaves = [embedding.clone().requires_grad_() for embedding in constants]
-            value = self._value(*leaves, indices)
-            gradients = torch.autograd.grad(value, leaves)
+            leaf_s, leaf_t = (embedding.clone().requires_grad_() for embedding in constants)
+            value = self._value(leaf_s, leaf_t, indices)
+            gradients = torch.autograd.grad(value, (leaf_s, leaf_t))
         for memory, embedding in zip((self.of_student, self.of_teacher), constants, strict=True):
             update_memory(memory, batch.index, embedding, self.momentum)
         zeros = [

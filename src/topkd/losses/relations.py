@@ -70,8 +70,8 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """
     check_shapes("batches", student, teacher, 1)
     s, t = student.flatten(1), teacher.flatten(1)
-    similarities = (directions(m @ m.T, SMALL**2) for m in (s, t))
-    return F.mse_loss(*similarities)
+    g_s, g_t = (directions(m @ m.T, SMALL**2) for m in (s, t))
+    return F.mse_loss(g_s, g_t)
 
 
 class SP(Loss):

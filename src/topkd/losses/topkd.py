@@ -137,7 +137,7 @@ class TopKD(PermutationInvariant):
         self._metadata: dict[str, Any] = {"via": via, "dimension": dimension}
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
-        """Fits the vectorization to the teacher's clouds, and trains or loads the approximator, if any.
+        """Fits the vectorization, and trains or loads the approximator, if there is one.
 
         Raises:
             ValueError: If the file was made for another teacher, cloud size, dimension or scale.
