@@ -8,7 +8,7 @@ import argparse
 import torch
 from turns import in_turn
 
-from topkd.losses.crd import mix_in
+from topkd.losses.crd import update_memory
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--images", type=int, default=50_000, help="rows of the memory")
@@ -25,8 +25,11 @@ index = torch.randperm(asked.images, generator=generator)[: asked.batch]
 
 def into_a_copy() -> None:
     """What a memory that is never changed in place costs."""
-    mix_in(memory.clone(), index, embedding, 0.5)
+    update_memory(memory.clone(), index, embedding, 0.5)
 
 
-ways = {"in place": lambda: mix_in(memory, index, embedding, 0.5), "into a copy": into_a_copy}
+ways = {
+    "in place": lambda: update_memory(memory, index, embedding, 0.5),
+    "into a copy": into_a_copy,
+}
 in_turn(ways, rounds=50, unit=f"{asked.batch} of {asked.images} rows")

@@ -10,7 +10,7 @@ from reference import relation_losses as reference
 from reference.features import CLASSES, CLOUD, IMAGES, WIDTH, batch, bound, features, source_in
 
 from topkd.features import Batch
-from topkd.losses.crd import CRD, Choice, mix_in
+from topkd.losses.crd import CRD, NegativeSampler, update_memory
 from topkd.losses.functional import contrast
 
 TARGET = torch.arange(IMAGES) % CLASSES
@@ -77,7 +77,7 @@ def test_the_whole_loss_is_the_paper_on_a_hand_made_memory(positives):
     loss.log_z = torch.tensor([2.0, 3.0]).double()
     index = [3, 40, 11]
     student, teacher = made(index)
-    chosen = loss.choose(int(loss.seed), 1, torch.tensor(index)).tolist()
+    chosen = loss.sample(int(loss.seed), 1, torch.tensor(index)).tolist()
     expected = 0.0
     for seen, adapter, memory, log_z in (
         (student, loss.student, loss.of_teacher.tolist(), 2.0),
@@ -95,7 +95,7 @@ def test_the_whole_loss_is_the_paper_on_a_hand_made_memory(positives):
 def test_first_batch_fixes_z_and_no_other_does():
     loss, index = contrastive(negatives=7), [3, 40, 11]
     student, teacher = made(index)
-    chosen = loss.choose(int(loss.seed), 1, torch.tensor(index))
+    chosen = loss.sample(int(loss.seed), 1, torch.tensor(index))
     expected = []
     for seen, adapter, memory in (
         (student, loss.student, loss.of_teacher),
@@ -125,7 +125,7 @@ def test_memory_is_mixed_in_plain_loops(momentum):
         torch.randn(n, 4, dtype=torch.float64, generator=generator) for n in (10, 3)
     )
     expected, rows = memory.tolist(), embedding.tolist()
-    mix_in(memory, torch.tensor([7, 2, 7]), embedding, momentum)
+    update_memory(memory, torch.tensor([7, 2, 7]), embedding, momentum)
     both = [(a + b) / 2 for a, b in zip(rows[0], rows[2], strict=True)]
     for place, row in ((7, both), (2, rows[1])):
         old = expected[place]
@@ -145,7 +145,7 @@ def test_steps_are_the_paper_in_plain_loops_and_the_memory_stays_where_it_is():
     places = [memory.data_ptr() for memory in (loss.of_student, loss.of_teacher)]
     for step, index in enumerate(([3, 40, 11], [11, 5, 3], [40, 41, 3])):
         student, teacher = made(index, seed=step)
-        chosen = loss.choose(loss.seed, 1, torch.tensor(index)).tolist()
+        chosen = loss.sample(loss.seed, 1, torch.tensor(index)).tolist()
         found = loss(student, teacher, shown(index)).item()
         anchors = [
             plainly(student.embedding, loss.student),
@@ -200,7 +200,7 @@ def test_gradient_survives_the_change_of_the_memory():
 @pytest.mark.parametrize("positives", ["exact", "relaxed"])
 def test_choice_keeps_the_classes_apart(positives):
     target = torch.tensor([2, 0, 1, 2, 2, 0, 1, 2, 2, 2])  # 2, 2 and 6 of a class
-    choose = Choice(target, negatives=100, positives=positives)
+    choose = NegativeSampler(target, negatives=100, positives=positives)
     for epoch in range(20):
         chosen = choose(0, epoch, torch.arange(10))
         assert chosen.shape == (10, 1 + 4)  # as many as the greatest class has of others
@@ -211,7 +211,7 @@ def test_choice_keeps_the_classes_apart(positives):
 
 @pytest.mark.parametrize("positives", ["exact", "relaxed"])
 def test_choice_does_not_depend_on_the_batch(positives):
-    choose, order = Choice(TARGET, 9, positives), torch.randperm(IMAGES)
+    choose, order = NegativeSampler(TARGET, 9, positives), torch.randperm(IMAGES)
     whole = choose(3, 4, torch.arange(IMAGES))
     assert torch.equal(choose(3, 4, order), whole[order])
     assert not torch.equal(choose(3, 5, order), whole[order])
@@ -220,7 +220,7 @@ def test_choice_does_not_depend_on_the_batch(positives):
 
 def test_choice_is_fair():
     # Of 36 others, 9 in each of 1000 epochs: 250 of each, with a standard deviation below 15.
-    choose = Choice(TARGET, 9, "relaxed")
+    choose = NegativeSampler(TARGET, 9, "relaxed")
     chosen = torch.cat([choose(0, epoch, torch.tensor([5])) for epoch in range(1000)])
     counts = chosen[:, 1:].flatten().bincount(minlength=IMAGES)
     assert (counts[TARGET[5] != TARGET] - 250).abs().max() < 4 * 15
@@ -229,7 +229,7 @@ def test_choice_is_fair():
 
 
 def test_choice_hardly_repeats_itself():
-    chosen = Choice(torch.arange(5000) % 10, 2000)(0, 1, torch.arange(50))[:, 1:]
+    chosen = NegativeSampler(torch.arange(5000) % 10, 2000)(0, 1, torch.arange(50))[:, 1:]
     distinct = torch.tensor([len(row.unique()) for row in chosen])
     assert distinct.min() >= 2000 - (4507 - 4500)  # 4507 is the prime after 4500
 

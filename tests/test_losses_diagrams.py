@@ -15,7 +15,7 @@ from torch.autograd import gradcheck
 from topkd.features import Features
 from topkd.losses import PCE, Wasserstein
 from topkd.losses.controls import batch_tree
-from topkd.losses.diagrams import calibrated
+from topkd.losses.diagrams import calibrate
 from topkd.losses.functional import persistent_cross_entropy
 
 EDGES = ["persistent", "random"]
@@ -212,18 +212,18 @@ def test_calibration_of_known_lifetimes():
     # Gaps of 1, 1, 2, 3, 3 beside a 0, and of 2. Without a student all of the teacher is missing.
     nothing = torch.zeros(1)
     pairs = [(nothing, torch.tensor([1.0, 1.0, 2.0, 4.0])), (nothing, torch.tensor([1.0, 3.0]))]
-    bandwidth, tolerance = calibrated(pairs)
+    bandwidth, tolerance = calibrate(pairs)
     assert bandwidth == 2
     teacher = [[1.0, 1.0, 2.0, 4.0], [1.0, 3.0]]
     missing = sorted(reference.density(u, bars, 2.0) for bars in teacher for u in bars)
     assert tolerance == pytest.approx((missing[2] + missing[3]) / 2)
     # Where nothing differs no tolerance is needed.
-    assert calibrated([(pairs[0][1], pairs[0][1])]) == (2.0, 1.0)
+    assert calibrate([(pairs[0][1], pairs[0][1])]) == (2.0, 1.0)
 
 
 def test_lifetimes_that_do_not_differ_are_no_ground_for_a_bandwidth():
     with pytest.raises(ValueError, match="no two lifetimes .* give bandwidth and tolerance"):
-        calibrated([(torch.ones(3), torch.ones(3))])
+        calibrate([(torch.ones(3), torch.ones(3))])
 
 
 def test_bandwidth_and_tolerance_can_be_told(source):

@@ -360,7 +360,7 @@ def test_what_is_no_map_is_refused(source):
 def test_fsp_names_the_maps_whose_channels_differ(source):
     said = (
         "fsp needs as many channels in the student as in the teacher, but map 1 has 2 and 3, map 2 "
-        "has 2 and 4, map 3 has 3 and 5; let the term's taps choose maps that agree, or use at, nst"
+        "has 2 and 4, map 3 has 3 and 5; select matching maps with the term's taps, or use at, nst"
     )
     with pytest.raises(ValueError, match=said):
         bound(FSP, features(3, seed=1), features(5, seed=2), source)

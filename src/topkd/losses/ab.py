@@ -1,4 +1,4 @@
-"""A loss on which neurons are active."""
+"""A loss on activation boundaries: which neurons are active."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from topkd.losses.regression import regressor
 def activation_boundaries(
     student: Sequence[Tensor], teacher: Sequence[Tensor], *, margin: float = 1.0
 ) -> Tensor:
-    r"""Compares on which side of zero neurons are, not how far: the boundary is what is taught.
+    r"""Compares the signs of pre-activations by a squared hinge loss.
 
     .. math:: \frac{1}{n} \sum_{l=1}^{L} 2^{l-L} \sum \begin{cases}
         \max(0, s + \mu)^2 & t \le 0 \\ \max(0, \mu - s)^2 & t > 0 \end{cases}
 
-    over all neurons of the n images, s and t being their responses before the ReLU.
+    over all neurons of the n images, with s and t their responses before the ReLU.
 
     Args:
         student: Pre-activations s of L stages, shallow to deep, (n, c, h, w) each.
-        teacher: Those of the teacher, t, of the same shapes.
-        margin: :math:`\mu`, how far behind the boundary is far enough.
+        teacher: Pre-activations t of the teacher, of the same shapes.
+        margin: Margin :math:`\mu` of the hinge loss.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the pre-activations differ in number or in shape.
+        ValueError: If the pre-activations differ in number or in shape, or the margin is not
+            positive.
 
     References:
         Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons
@@ -40,36 +41,48 @@ def activation_boundaries(
 
     Examples:
         >>> import torch
-        >>> aim = torch.tensor([-0.1, 0.1]).view(1, 2, 1, 1)
-        >>> activation_boundaries([30 * aim], [aim]).item()  # the right sides, and far enough
+        >>> teacher = torch.tensor([-0.1, 0.1]).view(1, 2, 1, 1)
+        >>> activation_boundaries([30 * teacher], [teacher]).item()  # same signs, beyond the margin
         0.0
-        >>> activation_boundaries([-aim], [aim]).item()  # 1.1² for both of them
+        >>> activation_boundaries([-teacher], [teacher]).item()  # 1.1² for each of the two
         2.42...
     """
     positive("margin", margin)
     values = []
     for s, t in paired(student, teacher, kind="pre-activations"):
         check_shapes("pre-activations", s, t)
-        side = (t > 0).to(s.dtype).mul_(2).sub_(1)  # numbers: to choose by booleans takes longer
-        values.append((margin - side * s).relu_().square().sum() / len(s))
+        sign = (t > 0).to(s.dtype).mul_(2).sub_(1)  # floats: selection by booleans is slower
+        values.append((margin - sign * s).relu_().square().sum() / len(s))
     return depth_weighted_sum(values)
 
 
 class AB(Loss):
-    """:func:`activation_boundaries` of all stages.
+    """The :func:`activation_boundaries` loss of all stages, AB.
 
-    Where shapes differ, a convolution and a normalization take the student's pre-activations to
-    the shape of the teacher's. As it is a sum over neurons, it wants a small weight: RepDistiller's
-    is 0.003. There and in the paper it stands alone for the first epochs and the cross-entropy
-    after them: ``start`` and ``stop`` of a recipe's terms.
+    Where shapes differ, a convolution and a batch normalization map the student's pre-activations
+    to the shape of the teacher's. The loss is a sum over neurons and needs a small weight;
+    RepDistiller uses 0.003. There and in the paper, it is the only loss in the first epochs and the
+    cross-entropy the only one after them: set ``start`` and ``stop`` of the terms in a recipe.
 
     Args:
-        skip: How many are left out at the shallow end; the first are those of the stem.
-        margin: How far behind the boundary is far enough.
+        skip: Number of pre-activations skipped at the shallow end; the first are those of the stem.
+        margin: Margin of the hinge loss.
+
+    Raises:
+        ValueError: If an option is out of range.
 
     References:
         Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons
         (Heo et al., AAAI 2019) https://arxiv.org/abs/1811.03233
+
+    Examples:
+        >>> import torch
+        >>> maps = [torch.randn(2, 4, 8, 8), torch.randn(2, 8, 4, 4)]
+        >>> student = Features(torch.zeros(2, 10), torch.zeros(2, 8), preactivations=maps)
+        >>> loss = AB(margin=0.5)
+        >>> loss.setup(student, student, context=None)
+        >>> loss(student, student, batch=None).shape
+        torch.Size([])
     """
 
     info = LossInfo(
@@ -103,5 +116,5 @@ class AB(Loss):
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         pairs = paired(student.preactivations, teacher.preactivations, self.skip, "pre-activations")
-        moved = [connect(s) for connect, (s, _) in zip(self.connectors, pairs, strict=True)]
-        return activation_boundaries(moved, [t for _, t in pairs], margin=self.margin)
+        connected = [connect(s) for connect, (s, _) in zip(self.connectors, pairs, strict=True)]
+        return activation_boundaries(connected, [t for _, t in pairs], margin=self.margin)

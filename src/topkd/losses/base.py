@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -96,7 +95,7 @@ class Loss(nn.Module, ABC):
 
     def __new__(cls, *args: Any, **options: Any) -> Loss:
         loss = super().__new__(cls)
-        loss.__dict__["options"] = MappingProxyType(options)
+        loss.__dict__["options"] = options
         return loss
 
     def setup(  # noqa: B027  (most losses need no setup)

@@ -1,4 +1,4 @@
-"""Losses that look at maps and embeddings through the classifiers that read them."""
+"""Losses on maps and embeddings that use a network's classifier."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from topkd.models.reused import ReusedClassifierStudent, projector
 
 
 def last_map(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Compares two maps of as many channels, the larger averaged down to the smaller.
+    r"""Compares two maps with equally many channels, average-pooled to the smaller size.
 
     .. math:: \frac{1}{n c h w} \lVert F^s - F^t \rVert^2
 
@@ -29,7 +29,7 @@ def last_map(student: Tensor, teacher: Tensor) -> Tensor:
         The loss, a scalar.
 
     Raises:
-        ValueError: If images or channels differ in number.
+        ValueError: If the numbers of images or channels differ.
 
     References:
         Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022)
@@ -45,18 +45,26 @@ def last_map(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class SimKD(Loss):
-    """:func:`last_map` of the last maps: what SimKD trains.
+    """:func:`last_map` of the last maps: the feature loss of SimKD.
 
-    It is meant for a student that answers through its teacher's classifier, a
-    :class:`~topkd.models.reused.ReusedClassifierStudent`: its last map is the projected one, and
-    this is the only loss it needs. The teacher's map must be the one whose averages its classifier
-    reads, such as that of the tap ``avgpool:in``. A student with a classifier of its own, which
-    this loss does not train, is given the same projector where the channels differ; it then needs
-    another term.
+    It is intended for a :class:`~topkd.models.reused.ReusedClassifierStudent`, which uses its
+    teacher's classifier: its last map is the projected one, and no other loss is needed. The
+    teacher's map must be the input of its global average pooling, such as the tap ``avgpool:in``.
+    For a student with a separate classifier, which this loss does not train, the same projector is
+    created if the channels differ; such a student needs another term.
 
     References:
         Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022)
         https://arxiv.org/abs/2203.14001
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> student = Features(torch.zeros(2, 10), torch.zeros(2, 8), [torch.rand(2, 8, 4, 4)])
+        >>> teacher = Features(torch.zeros(2, 10), torch.zeros(2, 32), [torch.rand(2, 32, 4, 4)])
+        >>> loss = SimKD()
+        >>> loss.setup(student, teacher, SimpleNamespace(student=SimpleNamespace(network=None)))
+        >>> loss(student, teacher, batch=None).shape
+        torch.Size([])
     """
 
     info = LossInfo(
@@ -77,7 +85,7 @@ class SimKD(Loss):
         self._metadata: dict[str, Any] = {}
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
-        """Creates a projector, where the student has none.
+        """Creates a projector if the student has none and the channels differ.
 
         Raises:
             ValueError: If one of the networks has no maps.
@@ -92,40 +100,52 @@ class SimKD(Loss):
             self.project = projector(channels, wide)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        own = deepest(student, "student")
-        return last_map(
-            own if self.project is None else self.project(own), deepest(teacher, "teacher")
-        )
+        s, t = deepest(student, "student"), deepest(teacher, "teacher")
+        return last_map(s if self.project is None else self.project(s), t)
 
     def metadata(self) -> dict[str, Any]:
-        """Returns whose classifier the student has, and how many weights that adds."""
+        """Returns whose classifier the student uses, and the number of weights that this adds."""
         return self._metadata
 
 
 class SRRL(Loss):
-    r"""Compares embeddings, and what the teacher's classifier makes of them (SRRL).
+    r"""Compares embeddings, and the teacher classifier's logits for them, SRRL.
 
     .. math:: \frac{1}{nd} \lVert r - f^t \rVert^2
         + \frac{w}{nc} \lVert h^t(r) - z^t \rVert^2, \qquad
         r = \mathrm{pool}\big(\mathrm{ReLU}(\mathrm{BN}(\mathrm{conv}(F^s)))\big)
 
-    where :math:`F^s` is the student's last map, the convolution is 1x1, pool averages every channel
-    and :math:`h^t` is the teacher's classifier, which stays as it is. The map is projected and
-    then averaged, as in the authors' code; SimKD's copy of the method projects the averages.
+    where :math:`F^s` is the student's last map, the convolution is 1x1, pool is global average
+    pooling and :math:`h^t` is the teacher's frozen classifier. As in the authors' code, the map is
+    projected and then averaged; the copy in SimKD's repository projects the average.
 
     Args:
-        logits: w; others use 5 on CIFAR-100.
+        logits: Weight w of the logits; 5 is common on CIFAR-100.
+
+    Raises:
+        ValueError: If ``logits`` is negative.
 
     References:
         Knowledge Distillation via Softmax Regression Representation Learning (Yang et al.,
         ICLR 2021)
         https://openreview.net/forum?id=ZzwDy_wiWv
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> student = Features(torch.zeros(2, 10), torch.zeros(2, 8), [torch.rand(2, 8, 4, 4)])
+        >>> teacher = Features(torch.zeros(2, 10), torch.zeros(2, 32))
+        >>> classifier = nn.Linear(32, 10)
+        >>> network = SimpleNamespace(classifier=classifier, head=classifier)
+        >>> loss = SRRL(logits=5.0)
+        >>> loss.setup(student, teacher, SimpleNamespace(teacher=SimpleNamespace(network=network)))
+        >>> loss(student, teacher, batch=None).shape
+        torch.Size([])
     """
 
     info = LossInfo(
         name="srrl",
         group="classifier",
-        compares="embeddings, and what the teacher's classifier makes of them",
+        compares="embeddings, and the teacher classifier's logits for them",
         paper="Yang et al., ICLR 2021",
         url="https://openreview.net/forum?id=ZzwDy_wiWv",
         cost="n d², one convolution",
@@ -139,14 +159,14 @@ class SRRL(Loss):
         self.logits = not_negative("logits", logits)
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
-        """Creates the projection and refers to the teacher's classifier.
+        """Creates the projection and stores a reference to the teacher's classifier.
 
         Raises:
             ValueError: If the student has no maps.
         """
         assert context.teacher is not None
         channels, width = deepest(student, "student").shape[1], teacher.embedding.shape[1]
-        self._teacher = [context.teacher.network]  # in a list: its weights are not this loss's
+        self._teacher = [context.teacher.network]  # in a list: not a submodule of this loss
         convolution = nn.Conv2d(channels, width, 1, bias=False)
         self.project = nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
 
@@ -160,21 +180,21 @@ class SRRL(Loss):
 
 
 def class_maps(last: Tensor, classifier: nn.Module) -> Tensor:
-    r"""Computes where in an image a classifier sees each class.
+    r"""Computes the class activation maps of a classifier.
 
     .. math:: M_c = \sum_k W_{ck} F_k
 
-    Averaged over the places, and with the bias, these are the logits.
+    The average over the positions, plus the bias, gives the logits.
 
     Args:
-        last: The map F whose averages the classifier reads, (n, d, h, w).
-        classifier: Linear, or a 1x1 convolution, with the weight W, (classes, d).
+        last: The input F of the global average pooling, (n, d, h, w).
+        classifier: A linear layer, or a 1x1 convolution, with the weight W, (classes, d).
 
     Returns:
         Maps (n, classes, h, w).
 
     Raises:
-        ValueError: If the classifier has no such weight, or does not read so many channels.
+        ValueError: If the classifier has no such weight, or expects another number of channels.
 
     References:
         Learning Deep Features for Discriminative Localization (Zhou et al., CVPR 2016)
@@ -193,7 +213,7 @@ def class_maps(last: Tensor, classifier: nn.Module) -> Tensor:
     if last.shape[1] != weight.shape[1]:
         raise ValueError(
             f"the classifier reads {weight.shape[1]} numbers, but the last map has {last.shape[1]} "
-            "channels; tap the map whose averages it reads, such as avgpool:in"
+            "channels; tap the input of the global average pooling, such as avgpool:in"
         )
     return torch.einsum("kd,ndhw->nkhw", weight.flatten(1).to(last.dtype), last)
 
@@ -201,31 +221,36 @@ def class_maps(last: Tensor, classifier: nn.Module) -> Tensor:
 def class_attention(
     student: Tensor, teacher: Tensor, *, resolution: int = 2, normalize: bool = False
 ) -> Tensor:
-    r"""Compares where two networks see each class, coarsely.
+    r"""Compares pooled class activation maps.
 
     .. math:: \frac{1}{n c r^2} \sum_{i,c} \lVert P(M^s_{ic}) - P(M^t_{ic}) \rVert^2
 
-    where P averages a map down to r x r places and, if asked, divides the result by its norm.
+    where P average-pools a map to r x r positions and, optionally, divides the result by its norm.
 
     Args:
         student: Class maps :math:`M^s`, (n, classes, h, w).
         teacher: Class maps :math:`M^t`, (n, classes, h', w').
-        resolution: r.
-        normalize: Whether each map is divided by its norm over the places.
+        resolution: Height and width r of the pooled maps.
+        normalize: Whether each map is divided by its norm over the positions.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If images or classes differ in number.
+        ValueError: If the numbers of images or classes differ, or ``resolution`` is below 1.
 
     References:
         Class Attention Transfer Based Knowledge Distillation (Guo et al., CVPR 2023)
         https://arxiv.org/abs/2304.12777
+
+    Examples:
+        >>> maps = torch.rand(2, 10, 4, 4)
+        >>> class_attention(3 * maps, maps, normalize=True).item() < 1e-9
+        True
     """
     check_shapes("class maps", student, teacher, 2, MAPS)
     _checked_resolution(resolution)
-    s, t = (F.adaptive_avg_pool2d(seen, resolution).flatten(2) for seen in (student, teacher))
+    s, t = (F.adaptive_avg_pool2d(maps, resolution).flatten(2) for maps in (student, teacher))
     return F.mse_loss(directions(s), directions(t)) if normalize else F.mse_loss(s, t)
 
 
@@ -236,23 +261,36 @@ def _checked_resolution(resolution: int) -> int:
 
 
 class CATKD(Loss):
-    """:func:`class_attention` of the :func:`class_maps` of both networks (CAT-KD).
+    """:func:`class_attention` of the :func:`class_maps` of both networks, CAT-KD.
 
-    The weight of the student's classifier is read anew each time and learns from this loss too.
+    The current weight of the student's classifier is used, and receives a gradient from this loss.
 
     Args:
-        resolution: Places on a side that the maps are averaged down to.
+        resolution: Height and width of the pooled maps.
         normalize: Whether each map is divided by its norm; for networks of different families.
+
+    Raises:
+        ValueError: If ``resolution`` is not a positive integer.
 
     References:
         Class Attention Transfer Based Knowledge Distillation (Guo et al., CVPR 2023)
         https://arxiv.org/abs/2304.12777
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> features = Features(torch.zeros(2, 10), torch.zeros(2, 8), [torch.rand(2, 8, 4, 4)])
+        >>> network = SimpleNamespace(classifier=nn.Linear(8, 10))
+        >>> context = SimpleNamespace(student=network, teacher=SimpleNamespace(network=network))
+        >>> loss = CATKD(normalize=True)
+        >>> loss.setup(features, features, context)
+        >>> loss(features, features, batch=None).item()
+        0.0
     """
 
     info = LossInfo(
         name="cat",
         group="classifier",
-        compares="where in the last maps each class is seen",
+        compares="class activation maps of the last maps",
         paper="Guo et al., CVPR 2023",
         url="https://arxiv.org/abs/2304.12777",
         cost="n c d",
@@ -266,26 +304,28 @@ class CATKD(Loss):
         self.resolution, self.normalize = count("resolution", resolution), normalize
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
-        """Refers to both classifiers, and checks that they read the last maps.
+        """Stores references to both classifiers, and checks that they accept the last maps.
 
         Raises:
-            ValueError: If a classifier is no single linear layer on the channels of the last map.
+            ValueError: If a classifier is not a single linear layer on the channels of the last
+                map.
         """
         assert context.teacher is not None
         networks = [context.student, context.teacher.network]
-        for name, made, network in zip(
+        for name, features, network in zip(
             ("student", "teacher"), (student, teacher), networks, strict=True
         ):
             try:
-                class_maps(deepest(made, name), network.classifier)
+                class_maps(deepest(features, name), network.classifier)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        self._networks = networks  # in a list: their weights are not this loss's
+        self._networks = networks  # in a list: not submodules of this loss
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        # A classifier reads averages as it reads places, and these are fewer.
+        # Pooling and class maps are linear and commute; pooling first is cheaper.
+        pooled = (F.adaptive_avg_pool2d(f.maps[-1], self.resolution) for f in (student, teacher))
         s, t = (
-            class_maps(F.adaptive_avg_pool2d(made.maps[-1], self.resolution), network.classifier)
-            for made, network in zip((student, teacher), self._networks, strict=True)
+            class_maps(maps, network.classifier)
+            for maps, network in zip(pooled, self._networks, strict=True)
         )
         return class_attention(s, t, resolution=self.resolution, normalize=self.normalize)

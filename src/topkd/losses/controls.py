@@ -1,20 +1,21 @@
-"""Controls of losses on shape, which tell what of them matters: the edges, or whose they are.
+"""Ablation controls for topological losses.
 
 ================  ==================================================================================
-option            asks
+option            effect
 ================  ==================================================================================
-``edges``         ``random``: is it the critical edges, or would any n - 1 edges do? One tree, drawn
-                  uniformly for every batch, stands in for all minimum spanning trees
-``target``        whether it matters which images the teacher answered to:
-..                ``permuted``: each image gets the teacher's answer to another of its batch
-..                ``other``: the batch gets the teacher's answers to the batch before it
-..                ``mean``: every batch gets the mean of what describes the teacher's clouds
+``edges``         ``random``: a uniformly random spanning tree, drawn for each batch, replaces all
+                  minimum spanning trees. Tests whether the critical edges matter
+``target``        whether the correspondence to the teacher's images matters:
+..                ``permuted``: each image is compared with another image of its batch
+..                ``other``: the batch is compared with the teacher's previous batch
+..                ``mean``: each batch is compared with the mean vectorization of teacher clouds
 ================  ==================================================================================
 
-By a random tree every loss sees which image is which, as the tree is the same for both clouds.
+With a random tree, every loss depends on the correspondence of images, as both clouds share the
+tree.
 
-What is drawn is a function of the epoch and of which images form the batch, so that it is the same
-when a run is repeated or goes on after a stop, and draws nothing from the networks' random numbers.
+Random draws are functions of the epoch and of the set of images in the batch. They are the same
+when a run is repeated or resumed, and do not use the global random number generator.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ from topkd.topology import Diagrams, edge_lengths
 Edges = Literal["persistent", "random"]
 Target = Literal["own", "permuted", "other", "mean"]
 
-CLOUDS = 64  # of the teacher, from which means, ranges and scales are read off
+CLOUDS = 64  # teacher clouds from which means, ranges and scales are computed
 
 
 def random_tree(points: int, generator: torch.Generator) -> Tensor:
-    r"""Draws one of the :math:`n^{n-2}` spanning trees of n points, all equally likely.
+    r"""Draws one of the :math:`n^{n-2}` spanning trees of n points uniformly.
 
     Vertex i, from 1 on, is joined to vertex :math:`\min(u_i, i - 1)` with :math:`u_i` uniform on
-    0 to n - 1; then the vertices are named in random order.
+    0 to n - 1; then the vertices are relabeled by a random permutation.
 
     Args:
-        points: How many, n.
-        generator: What draws.
+        points: Number of points n.
+        generator: Random number generator.
 
     Returns:
-        Its edges, (n - 1, 2).
+        Edges, (n - 1, 2).
 
     References:
         The Random Walk Construction of Uniform Spanning Trees and Uniform Labeled Trees
@@ -67,7 +68,7 @@ def random_tree(points: int, generator: torch.Generator) -> Tensor:
 
 
 def tree_diagram(points: Tensor, edges: Tensor) -> Diagrams:
-    """Makes the diagram of H0 that points would have, were these edges their spanning tree.
+    """Computes the H0 diagram of points, with the given edges in place of their spanning tree.
 
     Args:
         points: (n, d) or (clouds, n, d).
@@ -80,13 +81,13 @@ def tree_diagram(points: Tensor, edges: Tensor) -> Diagrams:
 
 
 def batch_tree(batch: Batch, epoch: int) -> Tensor:
-    """Draws the edges (n - 1, 2) that stand in for the spanning tree of a batch in an epoch."""
+    """Draws the edges (n - 1, 2) that replace the spanning tree of a batch in an epoch."""
     drawn = random_tree(len(batch.index), _generator("tree", batch, epoch))
     return _places(batch)[drawn.to(batch.index.device)]
 
 
 def _places(batch: Batch) -> Tensor:
-    """The images in an order that is the same in whatever order they come."""
+    """Returns the positions of the images, sorted by their index."""
     return batch.index.argsort(stable=True)
 
 
@@ -97,10 +98,10 @@ def _generator(purpose: str, batch: Batch, epoch: int) -> torch.Generator:
 
 
 def check_tree(edges: Edges, dimension: int) -> None:
-    """Refuses a random tree where no tree is looked at.
+    """Rejects a random tree for losses that do not use one.
 
     Raises:
-        ValueError: If it is asked for in dimension 1.
+        ValueError: If ``edges`` is "random" in dimension 1.
     """
     if edges == "random" and dimension > 0:
         raise ValueError(
@@ -110,18 +111,18 @@ def check_tree(edges: Edges, dimension: int) -> None:
 
 
 class Topological(Loss):
-    """A loss on the shape of a batch, which can be its own control.
+    """Base class of topological losses with ablation controls.
 
     Args:
-        edges: Which edges count.
-        target: Whose answers the student's are compared with.
+        edges: "persistent" for critical edges, "random" for a random tree.
+        target: Teacher features that the student is compared with.
 
     Raises:
-        ValueError: If there are no such edges, or the target makes no control of this loss.
+        ValueError: If an option is unknown, or the target is not a control of this loss.
     """
 
     no_control: ClassVar[Mapping[Target, str]]
-    """Targets that would not be a control, why not, and which is."""
+    """Targets that are not a control of this loss -> reason and alternative."""
 
     def __init__(self, edges: Edges, target: Target) -> None:
         super().__init__()
@@ -135,77 +136,80 @@ class Topological(Loss):
         self.epoch = epoch
 
     def tree(self, batch: Batch) -> Tensor | None:
-        """Draws the edges that stand in for a batch's spanning tree; None if none do."""
+        """Draws the edges that replace a batch's spanning tree; None for critical edges."""
         return None if self.edges == "persistent" else batch_tree(batch, self.epoch)
 
 
 class PermutationInvariant(Topological):
-    """A loss on what describes each cloud as a whole: it does not see which image is which."""
+    """Base class of losses between vectorizations or diagrams, invariant to the order of images."""
 
     no_control: ClassVar[Mapping[Target, str]] = {
-        "permuted": "changes nothing for a loss that does not see which image is which; use other",
+        "permuted": "changes nothing for a loss that is invariant to permutations; use other",
     }
-    held: Tensor | None  # the teacher's answers to the batch before, or the mean description
+    held: Tensor | None  # teacher embeddings of the previous batch, or the mean vectorization
 
     def __init__(self, edges: Edges, target: Target) -> None:
         super().__init__(edges, target)
         self.register_buffer("held", None)
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
-        """Finds the features that the target needs before the first batch.
+        """Computes the features that the target needs before the first batch.
 
-        For ``other`` these are of a batch before the first; for ``mean``, the mean description of
-        64 batches.
+        For ``other`` these are teacher embeddings of the sample batch; for ``mean``, the mean
+        vectorization of 64 batches.
         """
         if self.target == "other":
             self.held = teacher.embedding.detach().clone()
         if self.target == "mean":
-            seen = islice(context.teacher_batches(0), CLOUDS)
-            described = [self.described(made.embedding, self.tree(shown)) for shown, made in seen]
-            self.held = torch.stack(described).mean(0)
+            vectors = [
+                self.described(features.embedding, self.tree(batch))
+                for batch, features in islice(context.teacher_batches(0), CLOUDS)
+            ]
+            self.held = torch.stack(vectors).mean(0)
 
     @abstractmethod
     def described(self, points: Tensor, tree: Tensor | None) -> Tensor:
-        """Describes a cloud (n, d), by the edges of a tree if one is given."""
+        """Vectorizes a cloud (n, d), by the edges of a tree if one is given."""
 
     @abstractmethod
     def compared(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Compares what describes two clouds."""
+        """Compares the vectorizations of two clouds."""
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         tree = self.tree(batch)
         return self.compared(
-            self.described(student.embedding, tree), self._aim(teacher.embedding, batch, tree)
+            self.described(student.embedding, tree),
+            self._reference(teacher.embedding, batch, tree),
         )
 
-    def _aim(self, own: Tensor, batch: Batch, tree: Tensor | None) -> Tensor:
-        """What the student's description is compared with."""
+    def _reference(self, teacher: Tensor, batch: Batch, tree: Tensor | None) -> Tensor:
+        """Returns the vectorization that the student's is compared with."""
         if self.target == "own":
-            return self.described(own, tree)
+            return self.described(teacher, tree)
         if self.held is None:
             raise ValueError(f"target: {self.target} needs setup() before the first batch")
         if self.target == "mean":
             return self.held
-        before, places = self.held, _places(batch)
+        previous, places = self.held, _places(batch)
         if self.training:
-            self.held = own.detach()[places]
-        # What came before the first batch is of one process, where clouds may be of several.
-        points = before[places.argsort()] if len(before) == len(own) else own
+            self.held = teacher.detach()[places]
+        # The features from setup are of one process; gathered clouds are larger.
+        points = previous[places.argsort()] if len(previous) == len(teacher) else teacher
         return self.described(points, tree)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         saved = state_dict.get(prefix + "held")
-        if saved is not None and self.held is not None:  # the same clouds may be larger, as above
+        if saved is not None and self.held is not None:  # gathered clouds are larger, as above
             self.held = self.held.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class Matched(Topological):
-    """A loss on which images are close to which: both clouds are the same images."""
+    """Base class of losses that depend on the correspondence of images between both clouds."""
 
     no_control: ClassVar[Mapping[Target, str]] = {
-        "other": "is for losses that do not see which image is which, this one does; use permuted",
-        "mean": "needs numbers that describe a cloud as a whole, here are none; use permuted",
+        "other": "is for permutation-invariant losses, which this one is not; use permuted",
+        "mean": "needs a vectorization of the cloud, which this loss does not have; use permuted",
     }
 
     @abstractmethod
@@ -213,14 +217,14 @@ class Matched(Topological):
         """Compares two clouds (n, d) of the same images, by the edges of a tree if one is given."""
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        answers = teacher.embedding
+        reference = teacher.embedding
         if self.target == "permuted":
-            ring = self._ring(batch)
-            answers = torch.empty_like(answers).index_copy(0, ring, answers[ring.roll(1)])
-        return self.compared(student.embedding, answers, self.tree(batch))
+            cycle = self._cycle(batch)
+            reference = torch.empty_like(reference).index_copy(0, cycle, reference[cycle.roll(1)])
+        return self.compared(student.embedding, reference, self.tree(batch))
 
-    def _ring(self, batch: Batch) -> Tensor:
-        """The batch in random order, so that with the next in it no image keeps its place."""
+    def _cycle(self, batch: Batch) -> Tensor:
+        """Returns a random cyclic order of the batch; a shift along it moves every image."""
         generator = _generator("permuted", batch, self.epoch)
         order = torch.randperm(len(batch.index), generator=generator)
         return _places(batch)[order.to(batch.index.device)]

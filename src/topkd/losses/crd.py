@@ -1,4 +1,4 @@
-"""A loss on embeddings that tells each image from thousands of others, by a memory of all."""
+"""Contrastive representation distillation with a memory of all training images."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ Positives = Literal["exact", "relaxed"]
 def contrast(
     similarity: Tensor, log_z: Tensor | float, images: int, *, temperature: float = 0.07
 ) -> Tensor:
-    r"""Tells for each anchor which row of a memory belongs to it, and which ones do not.
+    r"""Noise-contrastive loss: classifies memory rows as positives or negatives of each anchor.
 
     .. math:: -\frac{1}{n} \sum_i \Big( \log \frac{P_{i0}}{P_{i0} + K/N}
         + \sum_{j=1}^{K} \log \frac{K/N}{P_{ij} + K/N} \Big), \qquad
         P_{ij} = \frac{1}{Z} e^{s_{ij} / \tau}
 
-    It is computed from logarithms, so that the small number that the authors' code adds to the
+    It is computed in the logarithmic domain, so the constant that the authors' code adds to the
     denominators is not needed.
 
     Args:
-        similarity: Cosines s of anchors and rows, (n, 1 + K); the first row of each belongs to it.
-        log_z: Logarithm of Z.
+        similarity: Cosine similarities s of anchors and rows, (n, 1 + K); the positive comes first.
+        log_z: Logarithm of the normalization constant Z.
         images: N, the number of rows in the memory.
-        temperature: :math:`\tau`.
+        temperature: Temperature :math:`\tau`.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If there is no negative.
+        ValueError: If there is no negative, or an option is out of range.
 
     References:
         Contrastive Representation Distillation (Tian et al., ICLR 2020)
         https://arxiv.org/abs/1910.10699
 
     Examples:
-        >>> contrast(torch.zeros(1, 2), log_z=0.0, images=1)  # two guesses at even odds
+        >>> contrast(torch.zeros(1, 2), log_z=0.0, images=1)  # 2 log 2: no information
         tensor(1.3863)
     """
     check_floats("similarity", similarity, "(n, 1 + negatives)")
@@ -61,28 +61,27 @@ def contrast(
     return -(F.logsigmoid(odds[:, 0]) + F.logsigmoid(-odds[:, 1:]).sum(1)).mean()
 
 
-class Choice(nn.Module):
-    r"""Chooses with which images of a data set an image is contrasted.
+class NegativeSampler(nn.Module):
+    """Samples the positive and the negatives of each image.
 
-    What is chosen for an image depends on (seed, epoch, index) alone, not on the batch it is in.
-    The negatives are every s-th of the images of other classes, modulo the next prime, from some
-    image on; start and s are drawn for each image and epoch. So all images of other classes are
-    equally likely, and hardly any comes twice.
+    The sample is a function of (seed, epoch, index) and does not depend on the batch. The negatives
+    are every s-th of the images of other classes, modulo the next prime; the start and s are drawn
+    for each image and epoch. All images of other classes are equally likely, and repetitions are
+    rare.
 
     Args:
         target: Labels of all images.
-        negatives: How many images of other classes each is contrasted with, at most; fewer if
-            there are fewer of other classes.
-        positives: Whether the image that belongs to an image is itself (exact) or one drawn from
-            its class (relaxed).
+        negatives: Maximum number of negatives, images of other classes; fewer if there are fewer.
+        positives: Whether the positive of an image is the image itself ("exact") or an image drawn
+            from its class ("relaxed").
 
     Raises:
         ValueError: If all images are of one class.
 
     Examples:
-        >>> choose = Choice(torch.tensor([0, 1, 0, 1]), negatives=3)
-        >>> chosen = choose(0, 1, torch.tensor([2, 1]))
-        >>> chosen[:, 0].tolist(), (chosen[:, 1:] % 2).tolist()
+        >>> sample = NegativeSampler(torch.tensor([0, 1, 0, 1]), negatives=3)
+        >>> indices = sample(0, 1, torch.tensor([2, 1]))
+        >>> indices[:, 0].tolist(), (indices[:, 1:] % 2).tolist()
         ([2, 1], [[1, 1], [0, 0]])
     """
 
@@ -100,78 +99,96 @@ class Choice(nn.Module):
         self.negatives, self.positives = min(negatives, int(others.min())), positives
         primes = torch.tensor([_prime_from(number) for number in others.tolist()])
         for name, tensor in {
-            "order": classes.argsort(stable=True),  # class by class
-            "count": counts[classes],  # of images in the class of an image
-            "first": (counts.cumsum(0) - counts)[classes],  # where its class begins
+            "order": classes.argsort(stable=True),  # images sorted by class
+            "count": counts[classes],  # number of images in the class of each image
+            "first": (counts.cumsum(0) - counts)[classes],  # start of its class in the order
             "prime": primes[classes],
         }.items():
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, seed: int | Tensor, epoch: int, index: Tensor) -> Tensor:
-        """Chooses for images (n,): first the one that belongs to each, then the negatives.
+        """Samples for images (n,).
+
+        Args:
+            seed: Seed of the run.
+            epoch: Epoch, counted from 1.
+            index: Indices of the images, (n,).
 
         Returns:
-            Indices, (n, 1 + negatives).
+            Indices of the positive, then of the negatives, (n, 1 + negatives).
 
         Raises:
-            ValueError: If there is no such image.
+            ValueError: If an index is out of range.
         """
         images = len(self.order)
-        if not torch.compiler.is_compiling():  # a graph must not ask for numbers
-            wrong = index[(index < 0) | (index >= images)].tolist()
-            if wrong:
-                raise ValueError(f"there is no image {wrong[0]} among the {images} of the memory")
+        if not torch.compiler.is_compiling():  # a compiled graph cannot read values
+            invalid = index[(index < 0) | (index >= images)].tolist()
+            if invalid:
+                raise ValueError(f"there is no image {invalid[0]} among the {images} of the memory")
         start, step, turn, other = whole_draws(seed, epoch, index, 4).T[..., None]
         first, count, prime = (t[index, None] for t in (self.first, self.count, self.prime))
         steps = torch.arange(self.negatives, device=index.device) * (1 + step % (prime - 1))
         place = (start % prime + steps) % prime
         place = (place + turn % (images - count)) % (images - count)  # all are equally likely
-        place += count * (place >= first)  # the own class is left out
-        belongs = index[:, None]
+        place += count * (place >= first)  # skips the class of the image
+        positive = index[:, None]
         if self.positives == "relaxed":
-            belongs = self.order[first + other % count]
-        return torch.cat([belongs, self.order[place]], 1)
+            positive = self.order[first + other % count]
+        return torch.cat([positive, self.order[place]], 1)
 
 
 def _prime_from(number: int) -> int:
-    """Finds the first prime that is not below a number."""
+    """Returns the smallest prime that is not below a number."""
     while number < 2 or any(number % factor == 0 for factor in range(2, math.isqrt(number) + 1)):
         number += 1
     return number
 
 
 class CRD(Loss):
-    r""":func:`contrast` of linear embeddings of both networks, normalized (CRD).
+    r""":func:`contrast` of linear, normalized embeddings of both networks, CRD.
 
-    Each network's embedding of an image is told from embeddings that the other network made of
-    other images: two memories hold a row for every image, to which each batch in training mode is
-    mixed in, :math:`m \leftarrow \mathrm{normalize}(\mu m + (1 - \mu) e)`; an image that is
-    twice in a batch is mixed in once, with its mean. Both directions are added. Z is set by the
-    first batch in training mode, to N times the mean of :math:`e^{s / \tau}`; before, it is what
-    the memory gives on average as it begins. Memories and Z are saved with the loss. With several
-    processes, take ``batch: gathered``, so that all have the same memories.
+    Each embedding is contrasted with embeddings of the other network. Two memories hold one row per
+    training image. In training mode, each batch updates its rows, :math:`m \leftarrow
+    \mathrm{normalize}(\mu m + (1 - \mu) e)`; an image that occurs several times in a batch updates
+    its row once, with the mean. The losses of both directions are added. Z is fixed by the first
+    batch in training mode, to N times the mean of :math:`e^{s / \tau}`; until then, its expectation
+    under the initial memory is used. Memories and Z are part of the ``state_dict``. With several
+    processes, use ``batch: gathered``, so that all have the same memories.
 
     Args:
-        size: Width of the embeddings that are compared.
-        negatives: Images of other classes that each is told from, at most; fewer if there are
-            fewer of other classes.
-        temperature: :math:`\tau`.
-        momentum: :math:`\mu`.
-        positives: Whether an image belongs to its own row (exact), or to that of any image of its
-            class (relaxed).
+        size: Width of the contrasted embeddings.
+        negatives: Maximum number of negatives, images of other classes; fewer if there are fewer.
+        temperature: Temperature :math:`\tau`.
+        momentum: Momentum :math:`\mu` of the memories.
+        positives: Whether the positive of an image is its own row ("exact") or the row of any image
+            of its class ("relaxed").
+
+    Raises:
+        ValueError: If an option is out of range.
 
     References:
         Contrastive Representation Distillation (Tian et al., ICLR 2020)
         https://arxiv.org/abs/1910.10699
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> context = SimpleNamespace(target=torch.tensor([0, 0, 1, 1]), images=4)
+        >>> student = Features(torch.zeros(2, 10), torch.rand(2, 8))
+        >>> teacher = Features(torch.zeros(2, 10), torch.rand(2, 32))
+        >>> batch = Batch(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), torch.tensor([0, 2]))
+        >>> loss = CRD(size=16)
+        >>> loss.setup(student, teacher, context)
+        >>> loss(student, teacher, batch).shape, loss.metadata()["negatives"]
+        (torch.Size([]), 2)
     """
 
     info = LossInfo(
         name="crd",
         group="relations",
-        compares="each embedding with the other network's of thousands of images",
+        compares="each embedding with the other network's embeddings of thousands of images",
         paper="Tian et al., ICLR 2020",
         url="https://arxiv.org/abs/1910.10699",
-        cost="128 n N for N training images, two projections, 1 kB an image (51 MB for 50,000)",
+        cost="128 n N for N training images, two projections, 1 kB per image (51 MB for 50,000)",
         zero=False,
     )
 
@@ -199,91 +216,94 @@ class CRD(Loss):
         self.positives, self.epoch = positives, 1
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
-        """Creates both embeddings, and a memory with a row for each training image.
+        """Creates the linear embeddings, and memories with one row per training image.
 
         Raises:
             ValueError: If all training images are of one class.
         """
         size, images = self.size, context.images
-        self.choose = Choice(context.target, self.negatives, self.positives)
+        self.sample = NegativeSampler(context.target, self.negatives, self.positives)
         self.student = nn.Linear(student.embedding.shape[1], size)
         self.teacher = nn.Linear(teacher.embedding.shape[1], size)
-        begins = math.log(images) + 1 / (2 * size * self.temperature**2)
-        self.register_buffer("log_z", torch.full((2,), begins))
+        expected = math.log(images) + 1 / (2 * size * self.temperature**2)
+        self.register_buffer("log_z", torch.full((2,), expected))
         self.register_buffer("fixed", torch.tensor(False))
         self.register_buffer("seed", torch.randint(2**31, ()))
-        for name in ("of_student", "of_teacher"):  # every row is about as long as an embedding
+        for name in ("of_student", "of_teacher"):  # rows have approximately unit norm
             self.register_buffer(name, (2 * torch.rand(images, size) - 1) * math.sqrt(3 / size))
 
     def on_epoch_start(self, epoch: int) -> None:
-        """Draws other negatives in every epoch."""
+        """Stores the epoch, from which negatives are sampled."""
         self.epoch = epoch
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         s = directions(self.student(student.embedding).to(self.of_student.dtype))
         t = directions(self.teacher(teacher.embedding).to(self.of_teacher.dtype))
-        chosen = self.choose(self.seed, self.epoch, batch.index)
+        indices = self.sample(self.seed, self.epoch, batch.index)
         if not self.training:
-            return self._value(s, t, chosen)
-        # Memories are changed in place, so that a later backward pass would read other rows.
-        fixed = s.detach(), t.detach()
+            return self._value(s, t, indices)
+        # Memories are updated in place, before the caller's backward pass: compute gradients now.
+        constants = s.detach(), t.detach()
         with torch.enable_grad():
-            own, other = (embedding.clone().requires_grad_() for embedding in fixed)
-            value = self._value(own, other, chosen)
-            slopes = torch.autograd.grad(value, (own, other))
-        for memory, embedding in zip((self.of_student, self.of_teacher), fixed, strict=True):
-            mix_in(memory, batch.index, embedding, self.momentum)
+            leaf_s, leaf_t = (embedding.clone().requires_grad_() for embedding in constants)
+            value = self._value(leaf_s, leaf_t, indices)
+            gradients = torch.autograd.grad(value, (leaf_s, leaf_t))
+        for memory, embedding in zip((self.of_student, self.of_teacher), constants, strict=True):
+            update_memory(memory, batch.index, embedding, self.momentum)
         zeros = [
-            (slope * (moving - still)).sum()
-            for slope, moving, still in zip(slopes, (s, t), fixed, strict=True)
+            (gradient * (embedding - constant)).sum()
+            for gradient, embedding, constant in zip(gradients, (s, t), constants, strict=True)
         ]
-        return value.detach() + torch.stack(zeros).sum()  # the value, with its gradient
+        return value.detach() + torch.stack(zeros).sum()  # attaches the gradients to the value
 
-    def _value(self, student: Tensor, teacher: Tensor, chosen: Tensor) -> Tensor:
-        """Contrasts both embeddings with the rows of the memories that are chosen for them."""
-        # All rows at once: for a batch, far less memory than to gather those of each image.
-        similar = [
-            (anchor @ memory.T).gather(1, chosen)
+    def _value(self, student: Tensor, teacher: Tensor, indices: Tensor) -> Tensor:
+        """Contrasts both embeddings with the sampled rows of the memories."""
+        # A product with all rows needs far less memory than gathering the rows of each image.
+        similarities = [
+            (anchor @ memory.T).gather(1, indices)
             for anchor, memory in ((student, self.of_teacher), (teacher, self.of_student))
         ]
         if self.training and not self.fixed:
-            self._fix(similar)
+            self._fix_z(similarities)
         values = [
             contrast(cosines, log_z, len(self.of_student), temperature=self.temperature)
-            for cosines, log_z in zip(similar, self.log_z, strict=True)
+            for cosines, log_z in zip(similarities, self.log_z, strict=True)
         ]
         return torch.stack(values).sum()
 
     @torch.no_grad()
-    def _fix(self, similar: list[Tensor]) -> None:
-        """Sets Z, once and for all."""
-        means = [(c / self.temperature).logsumexp((0, 1)) - math.log(c.numel()) for c in similar]
+    def _fix_z(self, similarities: list[Tensor]) -> None:
+        """Sets Z from the similarities of the first batch."""
+        means = [
+            (s / self.temperature).logsumexp((0, 1)) - math.log(s.numel()) for s in similarities
+        ]
         self.log_z = (torch.stack(means) + math.log(len(self.of_student))).to(self.log_z.dtype)
         self.fixed = torch.ones_like(self.fixed)
 
     def metadata(self) -> dict[str, Any]:
-        """Returns the number of negatives, and the megabytes of the memories."""
+        """Returns number of negatives, kind of positives and size of the memories in MB."""
         megabytes = (self.of_student.nbytes + self.of_teacher.nbytes) / 1e6
         return {
-            "negatives": self.choose.negatives,
-            "positives": self.choose.positives,
+            "negatives": self.sample.negatives,
+            "positives": self.sample.positives,
             "memory_megabytes": round(megabytes, 1),
         }
 
 
 @torch.no_grad()
-def mix_in(memory: Tensor, index: Tensor, embedding: Tensor, momentum: float) -> None:
-    r"""Mixes embeddings into rows of a memory, :math:`\mathrm{normalize}(\mu m + (1 - \mu) e)`.
+def update_memory(memory: Tensor, index: Tensor, embedding: Tensor, momentum: float) -> None:
+    r"""Updates rows of a memory, :math:`\mathrm{normalize}(\mu m + (1 - \mu) e)`.
 
     Args:
-        memory: Rows m, (N, d); those of the index are changed in place.
-        index: Which rows, (n,). Of an index that comes several times the mean is mixed in, once.
-        embedding: e, (n, d).
-        momentum: :math:`\mu`.
+        memory: Rows m, (N, d); updated in place.
+        index: Indices of the rows, (n,). A repeated index is updated once, with the mean of its
+            embeddings.
+        embedding: Embeddings e, (n, d).
+        momentum: Momentum :math:`\mu`.
 
     Examples:
         >>> memory = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        >>> mix_in(memory, torch.tensor([1]), torch.tensor([[0.0, -3.0]]), momentum=0.5)
+        >>> update_memory(memory, torch.tensor([1]), torch.tensor([[0.0, -3.0]]), momentum=0.5)
         >>> memory
         tensor([[ 1.,  0.],
                 [ 0., -1.]])

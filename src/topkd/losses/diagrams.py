@@ -1,4 +1,4 @@
-"""Losses between persistence diagrams, which do not see which image is which."""
+"""Losses between persistence diagrams, invariant to permutations of the images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from topkd.topology.scaling import TreeScale, normalized
 Form = Literal["pce", "em-pce"]
 Norm = Literal["maximum", "euclidean"]
 
-CALIBRATED_ON = 8  # batches
+CALIBRATION_BATCHES = 8
 
 
 class Wasserstein(PermutationInvariant):
@@ -30,9 +30,9 @@ class Wasserstein(PermutationInvariant):
 
     .. math:: W_p\big(D(f^s), D(f^t)\big)
 
-    In dimension 0 it compares the sorted lengths of both spanning trees one by one, in dimension 1
-    it matches loops with loops or with the diagonal. It is a sum over bars, and grows with their
-    number. The gradient reaches the points that carry a bar.
+    In dimension 0 it compares the sorted edge lengths of both spanning trees. In dimension 1 it
+    matches loops with loops or with the diagonal. The distance is a sum over bars and grows with
+    their number. The gradient reaches the points that determine a bar.
 
     Args:
         dimension: 0 for clusters, 1 for loops.
@@ -42,11 +42,11 @@ class Wasserstein(PermutationInvariant):
         scale: Scale of lengths: a statistic of the edges of the minimum spanning tree, see
             :mod:`topkd.topology.scaling`. Defaults to their mean.
         edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
-        target: ``other`` for the teacher's answers to other images, ``mean`` for the means of the
-            teacher's sorted lengths, see there.
+        target: ``other`` for the teacher's features of other images, ``mean`` for the mean of the
+            teacher's sorted lengths, see :mod:`topkd.losses.controls`.
 
     Raises:
-        ValueError: If the order is below 1, or the control is none of this loss.
+        ValueError: If an option is out of range, or the control does not apply to this loss.
 
     References:
         Geometry Helps to Compare Persistence Diagrams (Kerber, Morozov & Nigmetov, 2017)
@@ -56,7 +56,7 @@ class Wasserstein(PermutationInvariant):
         >>> cloud = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
         >>> teacher, student = Features(cloud, cloud), Features(cloud, 3 * cloud.flip(0))
         >>> batch = Batch(torch.zeros(64, 3, 8, 8), torch.zeros(64).long(), torch.arange(64))
-        >>> Wasserstein()(student, teacher, batch).item() < 1e-4  # neither scale nor order count
+        >>> Wasserstein()(student, teacher, batch).item() < 1e-4  # invariant to scale and order
         True
     """
 
@@ -84,7 +84,7 @@ class Wasserstein(PermutationInvariant):
         check_tree(edges, dimension)
         if dimension == 1 and target == "mean":
             raise ValueError(
-                "target: mean needs equally many bars in all clouds, loops are now more, now fewer;"
+                "target: mean needs equally many bars in all clouds, the number of loops varies;"
                 " use other"
             )
         one_of("dimension", dimension, Literal[0, 1])
@@ -122,7 +122,7 @@ def persistent_cross_entropy(
     tolerance: float | Tensor,
     form: Form = "pce",
 ) -> Tensor:
-    r"""Compares how densely lifetimes lie around each of the teacher's.
+    r"""Compares the densities of lifetimes around each lifetime of the teacher.
 
     .. math::
         A_u(D) = \sum_{v \in D} e^{-(u - v)^2 / 2 \eta^2} \frac{v}{1 + v}, \qquad
@@ -133,23 +133,23 @@ def persistent_cross_entropy(
         \mathrm{EM\text{-}PCE} = \mathrm{PCE}
         + \log \sum_{u \in D_T} \pi(u)\, e^{-\Delta(u)^2 / 2 \tau^2}
 
-    The first is the divergence of :math:`\pi` from :math:`\pi e^{-\Delta^2 / 2 \tau^2}`; the second
-    is that from the same made to sum to 1, and does not see a difference that is the same
-    everywhere. The teacher is the reference: what the student has far from all of its lifetimes
-    counts nothing. Where these are 0, all count alike.
+    PCE is the divergence of :math:`\pi` from :math:`\pi e^{-\Delta^2 / 2 \tau^2}`; EM-PCE is the
+    divergence from the same after normalization to sum 1, and is invariant to a constant
+    difference. The teacher is the reference: lifetimes of the student that are far from all of the
+    teacher's do not count. If all lifetimes of the teacher are 0, they are weighted equally.
 
     Args:
         student: Lifetimes :math:`D_S`, (bars).
         teacher: Lifetimes :math:`D_T`, (bars), at least one.
-        bandwidth: :math:`\eta`, how near lifetimes are one.
-        tolerance: :math:`\tau`, how great a difference is one.
-        form: Which of both.
+        bandwidth: Kernel bandwidth :math:`\eta`.
+        tolerance: Scale :math:`\tau` of the density differences.
+        form: "pce" or "em-pce".
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If these are no lifetimes, or bandwidth or tolerance is not positive.
+        ValueError: If the lifetimes are not floating-point (bars), or an option is out of range.
 
     References:
         Persistent Cross Entropy (Yeom & Jung, manuscript 2026, not public), which starts from
@@ -168,25 +168,29 @@ def persistent_cross_entropy(
     positive("tolerance", tolerance)
     one_of("form", form, Form)
     dtype = student.dtype
-    if student.device.type != "mps":  # EM-PCE is a small difference
+    if student.device.type != "mps":  # EM-PCE suffers from cancellation in float32
         student, teacher = student.double(), teacher.double()
     total = teacher.sum()
     share = (teacher / total.where(total > 0, 1)).where(total > 0, 1 / len(teacher))
-    gaussian_nll = 0.5 * (_gaps(student, teacher, bandwidth) / tolerance).square()
-    plain = (share * gaussian_nll).sum()
-    whole = plain if form == "pce" else plain + torch.logsumexp(share.log() - gaussian_nll, 0)
-    return whole.to(dtype)
+    gaussian_nll = 0.5 * (_density_differences(student, teacher, bandwidth) / tolerance).square()
+    value = (share * gaussian_nll).sum()
+    if form == "em-pce":
+        value = value + torch.logsumexp(share.log() - gaussian_nll, 0)
+    return value.to(dtype)
 
 
-def calibrated(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+def calibrate(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     r"""Chooses bandwidth and tolerance of :func:`persistent_cross_entropy`.
 
-    The bandwidth is the median over batches of the median difference, where there is one, between
-    two of the teacher's lifetimes. The tolerance is the median of all :math:`|\Delta(u)| > 0`; 1 if
-    there is none.
+    The bandwidth is the median over batches of the median nonzero difference between two of the
+    teacher's lifetimes. The tolerance is the median of all :math:`|\Delta(u)| > 0`, or 1 if there
+    is none.
 
     Args:
-        pairs: Lifetimes of the student and of the teacher, of each batch.
+        pairs: Lifetimes of the student and of the teacher for each batch.
+
+    Returns:
+        Bandwidth and tolerance.
 
     Raises:
         ValueError: If no two lifetimes of the teacher differ.
@@ -196,16 +200,16 @@ def calibrated(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     medians = [_median(gaps[gaps > 0]) for gaps in apart if (gaps > 0).any()]
     if not medians:
         raise ValueError(
-            "no two lifetimes of the teacher's clouds differ, so that there is no bandwidth; "
+            "no two lifetimes of the teacher's clouds differ, so the bandwidth is undefined; "
             "give bandwidth and tolerance"
         )
     bandwidth = float(np.median(medians))
-    gaps = torch.cat([_gaps(*pair, bandwidth).abs() for pair in pairs])
+    gaps = torch.cat([_density_differences(*pair, bandwidth).abs() for pair in pairs])
     return bandwidth, _median(gaps[gaps > 0]) if (gaps > 0).any() else 1.0
 
 
-def _gaps(student: Tensor, teacher: Tensor, bandwidth: float | Tensor) -> Tensor:
-    """How much more of the student's lifetimes lies around each of the teacher's."""
+def _density_differences(student: Tensor, teacher: Tensor, bandwidth: float | Tensor) -> Tensor:
+    """Computes the density of the student's minus that of the teacher's lifetimes, (bars)."""
 
     def density(lifetimes: Tensor) -> Tensor:
         near = (-0.5 * ((teacher[:, None] - lifetimes) / bandwidth).square()).exp()
@@ -219,31 +223,39 @@ def _median(values: Tensor) -> float:
 
 
 class PCE(PermutationInvariant):
-    """:func:`persistent_cross_entropy` of the lifetimes of dimension 0 of directions.
+    """:func:`persistent_cross_entropy` of the H0 lifetimes of normalized embeddings, PCE.
 
-    Embeddings are scaled to length 1; their lifetimes are the lengths of the spanning tree. Unless
-    told, bandwidth and tolerance are :func:`calibrated` once, before training, on 8 batches of the
-    teacher's answers and of what the student, in eval mode, makes of the same images. They are
-    buffers, so that a run that goes on keeps them.
+    Embeddings are scaled to unit length; their lifetimes are the edge lengths of the spanning tree.
+    By default, bandwidth and tolerance are calibrated by :func:`calibrate` once before training, on
+    8 batches of teacher embeddings and of the student's in eval mode. They are buffers, so a
+    resumed run keeps them.
 
-    The authors weigh EM-PCE by 5. PCE they weigh anew in every step, so that its gradient is as
-    long as that of five times TopKD's; ``share`` in a recipe comes closest.
+    The authors use weight 5 for EM-PCE. For PCE, they adapt the weight in each step so that the
+    norm of its gradient equals that of five times TopKD's; ``share`` in a recipe is the closest
+    setting.
 
     Args:
-        bandwidth: How near lifetimes are one.
-        tolerance: How great a difference is one.
+        bandwidth: Kernel bandwidth. Calibrated by default.
+        tolerance: Scale of the density differences. Calibrated by default.
         form: ``pce`` or ``em-pce``.
         edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
-        target: ``other`` for the teacher's answers to other images, ``mean`` for the means of the
-            teacher's sorted lifetimes, see there.
+        target: ``other`` for the teacher's features of other images, ``mean`` for the mean of the
+            teacher's sorted lifetimes, see :mod:`topkd.losses.controls`.
 
     Raises:
-        ValueError: If bandwidth or tolerance is not positive, or the target is no control.
+        ValueError: If only one of bandwidth and tolerance is given, or an option is out of range.
 
     References:
         Persistent Cross Entropy (Yeom & Jung, manuscript 2026, not public), which starts from
         Do Topological Characteristics Help in Knowledge Distillation? (Kim et al., ICML 2024)
         https://proceedings.mlr.press/v235/kim24aj.html
+
+    Examples:
+        >>> cloud = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+        >>> teacher, student = Features(cloud, cloud), Features(cloud, 3 * cloud.flip(0))
+        >>> batch = Batch(torch.zeros(8, 3, 8, 8), torch.zeros(8).long(), torch.arange(8))
+        >>> PCE(bandwidth=0.1, tolerance=1.0)(student, teacher, batch).item() < 1e-6
+        True
     """
 
     info = LossInfo(
@@ -277,10 +289,10 @@ class PCE(PermutationInvariant):
         self.form: Form = one_of("form", form, Form)
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
-        """Calibrates bandwidth and tolerance, where they are not given.
+        """Calibrates bandwidth and tolerance unless they are given.
 
         Raises:
-            ValueError: If they cannot be found.
+            ValueError: If no two lifetimes of the teacher differ.
         """
         if self.is_calibrated:
             self._calibrate(context)
@@ -288,16 +300,16 @@ class PCE(PermutationInvariant):
 
     def _calibrate(self, context: LossContext) -> None:
         pairs = []
-        for shown, answer in islice(context.teacher_batches(0), CALIBRATED_ON):
-            made, tree = _in_eval_mode(context.student, shown), self.tree(shown)
-            ours, theirs = made.embedding.cpu(), answer.embedding.cpu()
-            pairs.append((self.described(ours, tree), self.described(theirs, tree)))
-        bandwidth, tolerance = calibrated(pairs)
+        for batch, features in islice(context.teacher_batches(0), CALIBRATION_BATCHES):
+            tree, student = self.tree(batch), _in_eval_mode(context.student, batch)
+            clouds = student.embedding.cpu(), features.embedding.cpu()
+            pairs.append((self.described(clouds[0], tree), self.described(clouds[1], tree)))
+        bandwidth, tolerance = calibrate(pairs)
         self.bandwidth.fill_(bandwidth)
         self.tolerance.fill_(tolerance)
 
     def described(self, points: Tensor, tree: Tensor | None) -> Tensor:
-        """Lifetimes of the directions of points, (n - 1)."""
+        """Computes the lifetimes of the normalized points, (n - 1)."""
         points = directions(points)
         return (rips(points) if tree is None else tree_diagram(points, tree)).deaths
 

@@ -1,4 +1,4 @@
-"""A loss on what a teacher's last map says in fewer channels."""
+"""Factor transfer: a loss on compressed representations of the last feature map."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from topkd.losses.maps import paired, to_smaller
 from topkd.losses.regression import mean_square
 from topkd.topology.gradient import SMALL, bounded_divide
 
-SLOPE = 0.1  # of the leaky ReLUs
+NEGATIVE_SLOPE = 0.1  # of the leaky ReLUs
 
 Form = Literal["map", "whole"]
 
 
 def factor_transfer(student: Tensor, teacher: Tensor, *, form: Form = "map") -> Tensor:
-    r"""Compares the factors of two networks, whatever their lengths.
+    r"""Compares the factors of two networks after normalization.
 
     .. math:: \frac{1}{nm} \sum_i \Big\lVert \frac{q^s_i}{\lVert q^s_i \rVert_2} -
         \frac{q^t_i}{\lVert q^t_i \rVert_2} \Big\rVert_1
 
-    for n images and m numbers in each q. ``form="map"`` is RepDistiller's: q is the mean over
-    channels of the squared factor, a number for each position. ``form="whole"`` is the paper's: q
-    is the factor itself, where the paper writes a sum and its authors compute a mean.
-    (torchdistill divides by n once more.) The larger factor is averaged to the size of the smaller.
+    for n images and m entries in each q. ``form="map"`` follows RepDistiller: q is the mean over
+    channels of the squared factor, one value per position. ``form="whole"`` follows the paper: q is
+    the factor itself; the paper writes a sum, the authors' code computes a mean. (torchdistill
+    divides by n once more.) The larger factor is average-pooled to the size of the smaller.
 
     Args:
         student: Factor of the student, (n, k, h, w).
-        teacher: Factor of the teacher, (n, k, h, w), with a size that may differ.
-        form: Which of the two.
+        teacher: Factor of the teacher, (n, k, h, w); the size may differ.
+        form: "map" or "whole".
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the factors differ in images or channels.
+        ValueError: If the factors differ in images or channels, or the form is unknown.
 
     References:
         Paraphrasing Complex Network: Network Compression via Factor Transfer (Kim et al., NeurIPS
@@ -60,20 +60,23 @@ def factor_transfer(student: Tensor, teacher: Tensor, *, form: Form = "map") -> 
     check_shapes("factors", student, teacher, 2, MAPS)
     one_of("form", form, Form)
     factors = to_smaller(student, teacher)
-    numbers = [f.square().mean(1) if form == "map" else f for f in factors]
     small = SMALL**2 if form == "map" else SMALL
-    rows = [q.flatten(1) for q in numbers]
-    own, aim = (bounded_divide(q, q.norm(dim=1, keepdim=True), small) for q in rows)
-    return F.l1_loss(own, aim)
+    rows = [(f.square().mean(1) if form == "map" else f).flatten(1) for f in factors]
+    s, t = (bounded_divide(q, q.norm(dim=1, keepdim=True), small) for q in rows)
+    return F.l1_loss(s, t)
 
 
 def encoder(channels: int, factors: int, *, normalized: bool) -> nn.Sequential:
-    """Builds what makes factors (n, k, h, w) of a map (n, c, h, w): three 3x3 convolutions.
+    """Builds an encoder from maps (n, c, h, w) to factors (n, k, h, w): three 3x3 convolutions.
 
     Args:
-        channels: c.
-        factors: k.
-        normalized: Whether a normalization follows each.
+        channels: Channels c of the map.
+        factors: Channels k of the factors.
+        normalized: Whether a batch normalization follows each convolution.
+
+    Examples:
+        >>> encoder(8, 4, normalized=True)(torch.zeros(2, 8, 3, 3)).shape
+        torch.Size([2, 4, 3, 3])
     """
     widths = [(channels, channels), (channels, factors), (factors, factors)]
     return _chain([nn.Conv2d(a, b, 3, padding=1) for a, b in widths], normalized)
@@ -84,19 +87,21 @@ def _chain(
 ) -> nn.Sequential:
     layers: list[nn.Module] = []
     for convolution in convolutions:
-        nn.init.kaiming_normal_(convolution.weight, a=SLOPE)  # torch's own fades in six layers
+        nn.init.kaiming_normal_(
+            convolution.weight, a=NEGATIVE_SLOPE
+        )  # torch's default decays over six layers
         nn.init.zeros_(cast(Tensor, convolution.bias))
-        between = [nn.BatchNorm2d(convolution.out_channels)] if normalized else []
-        layers += [convolution, *between, nn.LeakyReLU(SLOPE)]
+        normalization = [nn.BatchNorm2d(convolution.out_channels)] if normalized else []
+        layers += [convolution, *normalization, nn.LeakyReLU(NEGATIVE_SLOPE)]
     return nn.Sequential(*layers)
 
 
 class Paraphraser(nn.Module):
-    """An auto-encoder of maps: (n, c, h, w) to factors (n, k, h, w) and back.
+    """An autoencoder of feature maps: (n, c, h, w) to factors (n, k, h, w) and back.
 
     Args:
-        channels: c.
-        factors: k.
+        channels: Channels c of the maps.
+        factors: Channels k of the factors.
 
     References:
         Paraphrasing Complex Network: Network Compression via Factor Transfer (Kim et al., NeurIPS
@@ -111,29 +116,36 @@ class Paraphraser(nn.Module):
         super().__init__()
         self.encoder = encoder(channels, factors, normalized=False)
         widths = [(factors, factors), (factors, channels), (channels, channels)]
-        back = [nn.ConvTranspose2d(a, b, 3, padding=1) for a, b in widths]
-        self.decoder = _chain(back, normalized=False)
+        convolutions = [nn.ConvTranspose2d(a, b, 3, padding=1) for a, b in widths]
+        self.decoder = _chain(convolutions, normalized=False)
 
     def forward(self, maps: Tensor) -> Tensor:
         return self.decoder(self.encoder(maps))
 
 
 class FT(Loss):
-    """:func:`factor_transfer` of the last maps.
+    """:func:`factor_transfer` of the last maps, FT.
 
-    The teacher's factors are what a :class:`Paraphraser` of its last map makes of it, an
-    auto-encoder that learns from the teacher alone before the student begins. The student's are
-    made by a translator: the same encoder with normalizations, which learns with the student.
+    The teacher's factors are the codes of a :class:`Paraphraser`, an autoencoder of its last map
+    that is pre-trained on the teacher alone. The student's factors are computed by a translator:
+    the same encoder with batch normalizations, trained together with the student.
 
     Args:
-        form: "map", as RepDistiller, or "whole", as the paper.
-        rate: Factors for each channel of the teacher's last map.
-        epochs: How long the paraphraser is trained.
-        lr: Its learning rate.
+        form: "map", as in RepDistiller, or "whole", as in the paper.
+        rate: Ratio of factor channels to channels of the teacher's last map.
+        epochs: Epochs of pre-training.
+        lr: Learning rate of pre-training.
+
+    Raises:
+        ValueError: If an option is out of range.
 
     References:
         Paraphrasing Complex Network: Network Compression via Factor Transfer (Kim et al., NeurIPS
         2018) https://arxiv.org/abs/1802.04977
+
+    Examples:
+        >>> FT(rate=0.5, epochs=10).options["rate"]
+        0.5
     """
 
     info = LossInfo(
@@ -142,7 +154,7 @@ class FT(Loss):
         compares="factors of the last feature map",
         paper="Kim et al., NeurIPS 2018",
         url="https://arxiv.org/abs/1802.04977",
-        cost="n d k with k channels, six 3x3 convolutions and an auto-encoder trained before",
+        cost="n d k with k channels, six 3x3 convolutions and a pre-trained autoencoder",
         zero=False,
     )
 
@@ -158,27 +170,27 @@ class FT(Loss):
         self._metadata: dict[str, Any] = {}
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
-        """Trains the paraphraser, where that has not been done, and creates the translator.
+        """Trains the paraphraser, or loads it, and creates the translator.
 
         Raises:
-            ValueError: If one of the networks has no map, or the paraphraser does not learn.
+            ValueError: If one of the networks has no map, or the paraphraser diverges.
         """
-        ((own, last),) = paired(student.maps[-1:], teacher.maps[-1:])
-        channels = last.shape[1]
+        ((student_map, teacher_map),) = paired(student.maps[-1:], teacher.maps[-1:])
+        channels = teacher_map.shape[1]
         factors = max(1, int(self.rate * channels))
         paraphraser, error = processes.by_first(
             lambda: learn(context, channels, factors, epochs=self.epochs, lr=self.lr)
         )
         self.paraphrase = paraphraser.encoder.requires_grad_(False)
-        self.translate = encoder(own.shape[1], factors, normalized=True)
+        self.translate = encoder(student_map.shape[1], factors, normalized=True)
         self._metadata = {"factors": factors, "reconstruction_error": error}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        own, aim = self.translate(student.maps[-1]), self.paraphrase(teacher.maps[-1])
-        return factor_transfer(own, aim, form=self.form)
+        s, t = self.translate(student.maps[-1]), self.paraphrase(teacher.maps[-1])
+        return factor_transfer(s, t, form=self.form)
 
     def metadata(self) -> dict[str, Any]:
-        """Returns the number of factors, and the share of the maps that is lost in them."""
+        """Returns the number of factors and the reconstruction error of the paraphraser."""
         return self._metadata
 
 

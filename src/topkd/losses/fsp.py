@@ -1,4 +1,4 @@
-"""A loss on how a network goes from map to map."""
+"""A loss on the flow of solution procedure (FSP) between feature maps."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ Pooling = Literal["average", "maximum"]
 
 
 def fsp_matrix(shallow: Tensor, deep: Tensor, *, pooling: Pooling = "average") -> Tensor:
-    r"""Computes the flow of solution procedure from one map of a network to a deeper one.
+    r"""Computes the flow of solution procedure between two maps of a network.
 
     .. math:: G_{jk} = \frac{1}{p} \sum_x F_{jx} F'_{kx}
 
-    over the p positions x. The larger map is pooled to the size of the smaller first, by the
-    average, as in RepDistiller, or by the maximum, as in the paper.
+    over the p positions x. The larger map is pooled to the size of the smaller first: average
+    pooling as in RepDistiller, or maximum pooling as in the paper.
 
     Args:
         shallow: F, (n, c, h, w).
         deep: F', (n, c', h', w').
-        pooling: Which of the two.
+        pooling: "average" or "maximum".
 
     Returns:
         The matrices G, (n, c, c').
 
     Raises:
-        ValueError: If these are no maps of the same images.
+        ValueError: If the tensors are not maps of the same images, or the pooling is unknown.
 
     References:
         A Gift from Knowledge Distillation (Yim et al., CVPR 2017)
         https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html
 
     Examples:
-        >>> one_hot = torch.eye(4).view(1, 4, 2, 2)  # channel j sees position j alone
+        >>> one_hot = torch.eye(4).view(1, 4, 2, 2)  # channel j is active at position j only
         >>> fsp_matrix(one_hot, one_hot)[0].diagonal()
         tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
@@ -60,31 +60,41 @@ def fsp_matrix(shallow: Tensor, deep: Tensor, *, pooling: Pooling = "average") -
 
 
 class FSP(Loss):
-    r"""Compares how two networks go from each map to the next.
+    r"""Compares the FSP matrices of consecutive maps.
 
     .. math:: \sum_l \frac{1}{n c_l c_{l+1}} \sum_i \lVert G^s_{il} - G^t_{il} \rVert^2
 
-    where G is the :func:`fsp_matrix`. In the paper and in RepDistiller this loss counts in the
-    first epochs alone, and the cross-entropy after them: ``start`` and ``stop`` of a recipe's
-    terms.
+    where G is the :func:`fsp_matrix`. In the paper and in RepDistiller, this is the only loss in
+    the first epochs and the cross-entropy the only one after them: set ``start`` and ``stop`` of
+    the terms in a recipe.
 
     Args:
-        skip: How many maps are left out at the shallow end; the first is that of the stem.
-        pooling: How the larger of two maps is made as small as the other, by "average" or
-            "maximum".
+        skip: Number of maps skipped at the shallow end; the first map is that of the stem.
+        pooling: Pooling of the larger of two maps, "average" or "maximum".
+
+    Raises:
+        ValueError: If an option is out of range.
 
     References:
         A Gift from Knowledge Distillation (Yim et al., CVPR 2017)
         https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html
+
+    Examples:
+        >>> maps = [torch.rand(2, 4, 8, 8), torch.rand(2, 8, 4, 4)]
+        >>> features = Features(torch.zeros(2, 10), torch.zeros(2, 8), maps)
+        >>> loss = FSP(pooling="maximum")
+        >>> loss.setup(features, features, context=None)
+        >>> loss(features, features, batch=None).item()
+        0.0
     """
 
     info = LossInfo(
         name="fsp",
         group="feature maps",
-        compares="products of neighboring feature maps",
+        compares="products of consecutive feature maps",
         paper="Yim et al., CVPR 2017",
         url="https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html",
-        cost="n d k with k channels, as many in both networks",
+        cost="n d k with k channels, equally many in both networks",
         any_width=False,
     )
 
@@ -113,17 +123,17 @@ class FSP(Loss):
         if differing:
             raise ValueError(
                 "fsp needs as many channels in the student as in the teacher, but "
-                f"{', '.join(differing)}; let the term's taps choose maps that agree, or use at, "
+                f"{', '.join(differing)}; select matching maps with the term's taps, or use at, "
                 "nst or vid, for which channels may differ"
             )
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         pairs = paired(student.maps, teacher.maps, self.skip)
-        gaps = [
+        values = [
             mean_square(
                 fsp_matrix(s, next_s, pooling=self.pooling),
                 fsp_matrix(t, next_t, pooling=self.pooling),
             )
             for (s, t), (next_s, next_t) in pairwise(pairs)
         ]
-        return torch.stack(gaps).sum()
+        return torch.stack(values).sum()

@@ -1,4 +1,4 @@
-"""Formulas of the losses, as pure functions of tensors."""
+"""Loss formulas as pure functions of tensors."""
 
 from topkd.losses.ab import activation_boundaries
 from topkd.losses.classifier import class_attention, class_maps, last_map

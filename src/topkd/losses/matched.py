@@ -1,4 +1,4 @@
-"""Losses that compare the shapes of two clouds of the same images, and see which is which."""
+"""Topological losses between clouds of the same images, with known correspondence."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from topkd.topology.scaling import DistanceScale
 
 
 class EdgeMatching(Matched):
-    """:func:`~topkd.topology.edge_matching` of the embeddings, by both their spanning trees.
+    """:func:`~topkd.topology.edge_matching` of the embeddings, along both spanning trees.
 
-    The paper divides by no scale. Its released code divides the teacher's lengths by their maximum
-    and the student's by a learned number, and has no ½: that is ``scale: learned``, with twice the
-    weight. Here that number is the exponential of a weight, so that it stays positive.
+    The paper does not normalize lengths. Its released code divides the teacher's lengths by their
+    maximum and the student's by a learned scale, and omits the factor ½: use ``scale: learned``
+    with twice the weight. Here the learned scale is the exponential of a weight, so it stays
+    positive.
 
     Args:
         scale: Scale of lengths, see :mod:`topkd.topology.scaling`, or "learned". Defaults to the
@@ -27,14 +28,23 @@ class EdgeMatching(Matched):
         detach_scale: Whether the scale is a constant for the gradient.
         symmetric: Whether the edges of the student's tree count, and not the teacher's alone.
         edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
-        target: ``permuted`` for the teacher's answers to other images, see there.
+        target: ``permuted`` for the teacher's features of other images, see there.
 
     Raises:
-        ValueError: If the target is no control of this loss.
+        ValueError: If an option is unknown, or the target is not a control of this loss.
 
     References:
         Topological Autoencoders (Moor et al., ICML 2020)
         https://arxiv.org/abs/1906.00722
+
+    Examples:
+        >>> import torch
+        >>> from topkd.features import Batch, Features
+        >>> cloud = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+        >>> teacher, student = Features(cloud, cloud), Features(cloud, 3 * cloud)
+        >>> batch = Batch(torch.zeros(8, 3, 8, 8), torch.zeros(8).long(), torch.arange(8))
+        >>> EdgeMatching()(student, teacher, batch).item() < 1e-6  # invariant to scale
+        True
     """
 
     info = LossInfo(
@@ -76,28 +86,32 @@ class EdgeMatching(Matched):
 
 
 class RTDLite(Matched):
-    """:func:`~topkd.topology.rtd_lite` of the embeddings: when the same clusters form.
+    """:func:`~topkd.topology.rtd_lite` of the embeddings: the lengths at which clusters merge.
 
     Args:
         scale: Scale of lengths, see :mod:`topkd.topology.scaling`. Defaults to the 0.9-quantile of
             all pairwise distances, as in the paper; ``matrix_quantile`` is that of its code.
         detach_scale: Whether the scale is a constant for the gradient.
         edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
-        target: ``permuted`` for the teacher's answers to other images, see there.
+        target: ``permuted`` for the teacher's features of other images, see there.
 
     Raises:
-        ValueError: If the target is no control of this loss.
+        ValueError: If an option is unknown, or the target is not a control of this loss.
 
     References:
         RTD-Lite: Scalable Topological Analysis for Comparing Weighted Graphs in Learning Tasks
         (Tulchinskii et al., AISTATS 2025)
         https://arxiv.org/abs/2503.11910
+
+    Examples:
+        >>> RTDLite(scale="matrix_quantile").scale
+        'matrix_quantile'
     """
 
     info = LossInfo(
         name="rtd_lite",
         group="topology",
-        compares="at which lengths the same clusters form",
+        compares="lengths at which the same clusters form",
         paper="Tulchinskii et al., AISTATS 2025",
         url="https://arxiv.org/abs/2503.11910",
         cost="n² d",
@@ -121,7 +135,7 @@ class RTDLite(Matched):
 
 
 class Ultrametric(Matched):
-    """:func:`~topkd.topology.ultrametric` of the embeddings: when two images fall together.
+    """:func:`~topkd.topology.ultrametric` of the embeddings: merge lengths of all pairs of images.
 
     Args:
         order: The exponent of a difference, at least 1.
@@ -129,21 +143,25 @@ class Ultrametric(Matched):
             pairwise distances.
         detach_scale: Whether the scale is a constant for the gradient.
         edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
-        target: ``permuted`` for the teacher's answers to other images, see there.
+        target: ``permuted`` for the teacher's features of other images, see there.
 
     Raises:
-        ValueError: If the order is below 1, or the target is no control of this loss.
+        ValueError: If the order is below 1, or the target is not a control of this loss.
 
     References:
         Characterization, Stability and Convergence of Hierarchical Clustering Methods
         (Carlsson & Mémoli, JMLR 2010), for the ultrametric; as a loss it is defined here
         https://jmlr.org/papers/v11/carlsson10a.html
+
+    Examples:
+        >>> Ultrametric(order=2.0, target="permuted").order
+        2.0
     """
 
     info = LossInfo(
         name="ultrametric",
         group="topology",
-        compares="at which length two images fall into one cluster",
+        compares="lengths at which two images merge into one cluster",
         paper="Carlsson & Mémoli, JMLR 2010",
         url="https://jmlr.org/papers/v11/carlsson10a.html",
         cost="n² d",

@@ -1,4 +1,4 @@
-"""A loss on what passes a ReLU, and on nothing else."""
+"""Overhaul of feature distillation: a loss on pre-activations, gated by the ReLU."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from topkd.losses._validation import check_shapes, skipped
 from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import depth_weighted_sum, paired, to_smaller
 
-RARE = 0.001  # a channel that is negative less often has no mean of its negative responses
-MEASURED_ON = 16  # batches, where no normalization tells
+MIN_NEGATIVE_PROBABILITY = 0.001  # below it, the mean of the negative part is ill-conditioned
+MARGIN_BATCHES = 16  # batches on which margins are measured without a batch normalization
 
 
 def negative_mean(mean: Tensor, std: Tensor) -> Tensor:
@@ -25,14 +25,15 @@ def negative_mean(mean: Tensor, std: Tensor) -> Tensor:
     .. math:: \mathrm{E}[x \mid x < 0] = \mu - \sigma \frac{\varphi(\mu / \sigma)}
         {\Phi(-\mu / \sigma)}
 
-    A Gaussian that is negative with a probability of 0.001 or less has :math:`-3 \sigma` instead.
+    For a Gaussian that is negative with a probability of at most 0.001, the result is
+    :math:`-3 \sigma`.
 
     Args:
         mean: :math:`\mu`, of any shape.
-        std: :math:`\sigma`, of the same; 0 is taken for the limit.
+        std: :math:`\sigma`, of the same shape; 0 stands for the limit.
 
     Returns:
-        The means, of the same shape, none of them positive.
+        The means, of the same shape, at most 0.
 
     References:
         A Comprehensive Overhaul of Feature Distillation (Heo et al., ICCV 2019)
@@ -47,39 +48,41 @@ def negative_mean(mean: Tensor, std: Tensor) -> Tensor:
     log_below = torch.special.log_ndtr(-steps)
     log_density = -0.5 * steps.square() - 0.5 * math.log(2 * math.pi)
     tail = mean - std * (log_density - log_below).exp()
-    return torch.where(log_below > math.log(RARE), tail, -3 * std)
+    return torch.where(log_below > math.log(MIN_NEGATIVE_PROBABILITY), tail, -3 * std)
 
 
 def partial_distance(
     student: Sequence[Tensor], teacher: Sequence[Tensor], margins: Sequence[Tensor]
 ) -> Tensor:
-    r"""Compares pre-activations as far as they matter behind the ReLU.
+    r"""Computes the squared distance of pre-activations, gated by the ReLU.
 
     .. math:: \frac{1}{n} \sum_{l=1}^{L} 2^{l-L} \sum (s - t')^2 \, [s > t' \text{ or } t > 0],
         \qquad t' = \max(t, m)
 
-    over all neurons of the n images: where the teacher's response is negative, the student's only
+    over all neurons of the n images. Where the teacher's response is negative, the student's only
     has to be below the margin m of the channel.
 
     Args:
         student: Pre-activations s of L stages, shallow to deep, (n, c, h, w) each.
-        teacher: Those of the teacher, t, of the same shapes.
-        margins: m of every channel, (c,) for each stage.
+        teacher: Pre-activations t of the teacher, of the same shapes.
+        margins: Margin m of each channel, (c,) for each stage.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the pre-activations differ in number or in shape.
+        ValueError: If the pre-activations differ in number or in shape, or the margins are not
+            (c,).
 
     References:
         A Comprehensive Overhaul of Feature Distillation (Heo et al., ICCV 2019)
         https://arxiv.org/abs/1904.01866
 
     Examples:
-        >>> aim = torch.tensor([-4.0, 2.0]).view(1, 2, 1, 1)
-        >>> seen = torch.tensor([-9.0, 3.0]).view(1, 2, 1, 1)
-        >>> partial_distance([seen], [aim], [torch.tensor([-1.0, -1.0])]).item()  # -9 is below -1
+        >>> teacher = torch.tensor([-4.0, 2.0]).view(1, 2, 1, 1)
+        >>> student = torch.tensor([-9.0, 3.0]).view(1, 2, 1, 1)
+        >>> margin = torch.tensor([-1.0, -1.0])
+        >>> partial_distance([student], [teacher], [margin]).item()  # -9 is below the margin
         1.0
     """
     values = []
@@ -91,39 +94,51 @@ def partial_distance(
         )
     for (s, t), margin in zip(pairs, margins, strict=True):
         check_shapes("pre-activations", s, t)
-        gap = s - torch.maximum(t, margin[:, None, None])
-        active = ((gap > 0) | (t > 0)).to(
-            gap.dtype
-        )  # numbers: to multiply by booleans takes longer
-        values.append(gap.mul_(active).square().sum() / len(s))
+        difference = s - torch.maximum(t, margin[:, None, None])
+        # Floats: multiplication by booleans is slower.
+        active = ((difference > 0) | (t > 0)).to(difference.dtype)
+        values.append(difference.mul_(active).square().sum() / len(s))
     return depth_weighted_sum(values)
 
 
 class OFD(Loss):
-    """:func:`partial_distance` of all stages.
+    """The :func:`partial_distance` of all stages, OFD.
 
-    The student's pre-activations pass a 1x1 convolution and a normalization. Where sizes differ,
-    the larger pre-activation is averaged to the size of the smaller. Margins are read off the
-    normalization before each ReLU of the teacher, as Gaussians with its shift and scale; where none
-    is found, they are the measured means of what is negative. As it is a sum over neurons, it wants
-    a small weight: the authors' is 0.001, and 0.0001 for ImageNet.
+    The student's pre-activations pass a 1x1 convolution and a batch normalization. Where sizes
+    differ, the larger pre-activation is average-pooled to the size of the smaller. Margins are
+    computed from the shift and scale of the batch normalization before each ReLU of the teacher;
+    without one, they are the measured means of negative responses. The loss is a sum over neurons
+    and needs a small weight: the authors use 0.001, and 0.0001 for ImageNet.
 
-    The authors and mdistiller run the teacher with the statistics of each batch; here it is in eval
-    mode, as for all losses.
+    The authors and mdistiller run the teacher with batch statistics; here it is in eval mode, as
+    for all losses.
 
     Args:
-        skip: How many pre-activations are left out at the shallow end; the first are those of the
-            stem.
+        skip: Number of pre-activations skipped at the shallow end; the first are those of the stem.
+
+    Raises:
+        ValueError: If ``skip`` is negative.
 
     References:
         A Comprehensive Overhaul of Feature Distillation (Heo et al., ICCV 2019)
         https://arxiv.org/abs/1904.01866
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> maps = [torch.randn(2, 4, 8, 8), torch.randn(2, 8, 4, 4)]
+        >>> features = Features(torch.zeros(2, 10), torch.rand(2, 8), preactivations=maps)
+        >>> batches = lambda epoch: [(None, features)]
+        >>> context = SimpleNamespace(teacher=None, teacher_batches=batches)
+        >>> loss = OFD()
+        >>> loss.setup(features, features, context)
+        >>> loss.metadata()  # the stem is skipped
+        {'margins': ['measured on 16 batches']}
     """
 
     info = LossInfo(
         name="ofd",
         group="feature maps",
-        compares="pre-activations that pass the ReLU",
+        compares="pre-activations, gated by the ReLU",
         paper="Heo et al., ICCV 2019",
         url="https://arxiv.org/abs/1904.01866",
         cost="n d k with k channels, one 1x1 convolution a stage",
@@ -138,7 +153,7 @@ class OFD(Loss):
         self.sources: list[str] = []
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
-        """Creates the connectors and reads the margins off the teacher.
+        """Creates the connectors and determines the margins of the teacher's channels.
 
         Raises:
             ValueError: If the networks differ in the number of pre-activations.
@@ -157,61 +172,58 @@ class OFD(Loss):
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         pairs = paired(student.preactivations, teacher.preactivations, self.skip, "pre-activations")
-        moved, aims = [], []
-        for connect, (s, t) in zip(self.connectors, pairs, strict=True):
-            seen, aim = to_smaller(connect(s), t)
-            moved.append(seen)
-            aims.append(aim)
+        connected = [connect(s) for connect, (s, _) in zip(self.connectors, pairs, strict=True)]
+        pooled = [to_smaller(s, t) for s, (_, t) in zip(connected, pairs, strict=True)]
         margins = [self.get_buffer(f"margin{number}") for number in range(len(pairs))]
-        return partial_distance(moved, aims, margins)
+        return partial_distance([s for s, _ in pooled], [t for _, t in pooled], margins)
 
     def metadata(self) -> dict[str, Any]:
-        """Returns where the margins are from."""
+        """Returns the source of each margin: a batch normalization, or a measurement."""
         return {"margins": self.sources}
 
 
 def find_margins(
     preactivations: Sequence[Tensor], context: LossContext, skip: int
 ) -> list[tuple[Tensor, str]]:
-    """Finds the margins of a teacher's channels.
+    """Determines the margins of the teacher's channels.
 
     Args:
-        preactivations: Those that are compared, (n, c, h, w) each, shallow to deep.
-        context: The teacher, and its answers to the training images.
-        skip: How many are left out before them.
+        preactivations: Compared pre-activations of the teacher, (n, c, h, w) each, shallow to deep.
+        context: The teacher, and training images with its features.
+        skip: Number of pre-activations skipped before them.
 
     Returns:
-        For each, (c,) and where it is from.
+        For each stage, the margins (c,) and a description of their source.
     """
     before: list[tuple[str, nn.BatchNorm2d] | None] = [None] * len(preactivations)
     if context.teacher is not None:
-        shown, _ = next(iter(context.teacher_batches(0)))
+        batch, _ = next(iter(context.teacher_batches(0)))
         taps = context.taps.teacher.preactivations or context.teacher.network.preactivations
-        before = normalizations(context.teacher, shown.images[:2], taps)[skip:]
+        before = normalizations(context.teacher, batch.images[:2], taps)[skip:]
     measured: list[Tensor] = []
     found = []
     for place, preactivation in enumerate(preactivations):
-        named = before[place]
-        if named is not None and named[1].num_features == preactivation.shape[1]:
-            found.append((_margin_of(named[1]), named[0]))
+        normalization = before[place]
+        if normalization is not None and normalization[1].num_features == preactivation.shape[1]:
+            found.append((_margin_of(normalization[1]), normalization[0]))
             continue
         measured = measured or _measure(context)
-        found.append((measured[skip + place], f"measured on {MEASURED_ON} batches"))
+        found.append((measured[skip + place], f"measured on {MARGIN_BATCHES} batches"))
     return found
 
 
 def normalizations(
     teacher: Teacher, images: Tensor, taps: Sequence[str]
 ) -> list[tuple[str, nn.BatchNorm2d] | None]:
-    """Finds the normalization before each pre-activation of a network.
+    """Finds the batch normalization before each pre-activation of a network.
 
-    That is the last one to be computed before the tap reads, of all whose output has the shape of
-    what is read.
+    This is the last one computed before the tap reads, among those whose output has the shape of
+    the pre-activation.
 
     Args:
         teacher: The network.
-        images: Any, as it is usually shown them, (n, 3, h, w).
-        taps: Of the pre-activations.
+        images: Sample images, normalized as for the teacher, (n, 3, h, w).
+        taps: Taps of the pre-activations.
 
     Returns:
         For each tap, the name and the module, or None if there is none.
@@ -219,15 +231,15 @@ def normalizations(
     network = teacher.network.network
     modules = dict(network.named_modules())
     weight = next(network.parameters())
-    seen: list[tuple[str, nn.BatchNorm2d, torch.Size]] = []
+    computed: list[tuple[str, nn.BatchNorm2d, torch.Size]] = []
     found: dict[str, tuple[str, nn.BatchNorm2d] | None] = {}
 
     def after_normalization(module: nn.BatchNorm2d, name: str, output: Tensor) -> None:
-        seen.append((name, module, output.shape))
+        computed.append((name, module, output.shape))
 
     def at_tap(tap: str, read: Tensor) -> None:
-        fitting = [(name, module) for name, module, shape in seen if shape == read.shape]
-        found[tap] = fitting[-1] if fitting else None
+        candidates = [(name, module) for name, module, shape in computed if shape == read.shape]
+        found[tap] = candidates[-1] if candidates else None
 
     hooks = [
         module.register_forward_hook(
@@ -260,11 +272,11 @@ def _margin_of(normalization: nn.BatchNorm2d) -> Tensor:
 
 
 def _measure(context: LossContext) -> list[Tensor]:
-    """Averages the negative responses of every channel, 0 where there is none."""
+    """Averages the negative responses of each channel; 0 for a channel without any."""
     sums: list[Tensor] = []
     counts: list[Tensor] = []
-    for _, answer in islice(context.teacher_batches(0), MEASURED_ON):
-        for place, t in enumerate(answer.preactivations):
+    for _, features in islice(context.teacher_batches(0), MARGIN_BATCHES):
+        for place, t in enumerate(features.preactivations):
             total, count = t.clamp(max=0).sum((0, 2, 3)), (t < 0).sum((0, 2, 3))
             if place == len(sums):
                 sums.append(torch.zeros_like(total))

@@ -1,4 +1,4 @@
-"""Losses on how the samples of a batch lie to one another."""
+"""Losses on relations between the samples of a batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ Form = Literal["products", "kernel"]
 
 
 def directions(vectors: Tensor, small: float = SMALL) -> Tensor:
-    """Divides vectors (..., d) by their norms; 0 stays 0, and below ``small`` slopes are bounded.
+    """Normalizes vectors to unit length, with a bounded gradient near zero.
+
+    Zero vectors stay zero.
+
+    Args:
+        vectors: (..., d).
+        small: Norm below which the gradient is bounded.
+
+    Returns:
+        Unit vectors, (..., d).
 
     Examples:
         >>> directions(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
@@ -30,22 +39,23 @@ def directions(vectors: Tensor, small: float = SMALL) -> Tensor:
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Compares which samples of a batch are alike.
+    r"""Compares the pairwise similarities of the samples of a batch.
 
     .. math:: \frac{1}{n^2} \lVert G^s - G^t \rVert^2, \qquad
         G_{i} = (F F^\top)_{i} \,/\, \lVert (F F^\top)_{i} \rVert
 
-    where the row :math:`F_i` is all that a network made of sample i. The scale of F is not seen.
+    where the row :math:`F_i` is the flattened feature of sample i. The loss is invariant to the
+    scale of F.
 
     Args:
         student: :math:`F^s`, (n, ...); further dimensions are flattened.
-        teacher: :math:`F^t`, (n, ...); it may be of another size.
+        teacher: :math:`F^t`, (n, ...); the size may differ.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the batches differ in size or are no floats.
+        ValueError: If the batch sizes differ, or a tensor is not floating-point.
 
     References:
         Similarity-Preserving Knowledge Distillation (Tung & Mori, ICCV 2019)
@@ -55,27 +65,34 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
         >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> similarity_preserving(3 * rows, rows)
         tensor(0.)
-        >>> similarity_preserving(torch.ones(2, 1), rows)  # both samples the same
+        >>> similarity_preserving(torch.ones(2, 1), rows)  # two identical samples
         tensor(0.2929)
     """
     check_shapes("batches", student, teacher, 1)
     s, t = student.flatten(1), teacher.flatten(1)
-    own, aim = (directions(m @ m.T, SMALL**2) for m in (s, t))
-    return F.mse_loss(own, aim)
+    g_s, g_t = (directions(m @ m.T, SMALL**2) for m in (s, t))
+    return F.mse_loss(g_s, g_t)
 
 
 class SP(Loss):
-    """:func:`similarity_preserving` of the last maps (SP).
+    """:func:`similarity_preserving` of the last maps, SP.
 
     References:
         Similarity-Preserving Knowledge Distillation (Tung & Mori, ICCV 2019)
         https://arxiv.org/abs/1907.09682
+
+    Examples:
+        >>> maps = [torch.rand(4, 8, 2, 2, generator=torch.Generator().manual_seed(0))]
+        >>> student = Features(torch.zeros(4, 10), torch.zeros(4, 8), [3 * maps[0]])
+        >>> teacher = Features(torch.zeros(4, 10), torch.zeros(4, 8), maps)
+        >>> SP()(student, teacher, batch=None).item() < 1e-9
+        True
     """
 
     info = LossInfo(
         name="sp",
         group="relations",
-        compares="which images of a batch have like maps",
+        compares="pairwise similarities of the last maps in a batch",
         paper="Tung & Mori, ICCV 2019",
         url="https://arxiv.org/abs/1907.09682",
         cost="n² d",
@@ -88,13 +105,13 @@ class SP(Loss):
 
 
 def correlation_products(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Compares embeddings of the same width, by products over pairs of samples.
+    r"""Compares embeddings of the same width by products of differences over pairs of samples.
 
     .. math:: \frac{1}{n(n-1)} \sum_{i \ne j} \sum_k \Delta_{ik} \Delta_{jk}, \qquad
         \Delta = \lvert e^s - e^t \rvert
 
-    The authors' code takes neighbors in the batch for the pairs (i, j), so that its value depends
-    on the order of the batch. The mean over all pairs is its mean over all orders.
+    The authors' code pairs each sample with the next in the batch, so its value depends on the
+    order. The mean over all pairs equals the mean of their value over all orders.
 
     Args:
         student: :math:`e^s`, (n, d).
@@ -104,7 +121,7 @@ def correlation_products(student: Tensor, teacher: Tensor) -> Tensor:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the shapes differ, or there are no two samples.
+        ValueError: If the shapes differ, or there are fewer than two samples.
 
     References:
         Correlation Congruence for Knowledge Distillation (Peng et al., ICCV 2019)
@@ -117,8 +134,8 @@ def correlation_products(student: Tensor, teacher: Tensor) -> Tensor:
     check_shapes("embeddings", student, teacher, form=EMBEDDINGS)
     if len(student) < 2:
         raise ValueError(f"embeddings must be of two samples at least, got {tuple(student.shape)}")
-    n, gap = len(student), (student - teacher).abs()
-    return (gap.sum(0).square() - gap.square().sum(0)).sum() / (n * (n - 1))
+    n, delta = len(student), (student - teacher).abs()
+    return (delta.sum(0).square() - delta.square().sum(0)).sum() / (n * (n - 1))
 
 
 def correlation_kernel(
@@ -129,25 +146,32 @@ def correlation_kernel(
     .. math:: \frac{1}{n^2} \lVert K^s - K^t \rVert^2, \qquad
         K_{ij} = e^{-2\gamma} \sum_{p=0}^{P} \frac{(2\gamma)^p}{p!} (u_i \cdot u_j)^p
 
-    the Gaussian kernel :math:`\exp(-\gamma \lVert u_i - u_j \rVert^2)` of the directions
-    :math:`u = e / \lVert e \rVert`, expanded to the order P. torchdistill takes the norm without
-    its square; this is the paper's.
+    K is the Taylor expansion, to order P, of the Gaussian kernel
+    :math:`\exp(-\gamma \lVert u_i - u_j \rVert^2)` of the unit vectors
+    :math:`u = e / \lVert e \rVert`. The square of the norm follows the paper; torchdistill omits
+    it.
 
     Args:
         student: Embeddings e, (n, d).
         teacher: Embeddings e, (n, d'); the width may differ.
-        gamma: :math:`\gamma`.
-        order: P.
+        gamma: Kernel parameter :math:`\gamma`.
+        order: Order P of the expansion.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the batches differ in size or are no floats.
+        ValueError: If the batch sizes differ, a tensor is not floating-point, or an option is out
+            of range.
 
     References:
         Correlation Congruence for Knowledge Distillation (Peng et al., ICCV 2019)
         https://arxiv.org/abs/1904.01802
+
+    Examples:
+        >>> rows = torch.eye(3)
+        >>> correlation_kernel(7 * rows, rows).item()  # invariant to scale
+        0.0
     """
     check_shapes("batches", student, teacher, 1, EMBEDDINGS)
     positive("gamma", gamma)
@@ -162,21 +186,32 @@ def _kernel(embedding: Tensor, gamma: float, order: int) -> Tensor:
 
 
 class CC(Loss):
-    """:func:`correlation_products` or :func:`correlation_kernel` of the embeddings (CC).
+    """:func:`correlation_products` or :func:`correlation_kernel` of the embeddings, CC.
 
-    They are different losses: the products are those of the code that the authors gave to
-    RepDistiller, of linear embeddings of both networks, which are trained; the kernel is the
-    published form, here of the embeddings as they are.
+    The two forms are different losses. The products are those of the code that the authors
+    contributed to RepDistiller; they use trained linear embeddings of both networks. The kernel is
+    the published form; here it uses the embeddings directly.
 
     Args:
-        form: Which of the two.
-        size: Of the products' embeddings.
-        gamma: Of the kernel.
-        order: Of the kernel.
+        form: "products" or "kernel".
+        size: Width of the linear embeddings, for the products.
+        gamma: Parameter of the kernel.
+        order: Order of the expansion of the kernel.
+
+    Raises:
+        ValueError: If an option is out of range.
 
     References:
         Correlation Congruence for Knowledge Distillation (Peng et al., ICCV 2019)
         https://arxiv.org/abs/1904.01802
+
+    Examples:
+        >>> student = Features(torch.zeros(4, 10), torch.rand(4, 8))
+        >>> teacher = Features(torch.zeros(4, 10), torch.rand(4, 32))
+        >>> loss = CC(size=16)
+        >>> loss.setup(student, teacher, context=None)
+        >>> loss.teacher
+        Linear(in_features=32, out_features=16, bias=True)
     """
 
     info = LossInfo(
@@ -215,11 +250,11 @@ class CC(Loss):
 
 
 def relational_distances(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Compares the distances within two batches, each divided by their mean.
+    r"""Compares the pairwise distances of two batches, each normalized by its mean.
 
     .. math:: \frac{1}{n^2} \sum_{i,j} h(d^s_{ij} / \bar d^s - d^t_{ij} / \bar d^t)
 
-    where h is the Huber loss and the mean :math:`\bar d` is that of the distances above 0.
+    where h is the Huber loss and :math:`\bar d` the mean of the nonzero distances.
 
     Args:
         student: Embeddings, (n, d).
@@ -229,7 +264,7 @@ def relational_distances(student: Tensor, teacher: Tensor) -> Tensor:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the batches differ in size or are no floats.
+        ValueError: If the batch sizes differ, or a tensor is not floating-point.
 
     References:
         Relational Knowledge Distillation (Park et al., CVPR 2019)
@@ -251,13 +286,13 @@ def _scaled_distances(points: Tensor) -> Tensor:
 
 
 def relational_angles(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Compares the angles within two batches.
+    r"""Compares the angles of all triplets of samples of two batches.
 
     .. math:: \frac{1}{n^3} \sum_{i,j,k} h(\cos \angle^s_{jik} - \cos \angle^t_{jik})
 
     where h is the Huber loss and :math:`\angle_{jik}` the angle at sample i between j and k; its
-    cosine is 0 where two of them coincide. It takes :math:`n^3 d` steps, and
-    :math:`n^3 + n^2 d` numbers of memory for each network.
+    cosine is 0 where two of them coincide. The computation takes :math:`n^3 d` operations and
+    memory for :math:`n^3 + n^2 d` numbers per network.
 
     Args:
         student: Embeddings, (n, d).
@@ -267,7 +302,7 @@ def relational_angles(student: Tensor, teacher: Tensor) -> Tensor:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the batches differ in size or are no floats.
+        ValueError: If the batch sizes differ, or a tensor is not floating-point.
 
     References:
         Relational Knowledge Distillation (Park et al., CVPR 2019)
@@ -288,15 +323,25 @@ def _cosines(points: Tensor) -> Tensor:
 
 
 class RKD(Loss):
-    """:func:`relational_distances` and :func:`relational_angles` of the embeddings (RKD).
+    """:func:`relational_distances` and :func:`relational_angles` of the embeddings, RKD.
 
     Args:
         distance: Weight of the distances.
-        angle: Weight of the angles; at 0 they are not computed.
+        angle: Weight of the angles, which are not computed if it is 0.
+
+    Raises:
+        ValueError: If a weight is negative.
 
     References:
         Relational Knowledge Distillation (Park et al., CVPR 2019)
         https://arxiv.org/abs/1904.05068
+
+    Examples:
+        >>> points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> student = Features(torch.zeros(3, 10), 5 * points)
+        >>> teacher = Features(torch.zeros(3, 10), points)
+        >>> RKD(distance=1.0, angle=2.0)(student, teacher, batch=None).item() < 1e-9
+        True
     """
 
     info = LossInfo(
@@ -319,24 +364,25 @@ class RKD(Loss):
 
 
 def probabilistic_transfer(student: Tensor, teacher: Tensor, *, epsilon: float = 1e-7) -> Tensor:
-    r"""Compares how likely each sample of a batch is to be taken for each other.
+    r"""Compares the conditional neighbor probabilities of the samples of a batch.
 
     .. math:: \frac{1}{n^2} \sum_{i,j} P^t_{ij} \log \frac{P^t_{ij} + \epsilon}{P^s_{ij} +
         \epsilon}, \qquad P_{ij} = \frac{S_{ij}}{\sum_k S_{ik}}, \quad
         S_{ij} = \frac{1 + \cos(f_i, f_j)}{2}
 
-    The mean is that of the authors' code, over all :math:`n^2` pairs, i = j among them.
+    As in the authors' code, the mean is over all :math:`n^2` pairs, including i = j.
 
     Args:
         student: Embeddings f, (n, d).
         teacher: Embeddings f, (n, d'); the width may differ.
-        epsilon: Keeps the logarithm finite.
+        epsilon: Constant :math:`\epsilon` that keeps the logarithm finite.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the batches differ in size or are no floats.
+        ValueError: If the batch sizes differ, a tensor is not floating-point, or ``epsilon`` is not
+            positive.
 
     References:
         Learning Deep Representations with Probabilistic Knowledge Transfer (Passalis & Tefas,
@@ -345,7 +391,7 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor, *, epsilon: float =
 
     Examples:
         >>> rows = torch.eye(3)
-        >>> probabilistic_transfer(7 * rows, rows)  # it sees no lengths
+        >>> probabilistic_transfer(7 * rows, rows)  # invariant to scale
         tensor(0.)
     """
     check_shapes("batches", student, teacher, 1, EMBEDDINGS)
@@ -357,18 +403,24 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor, *, epsilon: float =
 
 
 class PKT(Loss):
-    """:func:`probabilistic_transfer` of the embeddings (PKT).
+    """:func:`probabilistic_transfer` of the embeddings, PKT.
 
     References:
         Learning Deep Representations with Probabilistic Knowledge Transfer (Passalis & Tefas,
         ECCV 2018)
         https://arxiv.org/abs/1803.10837
+
+    Examples:
+        >>> student = Features(torch.zeros(3, 10), 7 * torch.eye(3))
+        >>> teacher = Features(torch.zeros(3, 10), torch.eye(3))
+        >>> PKT()(student, teacher, batch=None)
+        tensor(0.)
     """
 
     info = LossInfo(
         name="pkt",
         group="relations",
-        compares="which image of a batch would be taken for which",
+        compares="conditional neighbor probabilities in a batch of embeddings",
         paper="Passalis & Tefas, ECCV 2018",
         url="https://arxiv.org/abs/1803.10837",
         cost="n² d",

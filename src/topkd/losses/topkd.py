@@ -1,4 +1,4 @@
-"""Losses on the shape of a batch of embeddings."""
+"""TopKD: a loss on the persistence of a batch of embeddings."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ Via = Literal["exact", "ripsnet", "distancenet"]
 def topological_distillation(
     student: Tensor, teacher: Tensor, describe: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    r"""Compares the persistence of two batches of embeddings.
+    r"""Compares the vectorized persistence of two batches of embeddings.
 
     .. math:: \frac{1}{m} \lVert V(f^t) - V(f^s) \rVert^2
 
     Args:
         student: Embeddings :math:`f^s`, (n, d).
         teacher: Embeddings :math:`f^t`, (n, d'); the width may differ.
-        describe: V, which describes a cloud of n points by m numbers.
+        describe: Vectorization V, which maps a cloud of n points to m numbers.
 
     Returns:
         The loss, a scalar.
@@ -72,9 +72,9 @@ class TopKD(PermutationInvariant):
 
     .. math:: \frac{1}{m} \lVert V(f^t) - V(f^s) \rVert^2
 
-    where V describes the cloud of the n embeddings of the batch by m numbers: a vectorization of
-    its persistence diagram, exact or approximated by a network. The loss is invariant to the order
-    of the points, so other terms have to teach which point is which image.
+    where V maps the cloud of the n embeddings of the batch to m numbers: a vectorization of its
+    persistence diagram, exact or approximated by a network. The loss is invariant to permutations
+    of the points, so it needs other terms that match individual images.
 
     Args:
         via: Whether persistence is computed exactly, approximated by a RipsNet, as in the paper, or
@@ -90,12 +90,19 @@ class TopKD(PermutationInvariant):
         edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
         target: ``other`` for the teacher's features of other images, ``mean`` for the mean of V
             over clouds of the teacher, see there.
-        training: How the approximator is trained, if there is one.
-        file: A trained approximator, used instead of training one.
+        training: Training settings of the approximator.
+        file: File of a trained approximator, used instead of training one.
+
+    Raises:
+        ValueError: If an option is unknown, or the control does not apply to this loss.
 
     References:
         Do Topological Characteristics Help in Knowledge Distillation? (Kim et al., ICML 2024)
         https://proceedings.mlr.press/v235/kim24aj.html
+
+    Examples:
+        >>> TopKD(via="ripsnet").form, TopKD(dimension=1).form
+        ('image', 'vector')
     """
 
     info = LossInfo(
@@ -135,11 +142,10 @@ class TopKD(PermutationInvariant):
         self._metadata: dict[str, Any] = {"via": via, "dimension": dimension}
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
-        """Fits the vectorization to the teacher's clouds, and trains the approximator, if any.
+        """Fits the vectorization, and trains or loads the approximator, if there is one.
 
         Raises:
-            ValueError: If the approximator in the file was made for another teacher, other clouds,
-                or another dimension or scale.
+            ValueError: If the file was made for another teacher, cloud size, dimension or scale.
         """
         if self.via == "exact":
             self.describe, exact = self._exactly(context)
@@ -157,7 +163,7 @@ class TopKD(PermutationInvariant):
         super().setup(student, teacher, context)
 
     def _exactly(self, context: LossContext) -> tuple[Callable[..., Tensor], Exact]:
-        """Fits a vectorization, which reads a random tree where edges are random."""
+        """Fits an exact vectorization, which uses a random tree if ``edges`` is "random"."""
         kept = list(islice(context.teacher_batches(0), CLOUDS))
         clouds = torch.stack([made.embedding for _, made in kept])
         if self.edges == "persistent":
