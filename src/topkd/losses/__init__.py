@@ -26,7 +26,7 @@ def _find() -> dict[str, type[Loss]]:
         if value.__module__ == module.__name__
     ]
     groups = get_args(Group)
-    found.sort(key=lambda loss: groups.index(loss.info.group))
+    found.sort(key=lambda loss: (groups.index(loss.info.group), loss.info.name))
     return {loss.info.name: loss for loss in found}
 
 

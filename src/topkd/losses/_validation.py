@@ -68,8 +68,8 @@ def skipped(value: int) -> int:
     Raises:
         ValueError: If it is negative.
     """
-    if value < 0:
-        raise ValueError(f"skip must not be negative, got {value}")
+    if isinstance(value, bool) or value != int(value) or value < 0:
+        raise ValueError(f"skip must be a whole number, 0 or more, got {value}")
     return value
 
 

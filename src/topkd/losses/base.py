@@ -16,6 +16,7 @@ from topkd._io import files
 from topkd._io.progress import Progress
 from topkd._runtime.memory_format import formatted, memory_format
 from topkd.config.recipe import Taps, Term, View
+from topkd.config.validation import near
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 
 MIN_GRADIENT_SHARE = 0.001  # below this share of the gradient, a term has no measurable effect
@@ -146,6 +147,9 @@ class Loss(nn.Module, ABC):
             >>> TopKD().term(share=0.1, start=3).settings.share
             0.1
         """
+        known = Term.model_fields.keys() - {"name"}
+        for setting in settings.keys() - known:
+            raise ValueError(f"a term has no {setting!r}{near(setting, sorted(known))}")
         name = self.info.name if hasattr(self, "info") else type(self).__name__.lower()
         return LossTerm(Term(name=name, **settings, **self.options), self)
 

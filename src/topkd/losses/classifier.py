@@ -249,15 +249,9 @@ def class_attention(
         True
     """
     check_shapes("class maps", student, teacher, 2, MAPS)
-    _checked_resolution(resolution)
+    count("resolution", resolution)
     s, t = (F.adaptive_avg_pool2d(maps, resolution).flatten(2) for maps in (student, teacher))
     return F.mse_loss(directions(s), directions(t)) if normalize else F.mse_loss(s, t)
-
-
-def _checked_resolution(resolution: int) -> int:
-    if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1:
-        raise ValueError(f"resolution must be at least 1, got {resolution}")
-    return resolution
 
 
 class CATKD(Loss):

@@ -84,7 +84,7 @@ def found_taps(recipe: Recipe) -> list[str]:
     for role, section in sections.items():
         if section is None or not factory.is_own(section.model):
             continue
-        size = getattr(section, "size", None) or _size_of(recipe)
+        size = getattr(section, "size", None) or pixels(recipe)
         with torch.random.fork_rng(devices=[]), told(role):
             try:
                 network = factory.build(section.model, 2, size, **section.taps)
@@ -96,7 +96,7 @@ def found_taps(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _size_of(recipe: Recipe) -> int | None:
+def pixels(recipe: Recipe) -> int | None:
     """Pixels on a side of the images, as far as a recipe tells."""
     takes = inspect.signature(DATA[recipe.data.name]).parameters
     told = recipe.data.options.get("size", takes["size"].default if "size" in takes else None)

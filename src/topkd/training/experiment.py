@@ -47,6 +47,7 @@ from topkd.training.check import check, configured, named, teacher_recipe, told
 from topkd.training.precision import Runtime
 from topkd.training.teacher_cache import TeacherCache
 from topkd.training.trainer import Trainer
+from topkd.training.trial import try_losses
 
 RUN_FILES = ("student.safetensors", "metrics.jsonl", "examples.safetensors")
 SHOWN = 1000  # test images whose embeddings are kept for pictures
@@ -185,6 +186,8 @@ class Experiment:
         if section is None or section.pretrained or self.objects.teacher is not None:
             return None
         if section.recipe is not None and section.checkpoint is None:
+            if self.objects == NO_OBJECTS:
+                try_losses(self.recipe)  # an invalid option should not cost a teacher
             recipe, objects = teacher_recipe(self.recipe), Objects(data=self.objects.data)
             is_new = not self.teacher_file.exists()
             training = Experiment(recipe, self.out, self.progress, objects)

@@ -14,10 +14,12 @@ def check(recipe: RecipeName, changes: Changes = None) -> None:
     from topkd.config import recipe as recipes
     from topkd.training.check import check as check_recipe
     from topkd.training.check import check_batches, found_taps
+    from topkd.training.trial import try_losses
 
     loaded = recipes.load(recipe, changes or [])
     check_recipe(loaded)
     check_batches(loaded)
+    try_losses(loaded)
     teacher = f", teacher {loaded.teacher.model}" if loaded.teacher else ""
     variants = ", ".join(loaded.variants)
     typer.echo(

@@ -1,0 +1,97 @@
+"""Losses bound on trial, before any work is done: to new networks and black images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from topkd._io.progress import Progress
+from topkd.config.recipe import STUDENT, Recipe, StudentSection
+from topkd.config.validation import RecipeError
+from topkd.features import Batch, FeatureExtractor, Features, Teacher
+from topkd.losses.base import LossContext, LossTerm, needed_taps
+from topkd.models import factory
+from topkd.training.check import configured, pixels
+
+CLASSES = 10  # any number: no loss depends on it
+
+
+class _NeedsDataError(Exception):
+    """Raised where a loss needs the training set to be bound."""
+
+
+def try_losses(recipe: Recipe) -> None:
+    """Binds every loss to both networks, as far as that takes neither data nor training.
+
+    Options whose limits depend on the networks, such as a number of maps to skip, are found so
+    before the teacher is trained. Networks that cannot be built without the data are left out.
+
+    Args:
+        recipe: A recipe that :func:`~topkd.training.check.check` has accepted.
+
+    Raises:
+        RecipeError: If a loss cannot compare the networks; the message says which.
+    """
+    if recipe.teacher is None or recipe.student.classifier == "teacher":
+        return
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        student, taught_by = _network(recipe.student, recipe), _network(recipe.teacher, recipe)
+        if student is None or taught_by is None:
+            return
+        teacher = Teacher(taught_by)
+        for variant, terms in recipe.variants.items():
+            place = "losses" if variant == STUDENT else f"controls.{variant}"
+            for number, term in enumerate(terms):
+                where = f"{place}[{number}]"
+                student.also(needed_taps(term.taps.student))
+                taught_by.also(needed_taps(term.taps.teacher))
+                _bind(LossTerm(term, configured(term, where)), where, student, teacher, recipe)
+
+
+def _network(section: StudentSection, recipe: Recipe) -> FeatureExtractor | None:
+    """Builds a network, new; None if that or its first batch fails, which is reported later."""
+    size = _side(section, recipe)
+    try:
+        network = factory.build(section.model, CLASSES, size, **section.taps).eval()
+        network.network(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError):
+        return None
+    return network
+
+
+def _side(section: StudentSection, recipe: Recipe) -> int:
+    return getattr(section, "size", None) or pixels(recipe) or 32
+
+
+def _bind(
+    term: LossTerm, where: str, student: FeatureExtractor, teacher: Teacher, recipe: Recipe
+) -> None:
+    assert recipe.teacher is not None
+    sides = _side(recipe.student, recipe), _side(recipe.teacher, recipe)
+    made, answer = (
+        network(torch.zeros(2, 3, side, side))
+        for network, side in zip((student, teacher), sides, strict=True)
+    )
+    context = LossContext(
+        _no_batches,
+        torch.arange(2 * CLASSES) % CLASSES,
+        student,
+        teacher,
+        "trial",
+        Path(),
+        Progress(quiet=True),
+    )
+    try:
+        with torch.enable_grad():
+            term.setup(made, answer, context)
+    except _NeedsDataError:
+        pass
+    except ValueError as error:
+        reason = str(error).removeprefix(f"losses.{term.title}: ")
+        raise RecipeError(f"{where}: {reason}") from error
+
+
+def _no_batches(epoch: int) -> Iterator[tuple[Batch, Features]]:
+    raise _NeedsDataError
