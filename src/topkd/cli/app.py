@@ -103,7 +103,7 @@ def _end_of_thread(failure: threading.ExceptHookArgs) -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    _say("topkd: terminated; rerun the command to resume from the last epoch")
+    print("topkd: terminated; rerun the command to resume from the last epoch", file=sys.stderr)
     sys.exit(128 + number)
 
 
