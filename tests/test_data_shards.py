@@ -188,7 +188,7 @@ NAMES = ["cat", "dog", "ant"]
 
 @pytest.fixture
 def rows(tmp_path):
-    """Twenty pictures to train on in two shards and six to judge by, in row groups of three."""
+    """Twenty pictures to train on in two shards and six to evaluate on, in row groups of three."""
     images, labels = pixels(26), [number % 3 for number in range(26)]
     contents = [png(image) for image in images]
     for name, part in (
@@ -262,7 +262,10 @@ def test_validation_comes_before_test(rows):
 def test_a_missing_split_is_named(rows, part):
     for path in (rows[0] / "data").glob(f"{part}-*"):
         path.unlink()
-    wanted = {"train": "train on: .* says train", "validation": "judge by: .* says validation, val"}
+    wanted = {
+        "train": "train on: .* says train",
+        "validation": "evaluate on: .* says validation, val",
+    }
     with pytest.raises(FileNotFoundError, match=f"has no shard to {wanted[part]}"):
         parquet(root=str(rows[0]))
 
@@ -412,7 +415,7 @@ def test_a_column_that_would_grow_is_refused(tmp_path, monkeypatch, column):
     for part in ("train", "test"):
         path = tmp_path / f"{part}.parquet"
         files.write_table(table, path, compression="zstd", use_dictionary=False)
-    with pytest.raises(ValueError, match=rf"and {column} in it would unpack to 8,\d+,\d+ or more"):
+    with pytest.raises(ValueError, match=rf"and its {column} would unpack to 8,\d+,\d+ or more"):
         parquet(root=str(tmp_path)).train.read(torch.arange(1), None)
 
 
@@ -428,7 +431,7 @@ def test_a_picture_that_is_stored_once_for_many_rows_is_refused(tmp_path, monkey
         path = tmp_path / f"{part}.parquet"
         files.write_table(table, path, store_schema=False, dictionary_pagesize_limit=1 << 20)
     data = parquet(root=str(tmp_path))
-    with pytest.raises(ValueError, match=r"train.parquet has .* image in it would unpack to"):
+    with pytest.raises(ValueError, match=r"train.parquet has .* its image would unpack to"):
         data.train.read(torch.arange(1), None)
 
 
@@ -539,7 +542,7 @@ def test_sets_with_gaps(names, message):
 
 @pytest.fixture
 def tars(tmp_path):
-    """Twenty pictures to train on in five shards and six to judge by in one."""
+    """Twenty pictures to train on in five shards and six to evaluate on in one."""
     images, labels = pixels(26), [number % 3 for number in range(26)]
     contents = [png(image) for image in images]
     for shard in range(5):

@@ -166,7 +166,7 @@ def test_the_card_is_one_that_the_hub_reads(made, run):
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     assert card.data.license == "mit"
     assert {"topkd", "resnet8x0.25", "knowledge-distillation", "onnx"} <= {*card.data.tags}
-    (judged,) = card.data.eval_results
+    judged = card.data.eval_results[0]
     assert judged.dataset_name == "digits"
     assert judged.metric_value == pytest.approx(result["last"]["top1"], abs=0.005)
     assert "n = 1 seed" in judged.metric_name
@@ -213,7 +213,7 @@ def test_what_was_exported_can_be_exported_again(made, tmp_path):
     config = export(made[0] / "model.safetensors", ["safetensors"], tmp_path / "out", QUIET)
     assert config["weights"] == made[1]["weights"]
     assert config["run"] is None
-    assert "None were kept with these weights." in (tmp_path / "out/README.md").read_text(
+    assert "No results are recorded with these weights." in (tmp_path / "out/README.md").read_text(
         encoding="utf-8"
     )
 
@@ -234,7 +234,7 @@ def test_without_images_random_ones_are_taken_and_it_is_said(elsewhere, tmp_path
     with pytest.raises(ValueError, match=r"asks to open data\.root=.*specify it yourself"):
         export(elsewhere, ["torch-export"], tmp_path / "out", QUIET)
     config = export(elsewhere, ["torch-export"], tmp_path / "out", Progress(), size=32)
-    assert "checking on 64 random images, so no accuracy is told" in capsys.readouterr().err
+    assert "verifying on 64 random images, without accuracy" in capsys.readouterr().err
     entry = config["files"]["model.pt2"]
     assert entry["checked_on"] == "64 random images"
     assert entry["top1"] is None
@@ -276,7 +276,7 @@ def test_a_network_that_answers_nan_is_refused(elsewhere, tmp_path):
     network.load_state_dict(weights)
     broken = tmp_path / "broken.safetensors"
     checkpoint.save_weights(broken, network, checkpoint.read_about(elsewhere))
-    with pytest.raises(ValueError, match="answers some of 64 random images with NaN or infinity"):
+    with pytest.raises(ValueError, match="returns NaN or infinity for some of 64 random images"):
         export(broken, ["safetensors"], tmp_path / "out", QUIET, size=8)
 
 
@@ -349,8 +349,11 @@ def test_mistakes_are_one_line(run, made, elsewhere, tmp_path, monkeypatch, capf
         ((run.parents[1], "onnx", new), f"is missing; there are {run}"),
         ((run, "onxx", new), "--to: there is no 'onxx'; did you mean 'onnx'?"),
         ((elsewhere, "onnx", made[0], "--size=8"), "holds another student; choose another --out"),
-        ((run, "onnx", tmp_path / "full"), "is there already and no export"),
-        ((tmp_path / "bare.safetensors", "onnx", new), "does not tell classes, data, mean, model"),
+        ((run, "onnx", tmp_path / "full"), "already exists and is no export"),
+        (
+            (tmp_path / "bare.safetensors", "onnx", new),
+            "does not record classes, data, mean, model",
+        ),
         ((run, "onnx", new, "--data=root"), "data.name: there is no 'root'"),
         ((run, "onnx", new, "--data=rot=x"), "data.rot: unknown key"),
         ((run, "onnx", new, "--data=name=digit"), "there is no 'digit'; did you mean 'digits'?"),

@@ -330,15 +330,19 @@ def test_the_table(six):
 @pytest.mark.parametrize(
     ("student", "difference", "said"),
     [
-        ({0: 91.5}, "+1.50 (1 seed)", "One seed: no statement possible about student and kd."),
+        (
+            {0: 91.5},
+            "+1.50 (1 seed)",
+            "One seed: no statistical comparison of student and kd is possible.",
+        ),
         ({0: 90.0}, "0.00 (1 seed)", "student is level."),
-        ({7: 91.5}, "no common seed", "No seed in common: no statement possible"),
+        ({7: 91.5}, "no common seed", "No common seed: no comparison"),
         ({0: 89.0, 1: 90.0}, "−1.00 (2 seeds)", "the spread of the differences is unknown"),
-        ({0: 90.5, 1: 91.0, 2: 91.5}, "+0.00 [−1.24, +1.24] (3)", "No detectable difference"),
+        ({0: 90.5, 1: 91.0, 2: 91.5}, "+0.00 [−1.24, +1.24] (3)", "No significant difference"),
         (
             {0: 95.0, 1: 96.1, 2: 96.9},
             "+5.00 [+4.75, +5.25] (3)",
-            "A detectable difference between",
+            "Significant difference between",
         ),
     ],
 )
@@ -354,7 +358,7 @@ def test_what_the_comparison_says(tmp_path, student, difference, said):
 def test_six_seeds_are_tested_in_two_ways(six):
     (sentence,) = report.statements(collect_one(six))
     # 62 of the 64 sign patterns of 0.25, 0.75, 0.5, 0, 1, 0.5 are less far from 0; 0 has no sign.
-    assert "p = 0.018; by sign flips alone, p = 0.062" in sentence
+    assert "p = 0.018; sign-flip test, p = 0.062" in sentence
     assert "0.50 percentage points above on average over 6 seeds" in sentence
 
 
@@ -381,7 +385,7 @@ def test_markdown(six):
     assert lines[4].startswith("| teacher: resnet20 |")
     assert lines[6].startswith("| student | ce + 2 kd + 5 topkd (via ripsnet, ripsnet.passes 8) |")
     text = "\n".join(lines)
-    assert "Judged on the test set, and the headline is the last epoch" in text
+    assert "Evaluated on the test set at the last epoch" in text
     assert "Data digits, teacher resnet20, student resnet8x0.25, 2 epochs." in text
     assert "AMD EPYC, 2 threads" in text
     assert "commit unknown" in text
@@ -391,7 +395,7 @@ def test_markdown(six):
 
 def test_a_validation_split_is_not_called_the_test_set(tmp_path):
     put(tmp_path, result("kd", 0, 90.0, eval_split="validation"))
-    assert "Judged on the validation split" in report.markdown(tmp_path)
+    assert "Evaluated on the validation split" in report.markdown(tmp_path)
 
 
 def test_a_metric_added_to_the_table_is_computed_stored_and_shown(
@@ -430,7 +434,7 @@ def test_terminal_shows_mean_deviation_and_findings_of_several_seeds(six, capsys
     (spread,) = [line for line in lines if line.startswith("kd") and "± std" in line]
     assert mean.split()[:3] == ["kd", "mean", "92.50"]
     assert spread.split()[:4] == ["kd", "±", "std", "1.87"]
-    assert "A detectable difference between student and kd" in " ".join(lines)
+    assert "Significant difference between student and kd" in " ".join(lines)
     assert report.findings(put(six / "x", result("kd", 0, 9.0, recipe="one")), "one") == []
 
 
@@ -467,7 +471,7 @@ def test_what_keeps_runs_from_being_compared_is_said(tmp_path):
     other["environment"]["torch"], other["teacher"]["hash"] = "2.9.0", "beef"
     study = collect_one(put(tmp_path, result("kd", 0, 90.0), other))
     said = " ".join(report.cautions(study))
-    assert "taught by 2 different teachers" in said
+    assert "have 2 different teachers" in said
     assert "differ in torch: 2.14.1 / 2.9.0" in said
     assert "no recipe.yaml" in said
     assert report.rows(study)[0]["top1"] == "99.00 ± 0.00 (2)"
@@ -503,7 +507,7 @@ def test_every_picture_is_there_and_described(page):
 
 def test_the_page_says_what_matters(page):
     for expected in (
-        "A detectable difference between student and kd",
+        "Significant difference between student and kd",
         "92.50 ± 1.87 (6)",
         "+0.50 [+0.13, +0.87] (6)",
         "the term topkd carries 0.02 % of the gradient",
@@ -579,7 +583,7 @@ def test_a_recipe_without_teacher_has_no_topology(tmp_path):
     page = Page(report.html(put(tmp_path, {k: v for k, v in run.items() if k != "teacher"})))
     headings = [tag for tag in page.tags if tag == "h3"]
     assert len(headings) == 1  # training
-    assert "No detectable" not in page.text
+    assert "No significant" not in page.text
 
 
 def test_a_ripsnet_of_another_teacher_is_not_shown(six, undrawn):
@@ -593,7 +597,7 @@ def test_a_ripsnet_of_another_teacher_is_not_shown(six, undrawn):
 
 def test_a_broken_ripsnet_is_said(six, undrawn):
     (put_files(six) / "digits/ripsnet-1.safetensors").write_bytes(b"torn")
-    assert "ripsnet-1.safetensors is left out" in Page(report.html(six)).text
+    assert "ripsnet-1.safetensors is skipped" in Page(report.html(six)).text
 
 
 def test_clouds_hold_the_same_images_for_every_network(six):

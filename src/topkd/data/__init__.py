@@ -1,4 +1,4 @@
-"""The data sets, by the name that recipes use."""
+"""Data sets, registered by the name that recipes use."""
 
 from collections.abc import Callable, Mapping
 

@@ -1,7 +1,7 @@
-"""Augmentation of a whole batch at a time, as a pure function of (seed, epoch, index).
+"""Batched augmentation as a pure function of (seed, epoch, index).
 
-What happens to an image does not depend on its place in a batch, on threads or on what was drawn
-before: runs can be replayed, and resumed exactly.
+The augmentation of an image does not depend on its place in a batch, on threads or on earlier
+random numbers, so runs can be replayed and resumed exactly.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from topkd.topology.compiled import compiled
 
 
 def draws(seed: int, epoch: int, index: Tensor, count: int) -> Tensor:
-    """Draws uniform numbers for images: :func:`whole_draws` / 2^53.
+    """Draws uniform random numbers for images: :func:`integer_draws` / 2^53.
 
     Args:
-        seed: Of the run.
-        epoch: Of the run.
-        index: Which images, (n,).
-        count: How many numbers an image needs.
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+        index: Indices of the images, (n,).
+        count: Numbers per image.
 
     Returns:
         Numbers in [0, 1), (n, count), float64.
@@ -32,13 +32,13 @@ def draws(seed: int, epoch: int, index: Tensor, count: int) -> Tensor:
         >>> bool((draws(0, 1, some, 2) == draws(0, 1, more, 2)[1]).all())
         True
     """
-    return whole_draws(seed, epoch, index, count).double() * 2.0**-53
+    return integer_draws(seed, epoch, index, count).double() * 2.0**-53
 
 
-def whole_draws(seed: int | Tensor, epoch: int, index: Tensor, count: int) -> Tensor:
-    """Draws whole numbers below 2^53, (n, count), int64, for what :func:`draws` takes.
+def integer_draws(seed: int | Tensor, epoch: int, index: Tensor, count: int) -> Tensor:
+    """Draws integers below 2^53, (n, count), int64, with the arguments of :func:`draws`.
 
-    They are a hash of (seed, epoch, index, which of them).
+    They are a hash of (seed, epoch, index, position).
 
     References:
         SplitMix64: Fast Splittable Pseudorandom Number Generators (Steele et al., OOPSLA 2014)
@@ -50,7 +50,7 @@ def whole_draws(seed: int | Tensor, epoch: int, index: Tensor, count: int) -> Te
 
 
 def _mix(x: Tensor) -> Tensor:
-    """One step of SplitMix64: neighboring inputs have unrelated outputs."""
+    """Applies one step of SplitMix64."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
@@ -58,23 +58,23 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Moves the bits of int64 to the right as those of uint64, on which torch has no arithmetic."""
+    """Shifts int64 right as if it were uint64, which torch does not support."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(number: int) -> int:
-    """The int64 of the bits of a uint64."""
+    """Reinterprets a uint64 as int64."""
     return number - (1 << 64) if number >> 63 else number
 
 
 def crop_and_flip(pixels: Tensor, uniform: Tensor, *, padding: int, flip: bool) -> Tensor:
-    """Crops every image at its own place from a black border around it, and mirrors half of them.
+    """Crops every image at random from a black border and flips half of them horizontally.
 
     Args:
         pixels: Bytes of the images, (n, h, w, c).
-        uniform: Three numbers in [0, 1) for each image, (n, 3): vertical, horizontal, mirror.
+        uniform: Three numbers in [0, 1) per image, (n, 3): vertical, horizontal, flip.
         padding: Width of the border.
-        flip: Whether images may be mirrored.
+        flip: Whether to flip images.
 
     Returns:
         Images of the same shape.
@@ -105,15 +105,15 @@ def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
     Args:
         pixels: Bytes of the images, (n, h, w, 3).
-        mean: Of each channel, in [0, 1].
-        std: Of each channel.
+        mean: Channel means, for values in [0, 1].
+        std: Channel standard deviations.
 
     Returns:
-        Floats (n, 3, h, w), contiguous; :class:`~topkd.features.FeatureExtractor` lays them out as
-        is best for its network.
+        Floats (n, 3, h, w), contiguous. :class:`~topkd.features.FeatureExtractor` chooses the
+        memory format.
     """
     byte = torch.arange(256, dtype=torch.float64)[:, None] / 255
-    table = ((byte - torch.tensor(mean)) / torch.tensor(std)).float()  # what a byte becomes
+    table = ((byte - torch.tensor(mean)) / torch.tensor(std)).float()  # value of every byte
     n, height, width, _ = pixels.shape
     images = np.empty((n, 3, height, width), np.float32)
     _look_up(pixels.contiguous().numpy(), table.numpy(), images)

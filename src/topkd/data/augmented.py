@@ -24,19 +24,19 @@ from topkd.features import Batch
 if TYPE_CHECKING:
     from PIL import Image
 
-_BEFORE = 5  # numbers of an image that its crop and mirror take
-STRONG = (2, 10)  # operations and magnitude of the second view, as FixMatch has them
+_BEFORE = 5  # random numbers used by crop and flip
+STRONG = (2, 10)  # operations and magnitude of the second view, as in FixMatch
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images after the random crop and mirror of their source.
+    """Augmentation of training images after the random crop and flip.
 
     Raises:
         ValueError: If a number is out of range.
     """
 
-    randaugment: tuple[int, int] | None = None  # operations of each image; magnitude, 0 to 30
+    randaugment: tuple[int, int] | None = None  # operations per image; magnitude, 0 to 30
     mixup: float = 0.0  # alpha of the Beta distribution; 0 for none
     cutmix: float = 0.0
     views: int = 1
@@ -58,11 +58,11 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Augmented:
-    """Images that are augmented strongly when they are read for training.
+    """Images with RandAugment, mixup, CutMix or a second, strongly augmented view.
 
-    With one view, RandAugment changes each image. With two, a batch holds every image twice: first
-    all as the crop and the mirror left them, then the same ones after RandAugment (2 operations of
-    magnitude 10 if not told) and with a square erased.
+    With one view, RandAugment is applied to each image. With two, a batch holds every image twice:
+    first after crop and flip only, then also after RandAugment (by default 2 operations of
+    magnitude 10) and with a square erased.
     """
 
     images: Images
@@ -70,7 +70,7 @@ class Augmented:
     classes: int
     mean: Sequence[float]
     std: Sequence[float]
-    workers: int = 0  # processes that read; 0 for threads
+    workers: int = 0  # number of worker processes; 0 for threads
     faults: DataIssues = field(default_factory=DataIssues)
 
     @property
@@ -80,7 +80,7 @@ class Augmented:
 
     @property
     def blocks(self) -> ReadGroups | None:
-        """Those of the images."""
+        """Read groups of the images."""
         return self.images.blocks
 
     def read_bytes(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
@@ -94,7 +94,7 @@ class Augmented:
         return self.batch(index, augmented).images
 
     def batch(self, index: Tensor, augmented: tuple[int, int]) -> Batch:
-        """Reads images (views n, 3, h, w), which depend on (seed, epoch) and ``index`` alone."""
+        """Reads images (views n, 3, h, w), which depend only on (seed, epoch) and ``index``."""
         settings = self.augmentation
         pixels = self.images.read_bytes(index, augmented)
         operations, magnitude = settings.randaugment or STRONG
@@ -117,7 +117,7 @@ class Augmented:
     def _mixed(
         self, images: Tensor, target: Tensor, generator: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Mixes each image with the one before it in its view, a batch in one way."""
+        """Mixes each image with the previous one of its view, with one method per batch."""
         mixup, cutmix = self.augmentation.mixup, self.augmentation.cutmix
         cut = cutmix > 0 and (mixup == 0 or generator.random() < 0.5)
         alpha = cutmix if cut else mixup
@@ -136,14 +136,14 @@ def with_augmentation(data: Data, augmentation: Augmentation, workers: int | Non
     """Augments the training images of a data set.
 
     Args:
-        data: Any.
-        augmentation: How; the default does nothing.
-        workers: Processes that read; 0 for threads of this one; None to choose.
+        data: The data set.
+        augmentation: The augmentation. The default does nothing.
+        workers: Number of worker processes, 0 for threads, None to choose automatically.
     """
     by_python = augmentation.randaugment is not None or augmentation.views == 2
     if workers is None:
-        # RandAugment is Python between many small steps: threads wait for each other there. With
-        # two or three cores a process for it takes away what the training itself needs.
+        # RandAugment holds the GIL between many small steps, so threads do not scale. With fewer
+        # than four cores, a worker process slows down training.
         workers = min(8, cores() - 1) if by_python and cores() >= 4 else 0
     if augmentation == Augmentation() and not workers:
         return data
@@ -152,7 +152,7 @@ def with_augmentation(data: Data, augmentation: Augmentation, workers: int | Non
 
 
 def _randaugmented(pixels: Tensor, uniform: Tensor, magnitude: int) -> Tensor:
-    """RandAugment of every image of a batch (n, h, w, 3)."""
+    """Applies RandAugment to every image of a batch (n, h, w, 3)."""
     from PIL import Image
 
     def one(image: np.ndarray, numbers: list[float]) -> np.ndarray:
@@ -162,14 +162,13 @@ def _randaugmented(pixels: Tensor, uniform: Tensor, magnitude: int) -> Tensor:
 
 
 def randaugment(picture: Image.Image, uniform: Sequence[float], *, magnitude: int) -> Image.Image:
-    """Changes a picture by operations of one strength that are chosen at random.
+    """Applies randomly chosen operations of one magnitude to a picture.
 
-    The operations are those of torchvision and as strong as there, of 31 magnitudes; what comes
-    from outside the picture is black.
+    Operations and magnitudes are those of torchvision, with 31 bins and black fill.
 
     Args:
-        picture: In colors.
-        uniform: Two numbers in [0, 1) for each operation: which, and in which direction.
+        picture: An RGB picture.
+        uniform: Two numbers in [0, 1) per operation: its choice and its direction.
         magnitude: 0 to 30.
 
     References:
@@ -195,7 +194,7 @@ OPERATIONS = (
 
 
 def _changed(picture: Image.Image, operation: str, magnitude: int, sign: int) -> Image.Image:
-    """Carries out one operation."""
+    """Applies one operation."""
     from torchvision.transforms.v2 import functional
 
     strength = magnitude / 30
@@ -224,7 +223,7 @@ def _changed(picture: Image.Image, operation: str, magnitude: int, sign: int) ->
         case "posterize":
             return functional.posterize(picture, 8 - round(4 * strength))
         case "solarize":
-            # As torchvision rounds it: on that it depends whether a color at the bound changes.
+            # Rounded like torchvision, which decides whether a color at the bound changes.
             bound = torch.linspace(1.0, 0.0, 31)[magnitude].item()
             return functional.solarize(picture, 255 * bound)
         case "autocontrast":
@@ -237,12 +236,12 @@ def _changed(picture: Image.Image, operation: str, magnitude: int, sign: int) ->
 def erase(images: Tensor, uniform: Tensor) -> None:
     """Sets a square of each image to the mean color, in place.
 
-    The square is half as high as the image; its middle lies anywhere in the image, so that a part
-    of it may lie outside.
+    The square is half as high as the image. Its center is uniform over the image, so part of it
+    may be outside.
 
     Args:
-        images: Normalized, (n, 3, h, w).
-        uniform: Two numbers in [0, 1) for each, (n, 2): where the middle is, down and across.
+        images: Normalized images, (n, 3, h, w).
+        uniform: Two numbers in [0, 1) per image, (n, 2): vertical and horizontal center.
 
     References:
         Improved Regularization of Convolutional Neural Networks with Cutout (DeVries & Taylor,
@@ -260,20 +259,19 @@ def erase(images: Tensor, uniform: Tensor) -> None:
 
 
 def cut_box(height: int, width: int, share: float, place: Sequence[float]) -> Tensor:
-    """Chooses the box of CutMix: which pixels an image keeps, at least half of them.
+    """Computes the mask of CutMix: the pixels that an image keeps, at least half of them.
 
-    The paper pastes a box of another image into an image. Where the box is more than half of it,
-    the other image is what counts: here the two change places then, so that the label that counts
-    most is always the image's own. The mixed images are the same.
+    If the pasted box covers more than half of the image, the two images change roles, so that the
+    dominant label is always that of the image itself. The mixed images are those of the paper.
 
     Args:
-        height: In pixels.
-        width: In pixels.
-        share: Of the area outside the box, before it is cut off at the border.
-        place: Of its middle, down and across, each in [0, 1).
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
+        share: Share of the area outside the box, before clipping at the border.
+        place: Vertical and horizontal center of the box, each in [0, 1).
 
     Returns:
-        1 where the image keeps its own pixels and 0 elsewhere, (h, w).
+        1 where the image keeps its pixels and 0 elsewhere, (h, w).
 
     References:
         CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features

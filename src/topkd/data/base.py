@@ -1,4 +1,4 @@
-"""Images with labels, wherever they come from."""
+"""Labeled images, splits and data sets."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from topkd.data.augment import crop_and_flip, draws, normalize
 
 
 class ReadGroups(NamedTuple):
-    """Pieces of storage that are read as a whole, so that their images are wanted together."""
+    """Groups of images that storage reads together, such as the row groups of a file."""
 
-    of: np.ndarray  # (images,), the block of each
-    buffer: int  # images of several blocks that are mixed
+    of: np.ndarray  # (images,), the group of each image
+    buffer: int  # number of images that a shuffle mixes
 
 
 class Images(Protocol):
@@ -30,7 +30,7 @@ class Images(Protocol):
 
     @property
     def blocks(self) -> ReadGroups | None:
-        """None where images can be read in any order at the same cost."""
+        """Read groups, or None if images can be read in any order at the same cost."""
 
     def read_bytes(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
         """Reads bytes (n, h, w, 3); ``augmented`` is (seed, epoch), None for plain."""
@@ -41,7 +41,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """Small images of one size, kept as bytes and augmented a whole batch at a time.
+    """Images of one size in memory, stored as bytes and augmented per batch.
 
     Raises:
         ValueError: If the pixels are not bytes of that shape, or not as many as the labels.
@@ -57,7 +57,7 @@ class InMemory:
     target: Tensor  # (images,)
     mean: Sequence[float]
     std: Sequence[float]
-    padding: int  # of the random crop
+    padding: int  # border of the random crop
     flip: bool
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class InMemory:
 
     @property
     def blocks(self) -> None:
-        """None: memory can be read in any order."""
+        """None, since memory can be read in any order."""
 
     def read_bytes(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
         """Reads bytes (n, h, w, 3); ``augmented`` is (seed, epoch), None for plain."""
@@ -87,10 +87,10 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Subset:
-    """Some images of a larger set, with an index of their own."""
+    """A subset of another set of images, with its own index."""
 
     images: Images
-    index: Tensor  # (images,), places in the larger set
+    index: Tensor  # (images,), indices in the other set
 
     @property
     def target(self) -> Tensor:
@@ -99,7 +99,7 @@ class Subset:
 
     @property
     def blocks(self) -> ReadGroups | None:
-        """Those of the larger set."""
+        """Read groups of the other set, restricted to the subset."""
         blocks = self.images.blocks
         return None if blocks is None else blocks._replace(of=blocks.of[self.index.numpy()])
 
@@ -114,7 +114,7 @@ class Subset:
 
 @dataclass
 class DataIssues:
-    """What a data set holds and could not be used; nothing is passed over in silence.
+    """Record of unreadable, skipped or missing samples.
 
     Examples:
         >>> faults = DataIssues(left_out=["train/cat/notes.txt"])
@@ -122,12 +122,12 @@ class DataIssues:
         ['1 file that is no picture was left out: train/cat/notes.txt']
     """
 
-    unreadable: dict[str, str] = field(default_factory=dict)  # name of a picture -> the reason
-    left_out: list[str] = field(default_factory=list)  # what is no picture, or has no label
+    unreadable: dict[str, str] = field(default_factory=dict)  # name of a picture -> reason
+    left_out: list[str] = field(default_factory=list)  # files that are no picture or have no label
     empty: list[str] = field(default_factory=list)  # classes without a training picture
 
     def lines(self) -> list[str]:
-        """Tells of each kind how many there are, and names the first ten."""
+        """Summarizes each kind of issue in one line: the count and the first ten names."""
         lines = []
         if self.left_out:
             what = "file that is no picture was" if len(self.left_out) == 1 else _MANY_LEFT_OUT
@@ -143,7 +143,7 @@ class DataIssues:
         return lines
 
     def facts(self) -> dict[str, Any]:
-        """The same for results: counts, and the first ten of each kind."""
+        """Returns the counts and the first ten names of each kind, for ``result.json``."""
         kinds = {"unreadable": list(self.unreadable), "left_out": self.left_out}
         kinds["classes_without_training_picture"] = self.empty
         return {
@@ -163,11 +163,11 @@ def _first(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: what to train on and what to judge by."""
+    """A data set with a training split and an evaluation split."""
 
     name: str
     train: Images
-    test: Images  # the validation split where one was asked for
+    test: Images  # the validation split if one is configured
     classes: Sequence[str]
     mean: Sequence[float]
     std: Sequence[float]
@@ -185,26 +185,26 @@ class Data:
                 )
 
     def with_validation(self, share: float) -> Data:
-        """Judges by a share of the training images, the same for each class, and not by the test.
+        """Evaluates on a stratified share of the training images instead of the test set.
 
-        The split depends on nothing but the labels: it is the same for every seed and method.
+        The split depends only on the labels, so it is the same for every seed and method.
 
         Raises:
-            ValueError: If the share leaves a class without an image on either side.
+            ValueError: If a class has no image in one of the two parts.
         """
         kept, chosen = stratified_split(
             self.train.target, share, f"{self.name}: a validation share"
         )
-        # A training image that cannot be read may be replaced, one to evaluate on never.
-        whole: Any = self.train
-        strict = replace(whole, on_error="stop") if hasattr(whole, "on_error") else whole
-        train, held_out = Subset(self.train, kept), Subset(strict, chosen)
-        return replace(self, train=train, test=held_out, eval_split="validation")
+        # An unreadable training image may be replaced, an evaluation image never.
+        train: Any = self.train
+        strict = replace(train, on_error="stop") if hasattr(train, "on_error") else train
+        remaining, held_out = Subset(self.train, kept), Subset(strict, chosen)
+        return replace(self, train=remaining, test=held_out, eval_split="validation")
 
     def with_limit(self, images: int) -> Data:
-        """Trains on so many images only, the same share of each class.
+        """Limits training to a stratified number of images.
 
-        Classes that this leaves without an image are reported in :attr:`faults`.
+        Classes left without an image are recorded in :attr:`faults`.
         """
         target = self.train.target
         chosen = torch.from_numpy(_by_class(target, min(1.0, images / len(target))))
@@ -214,15 +214,15 @@ class Data:
 
 
 def stratified_split(target: Tensor, share: float, what: str) -> tuple[Tensor, Tensor]:
-    """Splits images in two, every class in the same way, which depends on the labels alone.
+    """Splits images in two stratified parts. The split depends only on the labels.
 
     Args:
         target: Labels of the images, (n,).
-        share: Of the second part.
-        what: The share is called, for the message.
+        share: Share of the second part.
+        what: Name of the share, for the message.
 
     Returns:
-        Which images belong to either part.
+        The indices of both parts.
 
     Raises:
         ValueError: If the share leaves a class without an image in either part.
@@ -236,8 +236,8 @@ def stratified_split(target: Tensor, share: float, what: str) -> tuple[Tensor, T
 
 
 def _by_class(target: Tensor, share: float) -> np.ndarray:
-    """Chooses a share of the images of every class, always the same."""
-    generator = np.random.default_rng(20240721)  # any number does, as long as it never changes
+    """Selects a share of the images of every class, always the same."""
+    generator = np.random.default_rng(20240721)  # arbitrary, but must never change
     labels = target.numpy()
     chosen = [
         generator.permutation(np.flatnonzero(labels == label))[: round(share * count)]
@@ -247,17 +247,17 @@ def _by_class(target: Tensor, share: float) -> np.ndarray:
 
 
 def same_order(data: Sequence[str], teacher: Sequence[str], origin: str = "the teacher") -> None:
-    """Checks that a teacher's answers mean what the labels mean.
+    """Checks that the teacher and the data set have the same classes in the same order.
 
-    Where either side only counts its classes ("0", "1", ...), their number is all that is compared.
+    If either side has only numbers as names ("0", "1", ...), only the class count is compared.
 
     Args:
-        data: Names of the classes of the data set, in order.
-        teacher: Those that the teacher was trained on.
-        origin: Where the teacher's come from, for the message.
+        data: Class names of the data set, in order.
+        teacher: Class names that the teacher was trained on.
+        origin: Origin of the teacher's names, for the message.
 
     Raises:
-        ValueError: If they differ; the message tells the first difference.
+        ValueError: If they differ; the message names the first difference.
 
     Examples:
         >>> same_order(["cat", "dog"], ["dog", "cat"])
@@ -278,10 +278,10 @@ def same_order(data: Sequence[str], teacher: Sequence[str], origin: str = "the t
 
 
 def refuse_clashes(classes: Sequence[str], where: str) -> None:
-    """Refuses classes whose names differ in nothing but upper and lower case.
+    """Checks that class names differ in more than case and Unicode normalization.
 
     Raises:
-        ValueError: If there are such; the message names the first two.
+        ValueError: If two do not; the message names the first two.
     """
     seen: dict[str, str] = {}
     for name in classes:

@@ -1,4 +1,4 @@
-"""How images become batches: in which order, and read by whom."""
+"""Batches: order, read-ahead and worker processes."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def training_batches(
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[Batch]:
-    """Reads one epoch in an order and with an augmentation that depend on (seed, epoch) alone.
+    """Yields the batches of one epoch; order and augmentation depend only on (seed, epoch).
 
-    A last, smaller batch is dropped: a cloud of embeddings always has the same number of points.
+    An incomplete last batch is dropped, so that point clouds always have the same size.
 
     Args:
-        images: What to read.
-        size: Images in a batch; with two views of each, a batch holds twice as many.
-        seed: Of the run.
-        epoch: Of the run.
-        augmentation_seed: Of what is done to images, if not ``seed``; the order remains its own.
-        rank: Which of several processes this is; each reads other images.
-        ranks: How many processes there are.
+        images: The images to read.
+        size: Images per batch; with two views, a batch holds twice as many.
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+        augmentation_seed: Augmentation seed. Defaults to ``seed``, which always sets the order.
+        rank: Rank of this process; processes read disjoint images.
+        ranks: Number of processes.
 
     Raises:
         ValueError: If there are fewer images than a batch needs, or one cannot be read.
@@ -52,7 +52,7 @@ def training_batches(
 
 
 def refuse_few(count: int, size: int) -> None:
-    """Raises ``ValueError`` if there are fewer training images than a batch has."""
+    """Raises ``ValueError`` if there are fewer training images than a batch needs."""
     if count < size:
         raise ValueError(
             f"{count} training images are too few for a batch of {size}; make batch_size smaller"
@@ -60,12 +60,12 @@ def refuse_few(count: int, size: int) -> None:
 
 
 def plain_batches(images: Images, size: int, index: Tensor | None = None) -> Iterator[Batch]:
-    """Reads images once, in order and as they are.
+    """Yields batches of images in order, without augmentation.
 
     Args:
-        images: What to read.
-        size: Images in a batch.
-        index: Which of them, (n,); all if not given.
+        images: The images to read.
+        size: Images per batch.
+        index: Indices of the images to read, (n,). Defaults to all.
 
     Raises:
         ValueError: If one cannot be read.
@@ -76,16 +76,15 @@ def plain_batches(images: Images, size: int, index: Tensor | None = None) -> Ite
 
 
 def shuffled(images: Images, seed: int, epoch: int) -> np.ndarray:
-    r"""Puts images in an order that depends on (seed, epoch) alone.
+    r"""Computes a random order that depends only on (seed, epoch).
 
-    Where storage is read block by block, the blocks come in random order, one after another, and
-    each image moves back by up to ``buffer`` places: image :math:`i` of a block that begins at
-    place :math:`b` is sorted by :math:`b + u_i \cdot \mathrm{buffer}`, with :math:`u_i` uniform in
-    [0, 1). So there are never more than about ``buffer`` images in memory, and no pause while the
-    next blocks are read. A set no larger than the buffer is shuffled as a whole.
+    With read groups, the groups are shuffled, and each image moves back by up to ``buffer`` places:
+    image :math:`i` of a group that starts at place :math:`b` is sorted by
+    :math:`b + u_i \cdot \mathrm{buffer}`, with :math:`u_i` uniform in [0, 1). About ``buffer``
+    images are in memory at a time. A set no larger than the buffer is shuffled completely.
 
     Returns:
-        Every index once, (images,).
+        A permutation of the indices, (images,).
     """
     count, blocks = len(images.target), images.blocks
     generator = np.random.default_rng((seed, epoch))
@@ -101,7 +100,7 @@ def shuffled(images: Images, seed: int, epoch: int) -> np.ndarray:
 def _read_ahead(
     images: Images, indices: list[Tensor], augmented: tuple[int, int] | None
 ) -> Iterator[Batch]:
-    """Reads the next batches while the last one is being worked on."""
+    """Reads the next batch while the current one is in use."""
     if isinstance(images, Augmented) and images.workers and augmented is not None:
         yield from _by_processes(images, indices, augmented)
         return
@@ -116,7 +115,7 @@ def _read_ahead(
 
 def _read(images: Images, index: Tensor, augmented: tuple[int, int] | None) -> Batch:
     batch = _batch(images, index, augmented)
-    # From pinned memory a GPU fetches a batch while it is still busy with the last one.
+    # Pinned memory allows asynchronous copies to the GPU.
     return batch.apply(torch.Tensor.pin_memory) if torch.cuda.is_available() else batch
 
 
@@ -135,7 +134,7 @@ def _by_processes(
         sampler=[index.tolist() for index in indices],
         num_workers=min(images.workers, len(indices)),
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else it takes a number from the one that networks draw from
+        generator=torch.Generator(),  # the default would advance the global generator
     )
     for read, unreadable in loader:
         if isinstance(read, ValueError):
@@ -146,7 +145,7 @@ def _by_processes(
 
 @dataclass
 class _Reader(Dataset[Any]):
-    """What a worker process does."""
+    """The data set of a worker process."""
 
     images: Augmented
     augmented: tuple[int, int]

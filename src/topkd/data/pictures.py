@@ -1,4 +1,4 @@
-"""Pictures that are decoded when they are needed, wherever their bytes lie."""
+"""Pictures that are decoded on demand: formats, cropping, resizing, error handling."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from topkd.data.base import Data, DataIssues, Images, ReadGroups, Subset
 if TYPE_CHECKING:
     from PIL import Image
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as pretrained networks use
-# Pillow reads others too, some of them (EPS) by running a program on what the file holds.
+MEAN, STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # ImageNet statistics, as pretrained networks use
+# Pillow supports other formats; EPS, for one, runs a program on the content of the file.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-CROP = 7 / 8  # of the shorter side, with which networks for ImageNet are commonly evaluated
-SMALL = 128  # pixels a side: up to there, threads wait for each other longer than they work
+CROP = 7 / 8  # fraction of the shorter side, the usual central crop for ImageNet
+SMALL = 128  # pixels; for smaller pictures, threads cost more time than they save
 
 OnError = Literal["stop", "skip"]
 
 
 def is_hidden(name: str) -> bool:
-    """Tells whether a file or folder is no data: a hidden one, or what other programs leave.
+    """Returns whether a file or folder is hidden or written by the operating system.
 
     Examples:
         >>> [is_hidden(name) for name in ("._0.png", ".ipynb_checkpoints", "@eaDir", "0.png")]
@@ -43,25 +46,25 @@ def is_hidden(name: str) -> bool:
 
 
 class StorageError(ValueError):
-    """A shard that cannot be read: unlike a single bad picture, it always stops the work."""
+    """Raised if a shard cannot be read. Unlike a single unreadable picture, it is never skipped."""
 
 
 class Stored(Protocol):
-    """Where pictures lie."""
+    """Storage of pictures."""
 
     @property
     def blocks(self) -> ReadGroups | None:
-        """None where pictures can be read in any order at the same cost."""
+        """Read groups, or None if pictures can be read in any order at the same cost."""
 
     def name(self, index: int) -> str:
-        """Names a picture so that a user finds it."""
+        """Returns a name by which a user can find the picture."""
 
     def open(self, index: int) -> Image.Image:
-        """Opens a picture, of any mode."""
+        """Opens a picture in any mode."""
 
 
 class Names(Sequence[str]):
-    """Many strings in one piece of memory, which processes share.
+    """Many strings in one buffer, which processes share.
 
     Examples:
         >>> list(Names(["a.png", "ä.png"]))
@@ -84,20 +87,20 @@ class Names(Sequence[str]):
 
 @dataclass(frozen=True)
 class CropConfig:
-    """What networks see of a picture: which part, and on which scale.
+    """How pictures are cropped, resized and normalized.
 
-    Without padding, in training it is a random part of 8 to 100 % of the area at a side ratio of
-    3/4 to 4/3, and otherwise the middle square. With padding it is the whole picture, scaled to the
-    square, and in training cropped at random from a black border.
+    Without padding, training uses a random crop of 8 to 100 % of the area with an aspect ratio of
+    3/4 to 4/3, and evaluation uses a central square. With padding, the full picture is resized to
+    the square, and training crops it at random from a black border.
 
-    The middle square is ``crop`` of the shorter side, as timm's ``crop_pct``. If not told, it is
-    7/8, but no fewer pixels than networks see where a picture has them: what has the size already
-    is left alone.
+    The central square has ``crop`` times the shorter side, like timm's ``crop_pct``. The default
+    is 7/8, but at least ``size`` pixels where a picture is large enough, so that pictures that
+    already have the size are unchanged.
     """
 
-    size: int  # of the square
+    size: int  # height and width, in pixels
     padding: int | None = None
-    flip: bool = True  # mirrored half of the time in training
+    flip: bool = True  # random horizontal flips in training
     mean: Sequence[float] = MEAN
     std: Sequence[float] = STD
     crop: float | None = None
@@ -113,7 +116,7 @@ class CropConfig:
             raise ValueError("padding scales the complete picture; leave out crop, or padding")
 
     def middle(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Chooses the middle square of a picture of (width, height): left, top, right, bottom."""
+        """Computes the central square of a picture of (width, height): left, top, right, bottom."""
         width, height = size
         shorter = min(size)
         if self.crop is None:
@@ -121,17 +124,17 @@ class CropConfig:
         else:
             side = self.crop * shorter
         left, top = (width - side) / 2, (height - side) / 2
-        if side == self.size:  # whole pixels, which are not scaled
+        if side == self.size:  # aligned to pixels, so that nothing is resampled
             left, top = left // 1, top // 1
         return left, top, left + side, top + side
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of any kind and size, several decoded at a time.
+    """Pictures of any format and size, decoded in parallel.
 
-    A picture that cannot be read stops the work, or is replaced by the next readable one of its
-    class, for good: the number of images, their labels and the order stay what they are.
+    An unreadable picture raises an error, or is permanently replaced by the next readable picture
+    of its class, so that the number of images, their labels and their order do not change.
     """
 
     stored: Stored
@@ -142,7 +145,7 @@ class Pictures:
 
     @property
     def blocks(self) -> ReadGroups | None:
-        """Those of the storage."""
+        """Read groups of the storage."""
         return self.stored.blocks
 
     def read_bytes(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
@@ -255,7 +258,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def with_crop(images: Images, crop: float) -> Images | None:
-    """Reads the same images with another ``crop``; None where that is no option of theirs."""
+    """Returns the same images with another ``crop``, or None if they have no such option."""
     if isinstance(images, Subset):
         inner = with_crop(images.images, crop)
         return None if inner is None else replace(images, images=inner)
@@ -273,18 +276,18 @@ def picture_data(
     on_error: OnError,
     faults: DataIssues,
 ) -> Data:
-    """Makes data of what is stored to train on, and of what to judge by; that is never replaced."""
+    """Builds a data set from stored pictures; evaluation pictures are never replaced."""
     train = Pictures(stored[0], target[0], frame, on_error, faults)
     test = Pictures(stored[1], target[1], frame, "stop", faults)
     return Data(name, train, test, classes, frame.mean, frame.std, faults=faults)
 
 
 UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, IndexError, KeyError)
-"""What decoders raise when a picture is damaged, besides ``DecompressionBombError``."""
+"""Exceptions of decoders for damaged pictures, besides ``DecompressionBombError``."""
 
 
 def reason(error: Exception) -> str:
-    """Says in one line why a picture cannot be read."""
+    """Summarizes in one line why a picture cannot be read."""
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
@@ -295,10 +298,10 @@ def reason(error: Exception) -> str:
 
 
 def open_bytes(content: bytes | None) -> Image.Image:
-    """Opens a picture that lies in memory.
+    """Opens a picture in memory.
 
     Raises:
-        OSError: If there is nothing, or nothing that is known.
+        OSError: If the content is empty or of an unknown format.
     """
     from PIL import Image
 
@@ -308,7 +311,7 @@ def open_bytes(content: bytes | None) -> Image.Image:
 
 
 def same_class(target: Tensor, index: int) -> Iterator[int]:
-    """Goes through all images of the class of one, from that one on and round."""
+    """Yields an image, then the other images of its class, cyclically."""
     yield index
     same = (target == target[index]).nonzero()[:, 0].tolist()
     here = same.index(index)
@@ -316,9 +319,9 @@ def same_class(target: Tensor, index: int) -> Iterator[int]:
 
 
 def stacked(side: int, make: Callable[..., np.ndarray], *arguments: Iterable[Any]) -> Tensor:
-    """Makes pictures of a size, in as many threads as there are cores if that is faster.
+    """Calls ``make`` for every picture and stacks the results, in threads if that is faster.
 
-    A worker process is one of many already and stays with one thread.
+    Worker processes use a single thread.
     """
     if side <= SMALL or get_worker_info() is not None:
         made = list(map(make, *arguments))
@@ -329,17 +332,17 @@ def stacked(side: int, make: Callable[..., np.ndarray], *arguments: Iterable[Any
 
 
 def cores() -> int:
-    """Counts the cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def in_color(picture: Image.Image) -> Image.Image:
-    """Converts a picture of any kind to red, green and blue, of eight bits each, and upright.
+    """Converts a picture of any mode to 8-bit RGB and applies its EXIF orientation.
 
     Raises:
-        ValueError: If it is of numbers whose scale is unknown.
+        ValueError: If the range of its values is unknown.
         OSError: If it cannot be decoded.
     """
     from PIL import Image
@@ -358,17 +361,17 @@ _UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> P
 
 
 def _orientation(picture: Image.Image) -> int:
-    if picture.format == "TIFF":  # turned when it was loaded; old versions of Pillow forget that
+    if picture.format == "TIFF":  # rotated on load; old versions of Pillow keep the tag
         return 1
     try:
         orientation: int = picture.getexif().get(0x0112, 1)
-    except Exception:  # whatever damaged metadata provoke; the picture itself can be read
+    except Exception:  # damaged metadata; the picture itself is readable
         return 1
     return orientation
 
 
 def _bytes(values: np.ndarray, picture: Image.Image) -> np.ndarray:
-    """Scales gray of 16 bits, or of floats from 0 to 1, to bytes."""
+    """Converts 16-bit or float grayscale to bytes."""
     least, most = values.min(), values.max()
     if picture.mode == "F":
         if not (least >= 0 and most <= 1):
@@ -387,7 +390,7 @@ def _bytes(values: np.ndarray, picture: Image.Image) -> np.ndarray:
 
 
 def _random_box(size: tuple[int, int], uniform: list[float]) -> tuple[float, float, float, float]:
-    """Chooses a part of a picture by area, side ratio and place; it never leaves the picture."""
+    """Computes a random crop from area, aspect ratio and position, inside the picture."""
     width, height = size
     area = (0.08 + 0.92 * uniform[0]) * width * height
     ratio = (3 / 4) * (16 / 9) ** uniform[1]  # log-uniform from 3/4 to 4/3

@@ -12,19 +12,19 @@ from torch import Tensor
 from topkd.data.base import DataIssues, refuse_clashes
 from topkd.data.pictures import Stored, is_hidden
 
-CLASSES = 100_000  # there may be, or as many as training pictures, where they have no names
-JUDGED = ("validation", "valid", "val", "test")  # the first that there is is judged by
+CLASSES = 100_000  # limit for classes without names, or the number of training pictures
+EVALUATION = ("validation", "valid", "val", "test")  # the first existing split is used
 
 
 def splits(root: Path, suffix: str) -> tuple[list[Path], list[Path]]:
-    """Finds the shards to train on and those to judge by.
+    """Finds the training shards and the evaluation shards.
 
-    A shard belongs to the split that its name tells (``train-00000-of-00002.parquet``), or else the
-    folder it lies in (``train/0000.parquet``).
+    The split is read from the name of the file (``train-00000-of-00002.parquet``) or of its folder
+    (``train/0000.parquet``).
 
     Args:
         root: Folder to search, with all folders in it but hidden ones.
-        suffix: Of the files.
+        suffix: File extension.
 
     Raises:
         FileNotFoundError: If there is no shard of either kind, or one is missing among them.
@@ -34,31 +34,31 @@ def splits(root: Path, suffix: str) -> tuple[list[Path], list[Path]]:
         if any(map(is_hidden, path.relative_to(root).parts)):
             continue
         found.setdefault(_split(path.relative_to(root)), []).append(path)
-    judge = next((name for name in JUDGED if name in found), None)
-    if "train" not in found or judge is None:
-        wanted = "train" if "train" not in found else ", ".join(JUDGED)
+    evaluation = next((name for name in EVALUATION if name in found), None)
+    if "train" not in found or evaluation is None:
+        wanted = "train" if "train" not in found else ", ".join(EVALUATION)
         raise FileNotFoundError(
-            f"{root} has no shard to {'train on' if wanted == 'train' else 'judge by'}: "
+            f"{root} has no shard to {'train on' if wanted == 'train' else 'evaluate on'}: "
             f"no name of a {suffix} file, or of its folder, says {wanted}"
         )
-    for part in ("train", judge):
+    for part in ("train", evaluation):
         refuse_gaps([str(path) for path in found[part]])
-    return found["train"], found[judge]
+    return found["train"], found[evaluation]
 
 
 def _split(path: Path) -> str:
     for text in (path.stem, *reversed(path.parts[:-1])):
-        said = re.search(rf"(?<![a-z])({'|'.join(('train', *JUDGED))})(?![a-z])", text.lower())
+        said = re.search(rf"(?<![a-z])({'|'.join(('train', *EVALUATION))})(?![a-z])", text.lower())
         if said:
             return said[1]
     return ""
 
 
 def refuse_gaps(paths: Sequence[str]) -> None:
-    """Refuses numbered shards among which one is missing.
+    """Checks that no numbered shard is missing.
 
-    A name that tells how many there are (``-00001-of-00008``) shows any that is missing. Mere
-    numbers (``-000001``) that begin with 0 or 1 show those before the last.
+    Names with a total (``-00001-of-00008``) reveal every missing shard. Plain numbers
+    (``-000001``) that start at 0 or 1 reveal gaps before the last shard.
 
     Raises:
         FileNotFoundError: If one is missing; the message names the first.
@@ -99,21 +99,21 @@ def numbered(
     where: str,
     faults: DataIssues,
 ) -> tuple[list[str], list[Tensor]]:
-    """Makes class numbers of labels, which are numbers themselves or names.
+    """Converts labels, which are numbers or names, to class numbers.
 
     Args:
-        labels: Of the pictures to train on, and of those to judge by.
-        names: Of the classes by number, where they are known.
+        labels: Labels of the training and of the evaluation pictures.
+        names: Class names by number, if they are known.
         stored: The pictures, which messages name.
-        where: What the labels are of, for messages.
-        faults: Told of classes without a training picture.
+        where: Origin of the labels, for messages.
+        faults: Records classes without a training picture.
 
     Returns:
-        The names of the classes, and the labels as numbers.
+        The class names, and the labels as numbers.
 
     Raises:
-        ValueError: If a number is of no class, names of classes clash, or a name stands only among
-            those to judge by.
+        ValueError: If a number is out of range, class names clash, or a name occurs only among the
+            evaluation labels.
     """
     if all(isinstance(label, int) for part in labels for label in part):
         numbers = [[int(label) for label in part] for part in labels]

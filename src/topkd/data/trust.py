@@ -33,7 +33,7 @@ PLAIN = frozenset(
         "on_error",
     }
 )
-"""Options whose values open nothing. All others name a path, an address or code."""
+"""Options that open nothing. All others may name a path, an address or code."""
 
 
 def changed(

@@ -176,12 +176,16 @@ def restore(
     Raises:
         ValueError: If the model is unknown, or the weights do not fit.
     """
-    taps = about.get("taps") or {}
-    network = factory.build(about["model"], len(about["classes"]), about["size"], **taps)
-    if about.get("reused"):
-        network = rebuild(network, about["reused"])
+    network = build_network(about)
     note = checkpoint.fill(network.network, weights, origin, which)
     return network.eval(), note
+
+
+def build_network(about: Mapping[str, Any]) -> FeatureExtractor:
+    """Builds the untrained network that metadata describe; see :func:`restore`."""
+    taps = about.get("taps") or {}
+    network = factory.build(about["model"], len(about["classes"]), about["size"], **taps)
+    return rebuild(network, about["reused"]) if about.get("reused") else network
 
 
 def evaluation_crop(about: Mapping[str, Any]) -> CropConfig:

@@ -1,4 +1,4 @@
-"""How a network is written for others to run, and read back."""
+"""Export formats: writing a network and loading it again."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ from topkd.data import Images
 from topkd.evaluation.loading import load
 from topkd.models import checkpoint
 
-BATCH = 64  # images at a time; no number depends on it
-CALIBRATION = 512  # training images that set the ranges; as many others judge them
+BATCH = 64  # images per forward pass; does not affect the results
+CALIBRATION = 512  # number of training images for calibration, and for validation
 
-Answer = Callable[[Tensor], Tensor]
-"""Normalized images (n, 3, size, size) to logits (n, classes)."""
+Predictor = Callable[[Tensor], Tensor]
+"""Maps normalized images (n, 3, size, size) to logits (n, classes)."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is to be written."""
+    """The network to export."""
 
-    network: nn.Module  # in eval mode, on the CPU, without taps
-    about: Mapping[str, Any]  # model, classes and size, and what else is kept with the weights
-    train: Images | None  # to quantize by
+    network: nn.Module  # bare module in eval mode, on the CPU
+    about: Mapping[str, Any]  # metadata of the weights
+    train: Images | None  # calibration data
 
     @property
     def images(self) -> Tensor:
-        """Any two images; one alone would be taken for a size that never changes."""
+        """Two example images; a batch of one would be traced as a constant size."""
         return torch.zeros(2, 3, self.about["size"], self.about["size"])
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way to write a network."""
+    """An export format."""
 
     file: str
     about: str
-    write: Callable[[Subject, Path], dict[str, Any]]  # gives what is worth knowing of the file
-    read: Callable[[Path], Answer]
+    write: Callable[[Subject, Path], dict[str, Any]]  # returns metadata of the file
+    read: Callable[[Path], Predictor]
     packages: tuple[str, ...] = ()
-    is_rounded: bool = False  # so that its answers differ from the network's
+    is_rounded: bool = False  # outputs differ from the network's
 
 
 def require(package: str) -> ModuleType:
-    """Imports a package that only export needs.
+    """Imports an optional package.
 
     Raises:
-        ModuleNotFoundError: If it is not installed; the message says how to get it.
+        ModuleNotFoundError: If it is not installed; the message has the install command.
     """
     try:
         return importlib.import_module(package)
@@ -69,18 +69,18 @@ def _write_safetensors(subject: Subject, path: Path) -> dict[str, Any]:
     return {}
 
 
-def _read_safetensors(path: Path) -> Answer:
+def _read_safetensors(path: Path) -> Predictor:
     return load(path, trust=True).features.network  # trusted: this process wrote the file
 
 
 def _traced(subject: Subject, write: Callable[..., Any], **options: Any) -> Any:
-    """Calls a tracer of torch for any number of images."""
+    """Calls a tracer of torch with a dynamic batch size."""
     any_number = ({0: torch.export.Dim("batch", min=1)},)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about itself: users can do nothing about it
+        warnings.simplefilter("ignore")  # internal warnings of torch
         try:
             return write(subject.network, (subject.images,), dynamic_shapes=any_number, **options)
-        except Exception as error:  # whatever the code of a foreign network provokes in a tracer
+        except Exception as error:  # third-party models can raise anything
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(f"{subject.about['model']} cannot be traced: {reason}") from error
 
@@ -88,14 +88,14 @@ def _traced(subject: Subject, write: Callable[..., Any], **options: Any) -> Any:
 def _write_torch_export(subject: Subject, path: Path) -> dict[str, Any]:
     program = _traced(subject, torch.export.export)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # tells where the source lies on this machine
+        node.meta.pop("stack_trace", None)  # contains local source paths
     torch.export.save(program, path)
     return {"torch": torch.__version__}
 
 
-def _read_torch_export(path: Path) -> Answer:
+def _read_torch_export(path: Path) -> Predictor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about its own buffers
+        warnings.simplefilter("ignore")  # internal warnings of torch
         return torch.export.load(path).module()
 
 
@@ -108,16 +108,16 @@ def _write_onnx(subject: Subject, path: Path) -> dict[str, Any]:
     graph = model.graph
     model.ClearField("metadata_props")
     for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
-        part.ClearField("metadata_props")  # where the source lies on this machine, line by line
+        part.ClearField("metadata_props")  # local source paths
         part.ClearField("doc_string")
     graph.ClearField("metadata_props")
-    graph.ClearField("value_info")  # any reader infers it; quantizing makes some of it wrong
+    graph.ClearField("value_info")  # inferred by readers; quantization invalidates parts of it
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString())
     return {"opset": next(o.version for o in model.opset_import if not o.domain)}
 
 
-def _read_onnx(path: Path) -> Answer:
+def _read_onnx(path: Path) -> Predictor:
     runtime = require("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -127,32 +127,34 @@ def _read_onnx(path: Path) -> Answer:
 
 
 def _write_int8(subject: Subject, path: Path) -> dict[str, Any]:
-    """Quantizes in two ways and keeps the one that changes fewer answers.
+    """Quantizes statically and dynamically and keeps the one with the higher agreement.
 
-    Static: the ranges of all activations are read off training images. Dynamic: off each batch.
-    Which is better depends on the network; it is chosen by training images, never by test images.
+    Static quantization calibrates activation ranges on training images, dynamic quantization on
+    each batch. The choice uses other training images, never test images.
     """
     quantization = require("onnxruntime.quantization")
     if subject.train is None:
-        raise ValueError("onnx-int8 reads ranges off training images: give --data root=FOLDER")
+        raise ValueError("onnx-int8 needs training images for calibration: give --data root=FOLDER")
     order = np.random.default_rng(0).permutation(len(subject.train.target))
-    # So that a small set is shared out between the two purposes.
+    # A small set is split evenly between calibration and validation.
     count = min(CALIBRATION, len(order) // 2)
     if not count:
-        raise ValueError("onnx-int8 needs two training images at least")
-    by, judged_by = (torch.from_numpy(part) for part in (order[:count], order[count : 2 * count]))
+        raise ValueError("onnx-int8 needs at least two training images")
+    calibration, validation = (
+        torch.from_numpy(part) for part in (order[:count], order[count : 2 * count])
+    )
     plain, ready = path.with_name(FORMATS["onnx"].file), path.with_suffix(".ready")
-    if not plain.exists():  # in the same work
+    if not plain.exists():  # already written by this export
         _write_onnx(subject, plain)
     quantization.quant_pre_process(plain, ready, skip_symbolic_shape=True)
     ways = {way: path.with_suffix(f".{way}") for way in ("static", "dynamic")}
-    reader = _reader(subject.train, by)
+    reader = _reader(subject.train, calibration)
     quantization.quantize_static(ready, ways["static"], reader, per_channel=True)
-    # Without sign: older runtimes have no other integer convolution.
+    # Unsigned: older runtimes have no signed integer convolution.
     kind = quantization.QuantType.QUInt8
     quantization.quantize_dynamic(ready, ways["dynamic"], per_channel=True, weight_type=kind)
     same = {
-        way: _agreement(subject.network, _read_onnx(file), subject.train, judged_by)
+        way: _agreement(subject.network, _read_onnx(file), subject.train, validation)
         for way, file in ways.items()
     }
     best = max(same, key=same.__getitem__)
@@ -161,8 +163,8 @@ def _write_int8(subject: Subject, path: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _agreement(network: Answer, other: Answer, images: Images, index: Tensor) -> float:
-    """Computes the share of some images, in percent, that both give the same class."""
+def _agreement(network: Predictor, other: Predictor, images: Images, index: Tensor) -> float:
+    """Computes the percentage of images for which both predict the same class."""
     same = 0
     for part in index.split(BATCH):
         shown = images.read(part, None)
@@ -171,7 +173,7 @@ def _agreement(network: Answer, other: Answer, images: Images, index: Tensor) ->
 
 
 def _reader(images: Images, index: Tensor) -> Any:
-    """Gives images in the way that onnxruntime asks for them."""
+    """Builds a calibration data reader of onnxruntime."""
     batches: Iterator[Tensor] = (images.read(part, None) for part in index.split(BATCH))
 
     class Reader(require("onnxruntime.quantization").CalibrationDataReader):  # type: ignore[misc]
@@ -187,24 +189,24 @@ _ONNX = ("onnx", "onnxscript", "onnxruntime")
 FORMATS: Mapping[str, Format] = {
     "safetensors": Format(
         "model.safetensors",
-        "weights, which cannot run code, for topkd and torch",
+        "weights for topkd and torch, cannot run code",
         _write_safetensors,
         _read_safetensors,
     ),
     "onnx": Format("model.onnx", "for any ONNX runtime", _write_onnx, _read_onnx, _ONNX),
     "torch-export": Format(
         "model.pt2",
-        "for torch without the source of the network",
+        "for torch, without the source of the network",
         _write_torch_export,
         _read_torch_export,
     ),
     "onnx-int8": Format(
         "model.int8.onnx",
-        "the same in eight bits",
+        "ONNX, quantized to 8 bits",
         _write_int8,
         _read_onnx,
         _ONNX,
         is_rounded=True,
     ),
 }
-"""Name -> how to write and read it."""
+"""Name -> export format."""

@@ -1,4 +1,4 @@
-"""Students for others to use: files that were read back and checked, and a card that tells all."""
+"""Export of trained students: verified files, configuration and model card."""
 
 from __future__ import annotations
 
@@ -22,71 +22,76 @@ from topkd.data.pictures import CROP
 from topkd.data.trust import changed
 from topkd.evaluation import results
 from topkd.evaluation.loading import evaluation_crop, restore
-from topkd.evaluation.metrics import BATCH
-from topkd.export.formats import FORMATS, Answer, Subject, require
+from topkd.evaluation.metrics import BATCH, METRICS, agreement
+from topkd.export.formats import FORMATS, Predictor, Subject, require
 from topkd.models import checkpoint
 from topkd.models.factory import refuse_code
 from topkd.training.build import load_data
 
 CONFIG = "config.json"
-TOLERANCE = 1e-4  # of logits: float32 computed in another order
-RANDOM = 64  # images to check by where there are no real ones
+TOLERANCE = 1e-4  # of logits, for float32 rounding
+RANDOM = 64  # number of random images if no data is available
 _PLACES = ("root", "checkpoint", "file", "cache", "train", "test")  # keys that may hold a path
 
 
 @dataclass(frozen=True)
 class Student:
-    """Weights, what was kept with them, and the run that they come from."""
+    """Weights, their metadata and the run that they come from."""
 
     path: Path
     about: Mapping[str, Any]
-    study: results.Study | None  # of this run alone; None of weights without a result
+    study: results.Study | None  # only this run; None for weights without a result
 
     @property
     def run(self) -> results.Result | None:
-        """The numbers of the run."""
+        """The result of the run."""
         return None if self.study is None else self.study.first.result
 
     @property
     def title(self) -> str:
-        """What it is, for people."""
+        """A readable description."""
         run = self.run
         source = str(self.path) if run is None else f"{run.recipe}, {run.variant}, seed {run.seed}"
         return f"{self.about['model']} of {source}"
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Images by which files are judged, and what the network makes of them."""
+class Reference:
+    """Images for verification and the logits of the network."""
 
     images: Images
-    told: str
+    description: str
     are_real: bool
     logits: Tensor  # (images, classes)
 
     @classmethod
     def of(
-        cls, network: Answer, images: Images, told: str, progress: Progress, *, are_real: bool
-    ) -> Judge:
-        """Shows images to the network.
+        cls,
+        network: Predictor,
+        images: Images,
+        description: str,
+        progress: Progress,
+        *,
+        are_real: bool,
+    ) -> Reference:
+        """Computes the logits of the network.
 
         Raises:
-            ValueError: If it answers with NaN or infinity.
+            ValueError: If a logit is NaN or infinite.
         """
-        logits = _answers(network, images, progress, "Asking the network")
+        logits = _logits(network, images, progress, "Evaluating")
         if not logits.isfinite().all():
-            raise ValueError(f"the network answers some of {told} with NaN or infinity")
-        return cls(images, told, are_real, logits)
+            raise ValueError(f"the network returns NaN or infinity for some of {description}")
+        return cls(images, description, are_real, logits)
 
-    def compare(self, answer: Answer, progress: Progress, title: str) -> dict[str, Any]:
-        """Compares the answers of a file with the network's: percents, and logits."""
-        logits = _answers(answer, self.images, progress, title)
-        same = logits.argmax(1) == self.logits.argmax(1)
+    def compare(self, predictor: Predictor, progress: Progress, title: str) -> dict[str, Any]:
+        """Compares the outputs of a file with the network's."""
+        logits = _logits(predictor, self.images, progress, title)
         return {
-            "checked_on": self.told,
+            "checked_on": self.description,
             "top1": self._top1(logits),
             "network_top1": self._top1(self.logits),
-            "agreement": _percent(same),
+            "agreement": agreement(logits, self.logits),
             "largest_difference": (logits - self.logits).abs().max().item(),
         }
 
@@ -96,21 +101,21 @@ class Judge:
 
 
 def load_student(target: Path) -> Student:
-    """Reads what is known of a student.
+    """Reads the metadata and the result of a student.
 
     Args:
-        target: The folder of a run, or a file of ours.
+        target: The folder of a run, or a weights file of topkd.
 
     Raises:
         FileNotFoundError: If there is no such run or file.
-        ValueError: If the file does not tell which network it is, or a result is broken.
+        ValueError: If the file does not describe the network, or the result is broken.
     """
     path = checkpoint.weights_file(target)
     about = checkpoint.read_about(path)
     missing = {"model", "classes", "mean", "std", "data"} - about.keys()
     if missing:
         raise ValueError(
-            f"{path} does not tell {', '.join(sorted(missing))}: it is not of a run of topkd"
+            f"{path} does not record {', '.join(sorted(missing))}: topkd did not write it"
         )
     has_result = path.name == checkpoint.WEIGHTS and (path.parent / "result.json").exists()
     return Student(path, about, results.collect(path.parent)[0] if has_result else None)
@@ -129,35 +134,35 @@ def export(
     tolerance: float = TOLERANCE,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Writes a student in several formats and checks each; all are written, or none.
+    """Exports a student in several formats and verifies each; writes all files or none.
 
     Args:
-        target: The folder of a run, or a file of ours.
+        target: The folder of a run, or a weights file of topkd.
         to: Names in ``FORMATS``.
-        out: The folder to write to.
-        progress: Tells the user.
-        data: Changes to the options of the data, as ``key=value``.
-        size: Of the images, in pixels on a side; needed only where they cannot be loaded.
-        license: Of the weights, as the Hugging Face hub calls it.
-        limit: Check on so many test images, evenly spread; on all if not told.
-        tolerance: Largest difference of a logit from the network's, but for rounded formats.
+        out: Output folder.
+        progress: Shows progress.
+        data: Overrides of the data section, as ``key=value``.
+        size: Image size in pixels; needed only if the data cannot be loaded.
+        license: License of the weights, as an identifier of the Hugging Face hub.
+        limit: Number of evenly spaced test images to verify on. Defaults to all.
+        tolerance: Maximum difference of a logit, except for quantized formats.
         trust: Whether the file may name code, paths and addresses.
 
     Returns:
-        What ``config.json`` holds.
+        The content of ``config.json``.
 
     Raises:
         FileNotFoundError: If there is no such run.
         ModuleNotFoundError: If a package is missing.
         ValueError: If a format is unknown, the folder holds another student, a network cannot be
-            traced, or a file answers otherwise than the network; nothing is left behind.
+            traced, or a file deviates from the network. Nothing is written then.
     """
     order = _order(to)
     student = load_student(target)
     if not trust:
         refuse_code(student.about["model"], str(student.path))
     images, missing = _load(student, data, trust=trust, needed=size is None)
-    shown, told = _shown(student.about, images, size, limit, missing)
+    shown, description = _shown(student.about, images, size, limit, missing)
     seen = shown.read(torch.arange(1), None).shape[-1]
     given = {"data": _without_folders(student.about["data"]), "size": seen}
     about = dict(student.about) | given
@@ -166,12 +171,12 @@ def export(
     weights = checkpoint.hash_of(network)
     known = _claim(out, weights)
     if images is None:
-        progress.say(f"{missing}; checking on {told}, so no accuracy is told")
-    judge = Judge.of(network, shown, told, progress, are_real=images is not None)
+        progress.say(f"{missing}; verifying on {description}, without accuracy")
+    reference = Reference.of(network, shown, description, progress, are_real=images is not None)
     subject = Subject(network, about, None if images is None else images.train)
     with tempfile.TemporaryDirectory() as work:
         made = {
-            FORMATS[name].file: _make(name, subject, judge, Path(work), tolerance, progress)
+            FORMATS[name].file: _make(name, subject, reference, Path(work), tolerance, progress)
             for name in order
         }
         config = _config(student, about, weights) | {
@@ -181,12 +186,12 @@ def export(
         for name in made:
             files.write(out / name, (Path(work) / name).read_bytes())
     files.write(out / "README.md", card(student, config))
-    files.write_json(out / CONFIG, config)  # last: it says that all is there
+    files.write_json(out / CONFIG, config)  # last: marks the export as complete
     return config
 
 
 def _order(to: Sequence[str]) -> list[str]:
-    """Orders the formats that are asked for, and makes sure that they can be written."""
+    """Sorts the requested formats and checks that their packages are installed."""
     for name in to:
         if name not in FORMATS:
             raise ValueError(f"--to: there is no {name!r}{near(name, list(FORMATS))}")
@@ -196,22 +201,27 @@ def _order(to: Sequence[str]) -> list[str]:
 
 
 def _make(
-    name: str, subject: Subject, judge: Judge, work: Path, tolerance: float, progress: Progress
+    name: str,
+    subject: Subject,
+    reference: Reference,
+    work: Path,
+    tolerance: float,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Writes one file, reads it back and judges it."""
+    """Writes one file, loads it and compares it with the network."""
     form = FORMATS[name]
     path = work / form.file
     facts = form.write(subject, path)
     content = path.read_bytes()
     entry: dict[str, Any] = {"format": name, "bytes": len(content)}
     entry["sha256"] = files.sha256(content)
-    entry |= judge.compare(form.read(path), progress, f"Checking {form.file}") | facts
-    # Not `>`, so that NaN is refused too.
+    entry |= reference.compare(form.read(path), progress, f"Checking {form.file}") | facts
+    # Not `>`, which would accept NaN.
     if not form.is_rounded and not entry["largest_difference"] <= tolerance:
         raise ValueError(
             f"{form.file} differs from the network by {entry['largest_difference']:.2g} on "
-            f"{judge.told}, whose logits reach {judge.logits.abs().max():.3g}; at most "
-            f"{tolerance:g} is allowed (--tolerance), so nothing was written"
+            f"{reference.description}, whose logits reach {reference.logits.abs().max():.3g}; at "
+            f"most {tolerance:g} is allowed (--tolerance), so nothing was written"
         )
     return entry
 
@@ -219,7 +229,7 @@ def _make(
 def _load(
     student: Student, changes: Sequence[str], *, trust: bool, needed: bool
 ) -> tuple[Data | None, str]:
-    """Loads the images of a run, or says why there are none."""
+    """Loads the data of a run, or returns the reason why it is unavailable."""
     about = student.about
     try:
         tree = changed(about["data"], changes, str(student.path), trust=trust)
@@ -243,12 +253,12 @@ def _load(
 def _shown(
     about: Mapping[str, Any], data: Data | None, size: int | None, limit: int | None, missing: str
 ) -> tuple[Images, str]:
-    """Chooses the images to judge by, and tells which they are."""
+    """Selects the images for verification and describes them."""
     if data is None:
         size = size or about.get("size")
         if size is None:
             raise ValueError(
-                f"{missing}; give --data root=FOLDER, or --size PIXELS to check on random images"
+                f"{missing}; give --data root=FOLDER, or --size PIXELS to verify on random images"
             )
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randint(256, (RANDOM, size, size, 3), generator=generator).byte()
@@ -263,11 +273,11 @@ def _shown(
 
 
 @torch.no_grad()
-def _answers(answer: Answer, images: Images, progress: Progress, title: str) -> Tensor:
+def _logits(predictor: Predictor, images: Images, progress: Progress, title: str) -> Tensor:
     logits = []
     with progress.bar(title, len(images.target), "images") as advance:
         for batch in plain_batches(images, BATCH):
-            logits.append(answer(batch.images).float())
+            logits.append(predictor(batch.images).float())
             advance(len(batch.index), "")
     return torch.cat(logits)
 
@@ -277,19 +287,19 @@ def _percent(flags: Tensor) -> float:
 
 
 def _claim(out: Path, weights: str) -> dict[str, Any]:
-    """Makes sure that a folder is free or holds the same student, and reads what it holds."""
+    """Checks that a folder is empty or holds the same student; returns its configuration."""
     if (out / CONFIG).exists():
         known: dict[str, Any] = files.read_json(out / CONFIG)
         if isinstance(known, dict) and known.get("weights") == weights:
             return known
         raise ValueError(f"{out} holds another student; choose another --out, or delete it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already and no export; choose another --out")
+        raise ValueError(f"{out} already exists and is no export; choose another --out")
     return {}
 
 
 def _config(student: Student, about: Mapping[str, Any], weights: str) -> dict[str, Any]:
-    """Collects what one needs to use the files."""
+    """Builds the content of ``config.json``."""
     run = student.run
     return {
         "model": about["model"],
@@ -322,7 +332,7 @@ def _crop(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_folders(tree: Any, key: str = "") -> Any:
-    """Leaves of every path the last part: what others are given does not tell of this machine."""
+    """Reduces every path to its last component, to hide local folders."""
     if isinstance(tree, Mapping):
         return {k: _without_folders(v, k) for k, v in tree.items()}
     if isinstance(tree, list):
@@ -336,7 +346,7 @@ def card(student: Student, config: Mapping[str, Any]) -> str:
 
     Args:
         student: What it is about.
-        config: What ``config.json`` holds.
+        config: The content of ``config.json``.
 
     References:
         Model Cards for Model Reporting (Mitchell et al., FAT* 2019)
@@ -356,13 +366,14 @@ def card(student: Student, config: Mapping[str, Any]) -> str:
         header=_as_yaml(_header(student, config)),
         about=student.about,
         run=student.run,
+        metrics=METRICS.values(),
         config=config,
         recipe=recipe and _as_yaml(_without_folders(recipe)),
     )
 
 
 def _header(student: Student, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata that the hub reads."""
+    """Builds the metadata of the model card."""
     run, made = student.run, {file["format"] for file in config["files"].values()}
     tags = ["topkd", "image-classification", config["model"]]
     if run is not None and run.teacher is not None:
@@ -373,15 +384,20 @@ def _header(student: Student, config: Mapping[str, Any]) -> dict[str, Any]:
     header |= {"library_name": "topkd", "pipeline_tag": "image-classification", "tags": tags}
     if run is None:
         return header
-    metric = {
-        "type": "accuracy",
-        "value": round(run.last.top1, 2),
-        "name": f"top-1 %, last epoch, {run.eval_split} images, n = 1 seed",
-    }
+    where = f"last epoch, {run.eval_split} images, n = 1 seed"
+    measured = [
+        {
+            "type": "accuracy" if name == "top1" else name,
+            "value": float(metric.format(run.metric(name))),
+            "name": f"{metric.title}{metric.unit and f' ({metric.unit})'}, {where}",
+        }
+        for name, metric in METRICS.items()
+        if run.metric(name) is not None
+    ]
     result = {
         "task": {"type": "image-classification"},
         "dataset": {"type": run.data, "name": run.data, "split": run.eval_split},
-        "metrics": [metric],
+        "metrics": measured,
     }
     return header | {"model-index": [{"name": f"{run.recipe} {run.variant}", "results": [result]}]}
 

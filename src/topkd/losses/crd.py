@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topkd.data.augment import whole_draws
+from topkd.data.augment import integer_draws
 from topkd.features import Batch, Features
 from topkd.losses._validation import check_floats, count, one_of
 from topkd.losses._validation import temperature as checked
@@ -125,7 +125,7 @@ class NegativeSampler(nn.Module):
             invalid = index[(index < 0) | (index >= images)].tolist()
             if invalid:
                 raise ValueError(f"there is no image {invalid[0]} among the {images} of the memory")
-        start, step, turn, other = whole_draws(seed, epoch, index, 4).T[..., None]
+        start, step, turn, other = integer_draws(seed, epoch, index, 4).T[..., None]
         first, count, prime = (t[index, None] for t in (self.first, self.count, self.prime))
         steps = torch.arange(self.negatives, device=index.device) * (1 + step % (prime - 1))
         place = (start % prime + steps) % prime

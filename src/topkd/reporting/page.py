@@ -1,4 +1,4 @@
-"""Finished runs as a Markdown table and as one page of HTML with everything in it."""
+"""Reports of finished runs: Markdown tables and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from topkd.reporting.sections import Picture, Section, count, fixed
 
 __all__ = ["collect", "formula", "html", "markdown", "rows", "write_report"]
 
-ALPHA = 0.05  # p below which a difference is said to be there
+ALPHA = 0.05  # significance level
 ABSENT = "–"
 INPUTS = (
     *("result.json", "metrics.jsonl", "examples.safetensors", "recipe.yaml"),
@@ -53,11 +53,11 @@ def headings() -> Row:
     }
 
 
-TOLD = ("share", "start", "stop", "warmup", "decay", "batch")  # of a term, beside its weight
+SCHEDULE = ("share", "start", "stop", "warmup", "decay", "batch")  # keys shown with a term
 
 
 def formula(losses: list[Term]) -> str:
-    """Writes losses as the sum that they are.
+    """Formats losses as a weighted sum.
 
     Examples:
         >>> formula([Term(name="ce"), Term(name="kd", weight=2.0, temperature=4.0)])
@@ -68,8 +68,8 @@ def formula(losses: list[Term]) -> str:
     summands = []
     for term in losses:
         weight = "" if term.weight == 1 else f"{term.weight:g} "
-        told = term.model_dump(include=set(TOLD), exclude_defaults=True)
-        options = {name: told[name] for name in TOLD if name in told}
+        changed = term.model_dump(include=set(SCHEDULE), exclude_defaults=True)
+        options = {name: changed[name] for name in SCHEDULE if name in changed}
         listed = ", ".join(_options(options | term.options))
         summands.append(f"{weight}{term.name}" + (f" ({listed})" if listed else ""))
     return " + ".join(summands)
@@ -125,7 +125,7 @@ def _sample(values: Sequence[float | None], digits: int = 2) -> str:
 
 
 def _teachers(study: Study) -> list[TeacherResult]:
-    """The teachers of a study: one, unless runs were put together that had others."""
+    """Returns the distinct teachers of a study, normally one."""
     found = [run.result.teacher for run in study.runs if run.result.teacher is not None]
     return list({teacher.hash: teacher for teacher in found}.values())
 
@@ -141,7 +141,7 @@ def _difference(found: Paired | None) -> str:
 
 
 def statements(study: Study) -> list[str]:
-    """Says what the comparison with the control shows and what it does not, variant by variant."""
+    """Summarizes the comparison of each variant with the control in one sentence."""
     if study.control is None:
         return []
     found = study.compare()
@@ -170,35 +170,35 @@ def findings(folder: Path, recipe: str) -> list[str]:
 def _statement(variant: str, control: str, found: Paired | None, p: float | None) -> str:
     both = f"{variant} and {control}"
     if found is None:
-        return f"No seed in common: no statement possible about {both}."
+        return f"No common seed: no comparison of {both} is possible."
     side = f"{abs(found.mean):.2f} percentage points {'above' if found.mean > 0 else 'below'}"
     if round(found.mean, 2) == 0:
         side = "level"
     if found.n == 1:
-        return f"One seed: no statement possible about {both}. With it, {variant} is {side}."
+        return f"One seed: no statistical comparison of {both} is possible. {variant} is {side}."
     if found.interval is None or p is None:
         return (
-            f"No statement possible about {both}: {variant} is {side} with each of {found.n} "
-            "seeds, so the spread of the differences is unknown."
+            f"No statistical comparison of {both} is possible: {variant} is {side} with each of "
+            f"{found.n} seeds, so the spread of the differences is unknown."
         )
     low, high = found.interval
     tests = f"p = {p:.2g}"
     if found.flip_p is not None:
-        tests += f"; by sign flips alone, p = {found.flip_p:.2g}"
+        tests += f"; sign-flip test, p = {found.flip_p:.2g}"
     numbers = (
         f"{variant} is {side} on average over {found.n} seeds "
         f"(95 % interval {fixed(low, '+.2f')} to {fixed(high, '+.2f')}; {tests})."
     )
     if p < ALPHA:
-        return f"A detectable difference between {both}: {numbers}"
+        return f"Significant difference between {both}: {numbers}"
     return (
-        f"No detectable difference between {both} at this number of seeds: {numbers} A true "
-        f"difference of less than about {(high - low) / 2:.1f} points could well go unnoticed."
+        f"No significant difference between {both} at this number of seeds: {numbers} A true "
+        f"difference below about {(high - low) / 2:.1f} points may remain undetected."
     )
 
 
 def setting(study: Study) -> list[str]:
-    """Says what the numbers of a study are: judged on what, of which data, made where."""
+    """Describes evaluation split, tests, data, networks and environment of a study."""
     result = study.first.result
     split = "the test set" if result.eval_split == "test" else f"the {result.eval_split} split"
     networks = f"student {result.model}"
@@ -208,21 +208,21 @@ def setting(study: Study) -> list[str]:
     threads = "1 thread" if env["threads"] == "1" else f"{env['threads']} threads"
     versions = ", ".join(f"{name} {env[name]}" for name in ("topkd", "torch", "python"))
     tests = sum(p is not None and p.t_p is not None for p in study.compare().values())
-    tested = "p-values are of t-tests paired by seed"
+    tested = "p-values are from t-tests paired by seed"
     if tests > 1:
-        tested += f", corrected for {tests} comparisons (Holm); those of sign flips are not"
+        tested += f", corrected for {tests} comparisons (Holm); sign-flip p-values are uncorrected"
     return [
-        f"Judged on {split}, and the headline is the last epoch; mean ± standard deviation "
-        "(number of seeds). The best epoch is recorded and never the headline.",
+        f"Evaluated on {split} at the last epoch; mean ± standard deviation (number of seeds). "
+        "The best epoch is recorded only.",
         *([f"{tested}."] if tests else []),
         f"Data {result.data}, {networks}, {count(result.epochs, 'epoch')}.",
-        f"Made on {env['processor']}, {threads}, {env['device']}, {env['dtype']}; "
+        f"Run on {env['processor']}, {threads}, {env['device']}, {env['dtype']}; "
         f"{versions}, commit {env['commit']}.",
     ]
 
 
 def _environment(study: Study) -> dict[str, str]:
-    """What the runs were made with, several values where they differ."""
+    """Describes the environment of the runs; differing values are joined by a slash."""
     environments = [run.result.environment for run in study.runs]
     names = dict.fromkeys([*MADE_WITH, *(name for env in environments for name in env)])
     described = {}
@@ -234,24 +234,24 @@ def _environment(study: Study) -> dict[str, str]:
 
 
 def cautions(study: Study) -> list[str]:
-    """Warns of what keeps the runs of a study from being comparable."""
+    """Lists reasons why the runs of a study may not be comparable."""
     found = []
     if len(_teachers(study)) > 1:
-        found.append(f"These runs were taught by {len(_teachers(study))} different teachers.")
+        found.append(f"These runs have {len(_teachers(study))} different teachers.")
     environment = _environment(study)
     for name in MADE_WITH:
         if " / " in environment[name]:
             found.append(f"These runs differ in {name}: {environment[name]}.")
     if study.control is not None and study.text is None:
         found.append(
-            f"There is no recipe.yaml beside these results; {study.control} is taken for the "
-            "control because its losses are most like the student's."
+            f"There is no recipe.yaml with these results; {study.control} is used as the control "
+            "because its losses are the most similar to the student's."
         )
     return found
 
 
 def markdown(folder: Path) -> str:
-    """Writes the finished runs below a folder as Markdown: a table for each recipe.
+    """Renders the finished runs below a folder as Markdown, one table per recipe.
 
     Raises:
         ValueError: If there is no finished run, or a file is broken; see :func:`collect`.
@@ -276,7 +276,7 @@ def markdown(folder: Path) -> str:
 
 
 def _plain(text: str) -> str:
-    """Keeps a text from being taken for Markdown or HTML."""
+    """Escapes Markdown and HTML."""
     for mark in ("\\", "|", "*", "`"):
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())
@@ -342,7 +342,7 @@ def _recipe(study: Study, written: list[Section]) -> _Recipe:
 
 
 def _element(picture: Picture, name: str) -> Markup:
-    """Makes the element of a page that shows a picture; the name is like no other on the page."""
+    """Builds the HTML element of a picture; the name must be unique on the page."""
     if not picture.raster:
         return Markup(plots.to_svg(picture.figure, prefix=name, alt=picture.alt))  # noqa: S704
     content = base64.b64encode(plots.to_png(picture.figure)).decode()

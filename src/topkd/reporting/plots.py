@@ -1,8 +1,7 @@
-"""Pictures: values in, matplotlib figures out.
+"""Plotting functions, which return matplotlib figures.
 
-Nothing here reads files, and matplotlib and UMAP are loaded by the functions that need them. The
-figures know no window: show them in a notebook, or write them by ``figure.savefig``,
-:func:`to_svg` and :func:`to_png`.
+matplotlib and UMAP are imported on first use. The figures have no window: display them in a
+notebook, or save them with ``figure.savefig``, :func:`to_svg` or :func:`to_png`.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#A6761D")
-"""Told apart with every kind of color vision (Okabe & Ito 2008, without its yellow)."""
+"""Colorblind-safe palette (Okabe & Ito 2008, without its yellow)."""
 LINES = ("-", "--", "-.", ":")
 TEACHER = "#333333"
 OTHERS = "#c8c8c8"
 CLASS_COLORS = (*COLORS, "#6A3D9A", "#B8B000")
-NEIGHBORS = 15  # of UMAP; fewer points than this have none
+NEIGHBORS = 15  # number of neighbors of UMAP, which needs more points than this
 
 _STYLE: Mapping[str, Any] = {
     "font.family": "sans-serif",
@@ -55,9 +54,9 @@ _STYLE: Mapping[str, Any] = {
     "ytick.labelcolor": "#444444",
     "legend.frameon": False,
     "figure.facecolor": "white",
-    "text.parse_math": False,  # names are shown as they are, dollars and all
-    "svg.fonttype": "none",  # letters, which can be read out, searched for and copied
-    "svg.hashsalt": "topkd",  # equal values make equal files
+    "text.parse_math": False,  # show dollar signs in names
+    "svg.fonttype": "none",  # keep text accessible and searchable
+    "svg.hashsalt": "topkd",  # reproducible output
 }
 
 
@@ -79,7 +78,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def palette(names: Sequence[str]) -> dict[str, str]:
-    """Gives every name a color, the same for the same names in the same order.
+    """Assigns a color to every name by position.
 
     Examples:
         >>> palette(["kd", "student"])
@@ -97,16 +96,16 @@ def curves(
     wide: bool = False,
     threshold: float | None = None,
 ) -> Figure:
-    """Draws how something changed over the epochs: seeds as thin lines, their mean thick.
+    """Plots curves over the epochs: thin lines for seeds, a thick line for their mean.
 
     Args:
-        runs: Name -> for each seed, a value for each epoch; NaN where there is none.
-        title: Above the figure.
-        ylabel: What the values are, with their unit.
-        colors: Of the names; from :func:`palette` if not told.
-        wide: Whether values that span more than a factor of 30 get a logarithmic axis; values
-            that are not positive are then left out.
-        threshold: Where to draw a dashed line across.
+        runs: Name -> one sequence per seed with one value per epoch; NaN where absent.
+        title: Title of the figure.
+        ylabel: Label of the y axis, with unit.
+        colors: Name -> color. Defaults to :func:`palette`.
+        wide: Whether to use a logarithmic axis for values that span more than a factor of 30,
+            which omits values that are not positive.
+        threshold: Position of a dashed horizontal line.
     """
     colors = colors or palette(list(runs))
     styles = dict(zip(colors, itertools.cycle(LINES), strict=False))
@@ -160,9 +159,9 @@ def gradient_shares(
     """Draws the share of each term in the gradient over the epochs, with a line at the threshold.
 
     Args:
-        terms: Name of the term -> for each seed, its share (0 to 1) in each epoch.
-        title: Above the figure.
-        colors: Of the terms; from :func:`palette` if not told.
+        terms: Term -> one sequence per seed with its share (0 to 1) per epoch.
+        title: Title of the figure.
+        colors: Term -> color. Defaults to :func:`palette`.
     """
     percent = {name: [[100 * v for v in seed] for seed in seeds] for name, seeds in terms.items()}
     return curves(
@@ -183,16 +182,16 @@ def barcode(
     unit: str = "",
     color: str = COLORS[0],
 ) -> Figure:
-    """Draws an H0 persistence diagram as bars: each lasts until its point joins another.
+    """Plots an H0 persistence diagram as a barcode.
 
-    All births being 0, the usual diagram of births against deaths would be a single column.
+    All births are 0, so a plot of births against deaths would be a single column.
 
     Args:
-        deaths: Where the bars end, (bars,).
-        title: Above the figure.
-        end: Right end of the axis, to compare several; the greatest death if not told.
-        unit: Of the deaths.
-        color: Of the bars.
+        deaths: Deaths of the bars, (bars,).
+        title: Title of the figure.
+        end: Right end of the axis. Defaults to the largest death.
+        unit: Unit of the deaths.
+        color: Color of the bars.
     """
     lengths = np.sort(np.asarray(deaths, dtype=float))[::-1]
     with _style():
@@ -206,11 +205,11 @@ def barcode(
 
 
 def filtration(points: ArrayLike, lengths: Sequence[float]) -> Figure:
-    """Draws a cloud in the plane at several lengths, with the edges and triangles of each.
+    """Plots the Rips complex of a planar point cloud at several scales.
 
     Args:
         points: (n, 2).
-        lengths: One for each panel.
+        lengths: Scale of each panel.
     """
     cloud = np.asarray(points, dtype=float)
     apart = np.linalg.norm(cloud[:, None] - cloud, axis=-1)
@@ -235,11 +234,11 @@ def filtration(points: ArrayLike, lengths: Sequence[float]) -> Figure:
 
 
 def diagram(bars: Mapping[str, ArrayLike], *, title: str) -> Figure:
-    """Draws persistence diagrams: a point for every bar, its birth across and its death up.
+    """Plots persistence diagrams, with births on the x axis and deaths on the y axis.
 
     Args:
-        bars: Name, as of a dimension -> births and deaths, (bars, 2).
-        title: Above the figure.
+        bars: Name, such as a dimension -> births and deaths, (bars, 2).
+        title: Title of the figure.
     """
     colors = palette(list(bars))
     named = {name: np.asarray(each, dtype=float).reshape(-1, 2) for name, each in bars.items()}
@@ -262,16 +261,16 @@ def sorted_deaths(
     unit: str = "",
     colors: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Draws the sorted deaths of several H0 diagrams over each other.
+    """Plots the sorted deaths of several H0 diagrams in one figure.
 
-    Between equally many bars, the mean gap of two lines is their 1-Wasserstein distance divided
-    by the number of bars.
+    For equal numbers of bars, the mean gap between two lines is their 1-Wasserstein distance
+    divided by the number of bars.
 
     Args:
-        diagrams: Name -> where the bars end, (bars,).
-        title: Above the figure.
-        unit: Of the deaths.
-        colors: Of the names; from :func:`palette` if not told.
+        diagrams: Name -> deaths of the bars, (bars,).
+        title: Title of the figure.
+        unit: Unit of the deaths.
+        colors: Name -> color. Defaults to :func:`palette`.
     """
     colors = colors or palette(list(diagrams))
     styles = dict(zip(colors, itertools.cycle(LINES), strict=False))
@@ -291,28 +290,28 @@ def sorted_deaths(
 def persistence_images(
     exact: ArrayLike, approximated: ArrayLike, *, resolution: int, name: str = "RipsNet"
 ) -> Figure:
-    """Draws exact persistence images above those that an approximator guesses, on one scale.
+    """Plots exact persistence images above approximated ones, on one color scale.
 
     Args:
-        exact: A row for each cloud, (clouds, resolution²), or (clouds, resolution) for vectors,
-            which are drawn as bars.
-        approximated: As many.
-        resolution: Nodes on each side of an image, or entries of a vector.
-        name: Of the approximator.
+        exact: One row per cloud, (clouds, resolution²), or (clouds, resolution) for vectors,
+            which are plotted as bars.
+        approximated: The approximations, of the same shape.
+        resolution: Height and width of an image, or length of a vector.
+        name: Name of the approximator.
 
     Raises:
         ValueError: If the shapes differ or do not fit the resolution.
     """
-    truth, guess = np.asarray(exact, dtype=float), np.asarray(approximated, dtype=float)
-    if truth.shape != guess.shape or truth.ndim != 2:
-        raise ValueError(f"shapes differ: exact {truth.shape}, approximated {guess.shape}")
+    truth, other = np.asarray(exact, dtype=float), np.asarray(approximated, dtype=float)
+    if truth.shape != other.shape or truth.ndim != 2:
+        raise ValueError(f"shapes differ: exact {truth.shape}, approximated {other.shape}")
     if truth.shape[1] not in (resolution, resolution**2):
         raise ValueError(f"{truth.shape[1]} numbers are no image of resolution {resolution}")
-    low, high = min(0.0, truth.min(), guess.min()), max(truth.max(), guess.max())
+    low, high = min(0.0, truth.min(), other.min()), max(truth.max(), other.max())
     with _style():
         figure = _figure(1.35 * len(truth) + 0.9, 3.1)
         grid = figure.subplots(2, len(truth), sharex=True, sharey=True, squeeze=False)
-        for row, (label, values) in enumerate((("exact", truth), (name, guess))):
+        for row, (label, values) in enumerate((("exact", truth), (name, other))):
             for column, value in enumerate(values):
                 axes = grid[row, column]
                 axes.set_xticks([])
@@ -333,19 +332,19 @@ def _draw_image(axes: Axes, value: NDArray[Any], resolution: int, low: float, hi
         axes.bar(range(resolution), value, width=0.9, color=COLORS[0])
         axes.set_ylim(low, high * 1.02 or 1.0)
         return
-    pixels = value.reshape(resolution, resolution)  # a row for each persistence, least first
+    pixels = value.reshape(resolution, resolution)  # one row per persistence, increasing
     axes.imshow(pixels, vmin=low, vmax=high or 1.0, cmap="cividis", origin="lower", aspect="equal")
 
 
 def project(points: ArrayLike, *, seed: int = 0) -> tuple[NDArray[Any], str]:
-    """Lays points out in the plane: by UMAP, or by PCA where there are too few for it.
+    """Projects points to two dimensions by UMAP, or by PCA if there are too few points.
 
     Args:
         points: (n, d).
-        seed: Of UMAP.
+        seed: Random seed of UMAP.
 
     Returns:
-        Places in the plane, (n, 2), and the name of the method.
+        Coordinates, (n, 2), and the name of the method.
 
     Raises:
         ValueError: If there are fewer than two points.
@@ -361,9 +360,9 @@ def project(points: ArrayLike, *, seed: int = 0) -> tuple[NDArray[Any], str]:
         left, scale, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
         places = np.zeros((len(x), 2))
         places[:, : min(2, len(scale))] = (left * scale)[:, :2]
-        return places, "PCA, for lack of points"
+        return places, "PCA, too few points for UMAP"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of packages it could use, and of clusters far apart
+        warnings.simplefilter("ignore")  # optional packages, disconnected clusters
         import umap
 
         reducer = umap.UMAP(n_neighbors=NEIGHBORS, random_state=seed, n_jobs=1)
@@ -371,7 +370,7 @@ def project(points: ArrayLike, *, seed: int = 0) -> tuple[NDArray[Any], str]:
 
 
 def class_colors(target: Sequence[int]) -> dict[int, str]:
-    """Gives the ten most frequent classes a color.
+    """Assigns colors to the ten most frequent classes.
 
     Args:
         target: The class of each image.
@@ -391,16 +390,16 @@ def class_colors(target: Sequence[int]) -> dict[int, str]:
 def scatter(
     places: ArrayLike, target: Sequence[int], *, title: str, names: Mapping[int, str] | None = None
 ) -> Figure:
-    """Draws points in the plane, colored by class; all but the ten most frequent are gray.
+    """Plots points by class; classes beyond the ten most frequent are gray.
 
     Args:
-        places: (n, 2), of :func:`project`.
+        places: Coordinates from :func:`project`, (n, 2).
         target: The class of each point.
-        title: Above the figure.
-        names: Of the classes, for a legend; without them there is no legend.
+        title: Title of the figure.
+        names: Class names for the legend, which is omitted without them.
 
     Raises:
-        ValueError: If there are not as many classes as points.
+        ValueError: If the numbers of points and labels differ.
     """
     spots, classes = np.asarray(places, dtype=float), np.asarray(target)
     if spots.shape != (len(classes), 2):
@@ -426,12 +425,12 @@ def scatter(
 
 
 def to_svg(figure: Figure, *, prefix: str, alt: str) -> str:
-    """Writes a figure as an ``<svg>`` element that can stand inside a page.
+    """Converts a figure to an ``<svg>`` element for inclusion in a page.
 
     Args:
-        figure: What to write.
-        prefix: Of all ids, different for each figure of a page.
-        alt: What the picture shows, for those who cannot see it.
+        figure: The figure.
+        prefix: Prefix of all ids, unique for each figure of a page.
+        alt: Alternative text.
     """
     content = io.StringIO()
     with _style():
@@ -439,7 +438,7 @@ def to_svg(figure: Figure, *, prefix: str, alt: str) -> str:
     svg = content.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"\b(id=\"|href=\"#|url\(#)", rf"\1{prefix}-", svg[svg.index("<svg") :])
-    # In points, widths would be fixed; the view box keeps the proportions.
+    # Widths in points would be fixed; the view box keeps the aspect ratio.
     size = re.search(r"viewBox=\"0 0 ([\d.]+)", svg)
     width = math.ceil(float(size[1]) * 96 / 72) if size else 400
     svg = re.sub(r"(<svg[^>]*?) width=\"[\d.]+pt\"", rf'\1 width="{width}"', svg, count=1)
@@ -448,7 +447,7 @@ def to_svg(figure: Figure, *, prefix: str, alt: str) -> str:
 
 
 def to_png(figure: Figure) -> bytes:
-    """Writes a figure as a PNG with two dots for each pixel of a usual screen."""
+    """Converts a figure to a PNG at 192 dots per inch."""
     content = io.BytesIO()
     with _style():
         figure.savefig(content, format="png", dpi=192, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""What the files of finished runs show: figures with the words that belong to them."""
+"""Sections of a report: figures of finished runs with their captions."""
 
 from __future__ import annotations
 
@@ -23,34 +23,36 @@ from topkd.topology.approximation import MIN_R2, Approximation, cut_clouds
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLOUDS = 4  # shown of an approximator
-NO_METRICS = "No curves: there is no metrics.jsonl beside the results."
-NO_EXAMPLES = "there is no examples.safetensors of both sides beside the results."
+FAINT = 0.001  # gradient share below which a term has no measurable effect
+POOR = 0.5  # R² below which an approximator is unreliable
+CLOUDS = 4  # number of clouds shown per approximator
+NO_METRICS = "No curves: metrics.jsonl is missing."
+NO_EXAMPLES = "examples.safetensors of student or teacher is missing."
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure and what it shows, for those who cannot see it."""
+    """A figure with its alternative text."""
 
     figure: Figure
     alt: str
-    raster: bool = False  # a PNG rather than an SVG, where there are many marks
+    raster: bool = False  # PNG instead of SVG, for many marks
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report on one recipe; the template knows its heading and explanation."""
+    """A section of the report on one recipe; the template has its heading and explanation."""
 
     name: str
     sentences: Sequence[str] = ()
     warnings: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
-    missing: Sequence[str] = ()  # what is left out, and why
-    legend: Mapping[str, str] = field(default_factory=dict)  # what -> color
+    missing: Sequence[str] = ()  # what is missing, and why
+    legend: Mapping[str, str] = field(default_factory=dict)  # label -> color
 
 
 def training(study: Study) -> Section:
-    """Draws accuracy and every term of the loss over the epochs, for all variants."""
+    """Plots accuracy and every loss term over the epochs, for all variants."""
     runs = {
         variant: [run.history for run in seeds.values() if run.history]
         for variant, seeds in study.variants.items()
@@ -83,7 +85,7 @@ def training(study: Study) -> Section:
 def _over_epochs(
     histories: Sequence[Sequence[Mapping[str, Any]]], kind: str
 ) -> dict[str, list[list[float]]]:
-    """Values of each term for each seed, in each epoch; NaN where it had not begun or had ended."""
+    """Returns the values of each term per seed and epoch; NaN while the term is inactive."""
     terms = dict.fromkeys(term for history in histories for e in history for term in e[kind])
     return {
         term: [[entry[kind].get(term, math.nan) for entry in history] for history in histories]
@@ -92,7 +94,7 @@ def _over_epochs(
 
 
 def faint_terms(study: Study) -> list[str]:
-    """Warns of terms that have a weight but next to no part in the gradient at the last epoch."""
+    """Warns of weighted terms with a negligible gradient share at the last epoch."""
     warnings = []
     for variant, seeds in study.variants.items():
         weighted = [t.name for t in next(iter(seeds.values())).result.losses if t.weight]
@@ -108,7 +110,7 @@ def faint_terms(study: Study) -> list[str]:
 
 
 def _last_shares(seeds: Mapping[int, Run]) -> dict[str, Sample]:
-    """The share of each term in the gradient at the last epoch, over the seeds of a variant."""
+    """Returns the gradient share of each term at the last epoch, over the seeds of a variant."""
     results = [run.result for run in seeds.values()]
     return {
         term: Sample(tuple(r.gradient_share[term] for r in results if term in r.gradient_share))
@@ -117,7 +119,7 @@ def _last_shares(seeds: Mapping[int, Run]) -> dict[str, Sample]:
 
 
 def gradients(study: Study) -> Section | None:
-    """Draws which share of the gradient each term has, for variants with several terms."""
+    """Plots the gradient share of each term, for variants with several terms."""
     shares = {variant: _last_shares(seeds) for variant, seeds in study.variants.items()}
     shares = {variant: terms for variant, terms in shares.items() if len(terms) > 1}
     if not shares:
@@ -141,7 +143,7 @@ def gradients(study: Study) -> Section | None:
 
 
 def _shown(study: Study) -> dict[str, Run]:
-    """Chooses a run of the first control and one of the recipe's own, of the same seed."""
+    """Selects one run of the control and one of the student, with the same seed."""
     main = STUDENT if STUDENT in study.variants else list(study.variants)[-1]
     variants = [main] if study.control in (None, main) else [str(study.control), main]
     kept = {
@@ -155,7 +157,7 @@ def _shown(study: Study) -> dict[str, Run]:
 
 
 def _embeddings(study: Study) -> tuple[dict[str, Tensor], Tensor] | None:
-    """The embeddings of the teacher and of the runs that are shown, and the classes."""
+    """Returns the embeddings of the teacher and of the selected runs, and the labels."""
     runs = _shown(study)
     if not runs or not all("teacher" in run.examples for run in runs.values()):
         return None
@@ -167,7 +169,7 @@ def _embeddings(study: Study) -> tuple[dict[str, Tensor], Tensor] | None:
     }
     target = first.examples["target"]
     if any(len(embedding) != len(target) for embedding in embeddings.values()):
-        return None  # runs that were judged on different images do not compare
+        return None  # runs evaluated on different images are not comparable
     return embeddings, target
 
 
@@ -176,14 +178,14 @@ def _teacher(run: Run) -> str:
 
 
 def shape(study: Study) -> Section | None:
-    """Draws the H0 diagrams of teacher, control and student for one cloud of test images."""
+    """Plots the H0 diagrams of teacher, control and student for one cloud of test images."""
     if study.first.result.teacher is None:
         return None
     sentences = _distances(study)
     found = _embeddings(study)
     size = study.cloud_size
     if found is None or len(found[1]) < size:
-        reason = NO_EXAMPLES if found is None else f"fewer than {size} images were kept."
+        reason = NO_EXAMPLES if found is None else f"fewer than {size} images are stored."
         return Section("shape", sentences, missing=[f"No diagrams: {reason}"])
     deaths = {}
     for name, embedding in found[0].items():
@@ -229,12 +231,12 @@ def _distances(study: Study) -> list[str]:
 
 
 def _clouds(embedding: Tensor, size: int) -> Tensor:
-    """Cuts clouds of the same images whatever the network, however the images are sorted."""
+    """Cuts random clouds, which hold the same images for every network."""
     return cut_clouds(embedding, size, torch.Generator().manual_seed(0))
 
 
 def fidelities(study: Study) -> dict[str, Fidelity]:
-    """Finds how well the approximators of a study stand for the exact: whose -> numbers."""
+    """Collects the fidelity of the approximators of a study: term and variant -> numbers."""
     found: dict[str, Fidelity] = {}
     for run in study.runs:
         for term, metadata in run.result.loss_metadata.items():
@@ -245,7 +247,7 @@ def fidelities(study: Study) -> dict[str, Fidelity]:
 
 
 def poor_approximators(study: Study) -> list[str]:
-    """Warns of approximators that explain less than half of what differs between clouds."""
+    """Warns of approximators that explain less than half of the variance between clouds."""
     return [
         f"The approximator of {name} has R² {fixed(fidelity.r2, '.2f')}, below {MIN_R2}: "
         "it misses more than half of what differs between clouds, so that this run says little "
@@ -256,13 +258,13 @@ def poor_approximators(study: Study) -> list[str]:
 
 
 def images(study: Study) -> Section | None:
-    """Draws exact persistence images of the teacher's test images above the approximated ones."""
+    """Plots exact persistence images of the teacher's embeddings above the approximated ones."""
     known = fidelities(study)
     if not known:
         return None
     sentences = [
         f"Approximator of {name}: R² {fixed(f.r2, '.2f')} on {f.clouds} held-out clouds, where 1 "
-        "is exact and 0 is no better than always answering with the mean image; the cosine between "
+        "is exact and 0 is no better than the mean image; the cosine between "
         f"its gradient and the exact one is {fixed(f.gradient_cosine, '.2f')} (median), where 1 "
         "is the same direction."
         for name, f in known.items()
@@ -273,9 +275,9 @@ def images(study: Study) -> Section | None:
         try:
             approximation = Approximation.from_bytes(files.read_checked(path))
         except ValueError as error:
-            missing.append(f"{path.name} is left out: {error}")
+            missing.append(f"{path.name} is skipped: {error}")
             continue
-        pictures += _guesses(study, approximation)
+        pictures += _approximations(study, approximation)
     if not pictures:
         missing.append(
             "No images: there is no approximator of this teacher, or no examples.safetensors."
@@ -283,7 +285,7 @@ def images(study: Study) -> Section | None:
     return Section("images", sentences, warnings, pictures, missing)
 
 
-def _guesses(study: Study, approximation: Approximation) -> list[Picture]:
+def _approximations(study: Study, approximation: Approximation) -> list[Picture]:
     hashes = {run.result.teacher.hash: run for run in study.runs if run.result.teacher}
     run = hashes.get(approximation.teacher)
     if run is None or "teacher" not in run.examples:
@@ -295,17 +297,17 @@ def _guesses(study: Study, approximation: Approximation) -> list[Picture]:
     clouds = _clouds(embedding, size)[:CLOUDS]
     with torch.no_grad():
         exact = approximation.exact(clouds)
-        guess = approximation.network(clouds)
+        approximated = approximation.network(clouds)
     vectorization = approximation.exact.vectorization
     is_image = vectorization.size == vectorization.resolution**2
     resolution = vectorization.resolution if is_image else vectorization.size
-    figure = plots.persistence_images(exact.numpy(), guess.numpy(), resolution=resolution)
-    alt = f"exact persistence images of {len(clouds)} clouds above those that are guessed"
+    figure = plots.persistence_images(exact.numpy(), approximated.numpy(), resolution=resolution)
+    alt = f"exact persistence images of {len(clouds)} clouds above the approximated ones"
     return [Picture(figure, alt, raster=True)]
 
 
 def maps(study: Study) -> Section | None:
-    """Lays the embeddings of teacher, control and student out in the plane, colored by class."""
+    """Plots 2D projections of the embeddings of teacher, control and student by class."""
     if study.first.result.teacher is None:
         return None
     found = _embeddings(study)
@@ -314,7 +316,7 @@ def maps(study: Study) -> Section | None:
     embeddings, target = found
     classes = target.tolist()
     if len(classes) < 2:
-        return Section("maps", missing=["No maps: fewer than 2 images were kept."])
+        return Section("maps", missing=["No maps: fewer than 2 images are stored."])
     pictures = []
     for name, embedding in embeddings.items():
         places, method = plots.project(embedding.numpy())
@@ -335,7 +337,7 @@ def maps(study: Study) -> Section | None:
 
 
 def percent(share: float) -> str:
-    """Writes a share in percent, small ones as exactly as large ones.
+    """Formats a share as a percentage with three significant digits.
 
     Examples:
         >>> percent(0.123), percent(0.000123), percent(1.0)
@@ -345,7 +347,7 @@ def percent(share: float) -> str:
 
 
 def count(number: int, what: str) -> str:
-    """Writes a number of things.
+    """Formats a count with its noun.
 
     Examples:
         >>> count(1, "seed"), count(3, "seed")
@@ -355,7 +357,7 @@ def count(number: int, what: str) -> str:
 
 
 def fixed(number: float, spec: str) -> str:
-    """Writes a number with a proper minus sign, and none before a zero.
+    """Formats a number with a typographic minus sign, and zero without a sign.
 
     Examples:
         >>> fixed(-1.25, "+.1f"), fixed(-0.001, ".2f"), fixed(0.5, "+.1f")
@@ -368,4 +370,4 @@ def fixed(number: float, spec: str) -> str:
 
 
 SECTIONS = (training, gradients, shape, images, maps)
-"""Everything that can be told of a study, in the order of the page; some have nothing to tell."""
+"""Functions that build the sections, in page order; a section may be None."""

@@ -26,7 +26,7 @@ from topkd.config.validation import RecipeError
 from topkd.data import DATA, Data, same_order, training_batches
 from topkd.data.trust import changed
 from topkd.evaluation import metrics
-from topkd.evaluation.loading import restore
+from topkd.evaluation.loading import build_network
 from topkd.evaluation.results import Result, finished
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 from topkd.losses.base import LossContext, LossTerm, located, needed_taps
@@ -547,8 +547,9 @@ def evaluate_file(
         "reused": own.get("reused"),
     }
     with taking(model, side(images)):
-        network, note = restore(described, loaded, str(path), weights)
+        network = build_network(described)
         evaluate_once(network, side(images), model, images)
+    note = checkpoint.fill(network.network, loaded, str(path), weights)
     if note:
         progress.say(f"{path}: {note} (--weights)")
     if network.found:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class _Kind:
     name: str
     classes: int
-    label: str  # column of the parquet files
-    mean: tuple[float, float, float]  # as the public benchmark normalizes
+    label: str  # label column of the parquet files
+    mean: tuple[float, float, float]  # normalization of the public benchmark
     std: tuple[float, float, float]
 
 
@@ -40,12 +40,12 @@ def cifar10(
     Args:
         root: Folder with torchvision's files (``cifar-10-batches-py``) or with the parquet files of
             the Hugging Face layout (``train-*.parquet``, ``test-*.parquet``).
-        download: Whether to fetch torchvision's files into the folder where it has neither.
-        on_error: Whether a training image that cannot be read stops the work or is replaced by the
-            next of its class. A test image always stops it.
+        download: Whether to download torchvision's files if the folder has neither.
+        on_error: Whether an unreadable training image raises an error or is replaced by the next
+            image of its class. An unreadable test image always raises an error.
 
     Raises:
-        FileNotFoundError: If the folder has neither and nothing may be downloaded.
+        FileNotFoundError: If the folder has neither and ``download`` is false.
         ValueError: If a file cannot be read, or an image in it; the message names it.
 
     References:
@@ -63,12 +63,12 @@ def cifar100(
     Args:
         root: Folder with torchvision's files (``cifar-100-python``) or with the parquet files of
             the Hugging Face layout (``train-*.parquet``, ``test-*.parquet``).
-        download: Whether to fetch torchvision's files into the folder where it has neither.
-        on_error: Whether a training image that cannot be read stops the work or is replaced by the
-            next of its class. A test image always stops it.
+        download: Whether to download torchvision's files if the folder has neither.
+        on_error: Whether an unreadable training image raises an error or is replaced by the next
+            image of its class. An unreadable test image always raises an error.
 
     Raises:
-        FileNotFoundError: If the folder has neither and nothing may be downloaded.
+        FileNotFoundError: If the folder has neither and ``download`` is false.
         ValueError: If a file cannot be read, or an image in it; the message names it.
 
     References:
@@ -107,7 +107,7 @@ def _torchvision(
 
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind.name]
     try:
-        # torchvision compares the hash of every file before it reads one.
+        # torchvision verifies the hash of every file first.
         dataset = source(str(root), train=train, download=download)
     except RuntimeError as error:
         raise FileNotFoundError(
@@ -120,7 +120,7 @@ def _torchvision(
 
 
 class _Rows(Rows):
-    """Rows of which every picture is to have the one size of CIFAR."""
+    """Rows whose pictures must be 32 x 32."""
 
     def open(self, index: int) -> Image.Image:
         picture = super().open(index)
@@ -146,7 +146,7 @@ def _parquet(
     foreign = next((label for label in labels if isinstance(label, str)), None)
     if foreign is not None:
         raise ValueError(f"{files[0].parent}: {kind.label} needs whole numbers, got {foreign!r}")
-    rows = _Rows(files, image, buffer=0)  # read once, in order
+    rows = _Rows(files, image, buffer=0)  # read once, sequentially
     classes, (target,) = numbered([labels], names, [rows], str(files[0].parent), DataIssues())
     pictures = Pictures(rows, target, CropConfig(32, padding=0), on_error, faults)
     return _images(kind, pictures.read_bytes(torch.arange(len(target)), None), target), classes

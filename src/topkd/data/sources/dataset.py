@@ -1,4 +1,4 @@
-"""Data sets of Python: anything with ``len`` and ``[index]`` that gives a picture and a label."""
+"""Map-style Python data sets: ``len`` and ``[index]``, which returns a picture and a label."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
 
 
 class Indexed(Protocol):
-    """What torch calls a map-style ``Dataset``."""
+    """A map-style ``Dataset`` of torch."""
 
     def __len__(self) -> int:
-        """How many samples there are."""
+        """Returns the number of samples."""
 
     def __getitem__(self, index: int) -> Any:
-        """A picture and its label."""
+        """Returns a picture and its label."""
 
 
 @dataclass(frozen=True)
 class Items:
-    """Pictures that Python code gives."""
+    """Pictures of a map-style data set."""
 
     dataset: Indexed
     origin: str
 
     @property
     def blocks(self) -> None:
-        """None: samples can be asked for in any order."""
+        """None, since samples can be read in any order."""
 
     def name(self, index: int) -> str:
-        """The data set and the place in it."""
+        """Returns the data set and the index."""
         return f"{self.origin}[{index}]"
 
     def open(self, index: int) -> Image.Image:
-        """Makes a picture of what the data set gives."""
+        """Converts a sample to a picture."""
         return _picture(self.dataset[index][0], self.name(index))
 
 
@@ -62,31 +62,32 @@ def from_dataset(
     std: tuple[float, float, float] = STD,
     on_error: OnError = "stop",
 ) -> Data:
-    """Makes data of two data sets of torch or alike.
+    """Builds a data set from two map-style data sets.
 
-    They give pictures before normalization and without augmentation, which is ours: a PIL image, an
-    array (h, w, 3) of bytes, or a tensor (1 or 3, h, w) of bytes or of floats in [0, 1]. Pictures
-    become squares as with :func:`topkd.data.sources.folder.folder`. Several threads ask at a time.
+    They return pictures without normalization and augmentation, which topkd applies: a PIL image,
+    an array (h, w, 3) of bytes, or a tensor (1 or 3, h, w) of bytes or of floats in [0, 1]. They
+    are cropped and resized as in :func:`topkd.data.sources.folder.folder`. Several threads read at
+    a time.
 
-    Labels are read from the attribute ``targets`` or ``labels`` where there is one; otherwise every
-    sample is asked for once.
+    Labels are read from the attribute ``targets`` or ``labels``; without it, every sample is read
+    once.
 
     Args:
-        train: To train on.
-        test: To judge by.
-        classes: Their names in order; if not told, the attribute ``classes``, or numbers.
-        size: Pixels on a side of what networks see.
-        padding: Width of the black border that training crops are cut from, for small pictures.
-        crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
-            but as many pixels as networks see where a picture has them.
-        flip: Whether pictures may be mirrored in training.
-        mean: By which each channel is normalized, of values in [0, 1].
-        std: By which each channel is normalized.
-        on_error: Whether a training picture that cannot be read stops the work or is replaced by
-            the next of its class. A picture to judge by always stops it.
+        train: Training samples.
+        test: Evaluation samples.
+        classes: Class names in order. Defaults to the attribute ``classes``, or else to numbers.
+        size: Height and width of the network's input, in pixels.
+        padding: Width of the black border for random crops in training, for small pictures.
+        crop: Side of the central crop for evaluation as a fraction of the shorter side. Defaults to
+            7/8, but to at least ``size`` pixels where a picture is large enough.
+        flip: Whether to apply random horizontal flips in training.
+        mean: Channel means of the normalization, for values in [0, 1].
+        std: Channel standard deviations of the normalization.
+        on_error: Whether an unreadable training picture raises an error or is replaced by the next
+            picture of its class. An unreadable evaluation picture always raises an error.
 
     Raises:
-        ValueError: If a data set is empty, or labels are no whole numbers in the range of classes.
+        ValueError: If a data set is empty, or a label is no integer in the range of classes.
 
     Examples:
         >>> samples = [(torch.zeros(3, 8, 8), label) for label in (0, 1)]
@@ -99,9 +100,9 @@ def from_dataset(
     origins = [f"{part} {type(d).__name__}" for part, d in (("train", train), ("test", test))]
     labels = [_labels(d, origin) for d, origin in zip((train, test), origins, strict=True)]
     items = [Items(d, origin) for d, origin in zip((train, test), origins, strict=True)]
-    told = None if names is None else list(names)
-    known, target = numbered(labels, told, items, origins[0], faults)
-    return picture_data(type(train).__name__, items, target, known, frame, on_error, faults)
+    known = None if names is None else list(names)
+    found, target = numbered(labels, known, items, origins[0], faults)
+    return picture_data(type(train).__name__, items, target, found, frame, on_error, faults)
 
 
 def dataset(
@@ -117,21 +118,21 @@ def dataset(
     std: tuple[float, float, float] = STD,
     on_error: OnError = "stop",
 ) -> Data:
-    """Loads data sets that functions of yours return, as MODULE:CALLABLE.
+    """Loads data sets returned by Python functions, given as MODULE:CALLABLE.
 
     Args:
-        train: As ``module:function``, which is called without arguments; the module is imported.
-        test: The same, to judge by.
-        classes: Their names in order; if not told, the attribute ``classes``, or numbers.
-        size: Pixels on a side of what networks see.
-        padding: Width of the black border that training crops are cut from, for small pictures.
-        crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
-            but as many pixels as networks see where a picture has them.
-        flip: Whether pictures may be mirrored in training.
-        mean: By which each channel is normalized, of values in [0, 1].
-        std: By which each channel is normalized.
-        on_error: Whether a training picture that cannot be read stops the work or is replaced by
-            the next of its class. A picture to judge by always stops it.
+        train: Training data as ``module:function``, which is imported and called without arguments.
+        test: Evaluation data in the same form.
+        classes: Class names in order. Defaults to the attribute ``classes``, or else to numbers.
+        size: Height and width of the network's input, in pixels.
+        padding: Width of the black border for random crops in training, for small pictures.
+        crop: Side of the central crop for evaluation as a fraction of the shorter side. Defaults to
+            7/8, but to at least ``size`` pixels where a picture is large enough.
+        flip: Whether to apply random horizontal flips in training.
+        mean: Channel means of the normalization, for values in [0, 1].
+        std: Channel standard deviations of the normalization.
+        on_error: Whether an unreadable training picture raises an error or is replaced by the next
+            picture of its class. An unreadable evaluation picture always raises an error.
 
     Raises:
         ValueError: If there is no such function, or as :func:`from_dataset` says.
@@ -158,7 +159,7 @@ def _called(name: str, where: str) -> Indexed:
         found: Indexed = getattr(imported(module), function)()
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there, and misses another
+            raise  # the module exists, and an import in it fails
         raise ValueError(f"{where}: there is no module {module!r}") from error
     except AttributeError as error:
         if not hasattr(imported(module), function):
@@ -171,8 +172,8 @@ def _labels(dataset: Indexed, origin: str) -> list[int | str]:
     if not len(dataset):
         raise ValueError(f"{origin} is empty")
     if isinstance(dataset, torch.utils.data.Subset):
-        whole = _labels(dataset.dataset, origin)  # type: ignore[arg-type]
-        return [whole[place] for place in dataset.indices]
+        labels = _labels(dataset.dataset, origin)  # type: ignore[arg-type]
+        return [labels[place] for place in dataset.indices]
     kept = [getattr(dataset, name, None) for name in ("targets", "labels")]
     changes = getattr(dataset, "target_transform", None) is not None
     given = next((labels for labels in kept if labels is not None and not changes), None)
@@ -180,10 +181,10 @@ def _labels(dataset: Indexed, origin: str) -> list[int | str]:
         given = [dataset[index][1] for index in range(len(dataset))]
     if len(given) != len(dataset):
         raise ValueError(f"{origin} has {len(dataset)} samples and {len(given)} labels")
-    return [_whole(label, f"{origin}[{index}]") for index, label in enumerate(given)]
+    return [_integer(label, f"{origin}[{index}]") for index, label in enumerate(given)]
 
 
-def _whole(label: Any, where: str) -> int:
+def _integer(label: Any, where: str) -> int:
     try:
         if isinstance(label, bool) or getattr(label, "dtype", None) == torch.bool:
             raise TypeError

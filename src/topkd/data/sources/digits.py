@@ -1,4 +1,4 @@
-"""Handwritten digits, 8 x 8, that ship with scikit-learn: no file, no network."""
+"""The handwritten digits of scikit-learn, 8 x 8, included in its package."""
 
 import numpy as np
 import torch

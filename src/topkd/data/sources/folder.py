@@ -1,4 +1,4 @@
-"""Any tree of pictures with a folder for each class, as ImageNet comes."""
+"""Picture folders with one subfolder per class, like ImageNet."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-JUDGED = ("val", "test")  # the first that there is is evaluated on
+EVALUATION = ("val", "test")  # the first existing folder is used
 
 
 @dataclass(frozen=True)
 class Files:
-    """Pictures in files of their own."""
+    """Pictures in individual files."""
 
     paths: Names
 
     @property
     def blocks(self) -> None:
-        """None: files can be read in any order."""
+        """None, since files can be read in any order."""
 
     def name(self, index: int) -> str:
-        """The path."""
+        """Returns the path."""
         path: str = self.paths[index]
         return path
 
@@ -69,25 +69,25 @@ def folder(
 ) -> Data:
     """Loads pictures from ``train/<class>/*`` and ``val/<class>/*`` (or ``test/<class>/*``).
 
-    Hidden files and folders, and links that lead back into a class, are left out and reported.
+    Hidden files and folders, and links that lead back into a class, are skipped and reported.
 
-    In training a random part of each picture, 8 to 100 % of its area at a side ratio of 3/4 to
-    4/3, is scaled to the square and mirrored half of the time. Otherwise it is the middle square
-    of ``crop``. With ``padding``, pictures are scaled to the square as a whole.
+    Training uses a random crop of 8 to 100 % of the area with an aspect ratio of 3/4 to 4/3,
+    resized to the square, and random flips. Evaluation uses a central square of ``crop``. With
+    ``padding``, the full picture is resized to the square.
 
     Args:
         root: Folder with the two trees.
-        split: For ``<class>/*`` without the two trees: the share of each class to evaluate on. It
-            is always the same pictures, as long as none is added or removed.
-        size: Pixels on a side of what networks see.
-        padding: Width of the black border that training crops are cut from, for small pictures.
-        crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
-            but as many pixels as networks see where a picture has them.
-        flip: Whether pictures may be mirrored in training.
-        mean: By which each channel is normalized, of values in [0, 1].
-        std: By which each channel is normalized.
-        on_error: Whether a training picture that cannot be read stops the work or is replaced by
-            the next of its class. A picture to judge by always stops it.
+        split: For ``<class>/*`` without the two trees: the share of each class for evaluation. The
+            split is fixed as long as no picture is added or removed.
+        size: Height and width of the network's input, in pixels.
+        padding: Width of the black border for random crops in training, for small pictures.
+        crop: Side of the central crop for evaluation as a fraction of the shorter side. Defaults to
+            7/8, but to at least ``size`` pixels where a picture is large enough.
+        flip: Whether to apply random horizontal flips in training.
+        mean: Channel means of the normalization, for values in [0, 1].
+        std: Channel standard deviations of the normalization.
+        on_error: Whether an unreadable training picture raises an error or is replaced by the next
+            picture of its class. An unreadable evaluation picture always raises an error.
 
     Raises:
         FileNotFoundError: If a tree is missing, or a class holds no picture.
@@ -95,16 +95,16 @@ def folder(
             and lower case or are one folder, or a split leaves one without pictures.
 
     References:
-        Going Deeper with Convolutions (Szegedy et al., CVPR 2015), for the random part
+        Going Deeper with Convolutions (Szegedy et al., CVPR 2015), for the random crop
         https://arxiv.org/abs/1409.4842
     """
     frame = CropConfig(size, padding, flip, mean, std, crop)
     top, faults = Path(root).expanduser(), DataIssues()
     if split is None:
         trees = _trees(top)
-        classes, judged = (_classes(tree, faults) for tree in trees)
-        if classes != judged:
-            odd = ", ".join(sorted(set(classes) ^ set(judged)))
+        classes, others = (_classes(tree, faults) for tree in trees)
+        if classes != others:
+            odd = ", ".join(sorted(set(classes) ^ set(others)))
             raise ValueError(f"{root}: train/ and {trees[1].name}/ differ in the classes {odd}")
         files = [_pictures(tree, classes, faults) for tree in trees]
     else:
@@ -119,32 +119,32 @@ def folder(
 
 
 def _trees(top: Path) -> list[Path]:
-    """Finds the folder to train on and the one to evaluate on."""
-    judge = next((name for name in JUDGED if (top / name).is_dir()), JUDGED[0])
-    trees = [top / "train", top / judge]
+    """Finds the training folder and the evaluation folder."""
+    evaluation = next((name for name in EVALUATION if (top / name).is_dir()), EVALUATION[0])
+    trees = [top / "train", top / evaluation]
     for tree in trees:
         if not tree.is_dir():
             raise FileNotFoundError(
                 f"{tree} is missing: data.root needs train/ and val/ or test/; data.split=0.2 "
-                f"evaluates on a share of the pictures in {_whole(top)}/<class>/ instead"
+                f"evaluates on a share of the pictures in {_class_root(top)}/<class>/ instead"
             )
     return trees
 
 
 def _unsplit(top: Path, share: float) -> Path:
-    """Finds the folder of all classes, of which a share is to be evaluated on."""
+    """Finds the folder of the classes for a random split."""
     if not 0 < share < 1:
         raise ValueError(f"split must be between 0 and 1, got {share}")
-    judge = next((name for name in JUDGED if (top / name).is_dir()), None)
-    if judge is not None and (top / "train").is_dir():
-        raise ValueError(f"{top} has train/ and {judge}/ already; leave out data.split")
+    evaluation = next((name for name in EVALUATION if (top / name).is_dir()), None)
+    if evaluation is not None and (top / "train").is_dir():
+        raise ValueError(f"{top} has train/ and {evaluation}/ already; leave out data.split")
     if not top.is_dir():
         raise FileNotFoundError(f"{top} is missing, which data.root names")
-    return _whole(top)
+    return _class_root(top)
 
 
-def _whole(top: Path) -> Path:
-    """The folder of the classes where there is no split: ``train/`` if there is nothing else."""
+def _class_root(top: Path) -> Path:
+    """Returns the folder of the classes without a split: ``train/`` if it is the only folder."""
     folders = [path.name for path in top.glob("*") if path.is_dir() and not is_hidden(path.name)]
     return top / "train" if folders == ["train"] else top
 
@@ -182,12 +182,12 @@ def _pictures(tree: Path, classes: list[str], faults: DataIssues) -> tuple[list[
 
 
 def _walk(top: str, classes: Sequence[str], faults: DataIssues) -> list[tuple[str, list[str]]]:
-    """Lists the files of every folder in a class; links lead out of the classes, not back.
+    """Lists the files of every folder in a class, without links that lead back into a class.
 
     Args:
         top: The folder of the class.
         classes: The real paths of all classes.
-        faults: Told of what is left out.
+        faults: Records what is skipped.
     """
     found, left, seen = [], [top], set(classes)
     while left:

@@ -1,4 +1,4 @@
-"""Any image classification set as Hugging Face stores it: parquet files, one or many."""
+"""Image classification data in parquet files with the layout of Hugging Face."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-GROWTH, ALWAYS = 20, 1 << 30  # times the file's bytes, and bytes, to which a column may unpack
+GROWTH, ALWAYS = 20, 1 << 30  # limits of an unpacked column: multiple of the file size, and bytes
 
 
 class Rows:
-    """Pictures in the rows of parquet files; row groups are read when one of their rows is wanted.
+    """Pictures in the rows of parquet files; row groups are read on demand.
 
     Args:
         files: The shards.
-        column: With the pictures: bytes, or a struct with a field ``bytes``.
-        buffer: Pictures that are kept in memory, apart from two row groups.
+        column: Column of the pictures: bytes, or a struct with a field ``bytes``.
+        buffer: Number of pictures kept in memory, besides two row groups.
     """
 
     def __init__(self, files: Sequence[Path], column: str, buffer: int) -> None:
@@ -70,13 +70,13 @@ class Rows:
         return ReadGroups(self._blocks, self.buffer)
 
     def name(self, index: int) -> str:
-        """The file and the row in it, counted from 0."""
+        """Returns the file and the row, counted from 0."""
         group = self._blocks[index]
         number, _, first = self._groups[group]
         return f"{self.files[number]}, row {first + index - self._starts[group]}"
 
     def open(self, index: int) -> Image.Image:
-        """Opens a picture, of any mode."""
+        """Opens a picture in any mode."""
         group = int(self._blocks[index])
         row = int(index - self._starts[group])
         with self._lock:
@@ -84,7 +84,7 @@ class Rows:
         return open_bytes(column[row].as_py())
 
     def _column(self, group: int) -> Any:
-        """Reads a row group, or takes it from those that were wanted last."""
+        """Reads a row group, or returns it from the cache."""
         if group not in self._kept:
             self._kept[group] = self._read(group)
             size = sum(len(column) for column in self._kept.values())
@@ -103,7 +103,7 @@ class Rows:
         try:
             with files.ParquetFile(path) as file:
                 _refuse_growth(file, path, self.column, [inside])
-                column = pyarrow.chunked_array(_few_by_few(file, path, self.column, inside))
+                column = pyarrow.chunked_array(_read_in_batches(file, path, self.column, inside))
         except (pyarrow.ArrowException, OSError, IndexError) as error:
             raise StorageError(f"{path} cannot be read any more: {error}") from error
         if pyarrow.types.is_struct(column.type):
@@ -127,31 +127,31 @@ def parquet(
 ) -> Data:
     """Loads pictures from parquet files in the layout of Hugging Face.
 
-    A file belongs to the split that its name tells (``data/train-00000-of-00002.parquet``), or else
-    its folder (``train/0000.parquet``); to judge by, validation comes before test. Pictures become
-    squares as with :func:`topkd.data.sources.folder.folder`. They stay on disk: row groups are
-    read when they are wanted, in a random order in which about ``buffer`` pictures are mixed.
+    The split is read from the name of the file (``data/train-00000-of-00002.parquet``) or of its
+    folder (``train/0000.parquet``). Evaluation prefers validation to test. Pictures are cropped
+    and resized as in :func:`topkd.data.sources.folder.folder`. They stay on disk: row groups are
+    read on demand, in a random order that mixes about ``buffer`` pictures.
 
     Args:
         root: Folder with the files, or with folders of them.
-        image: Name of the column of pictures; if not told, the one that the files describe as
-            such, or ``image`` or ``img``.
-        label: Name of the column of labels, whole numbers or names; if not told, the only one that
-            the files describe as such, or ``label``.
-        size: Pixels on a side of what networks see.
-        padding: Width of the black border that training crops are cut from, for small pictures.
-        crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
-            but as many pixels as networks see where a picture has them.
-        flip: Whether pictures may be mirrored in training.
-        mean: By which each channel is normalized, of values in [0, 1].
-        std: By which each channel is normalized.
-        buffer: Pictures that are mixed, and kept in memory as they are stored. A set that is no
-            larger is shuffled as a whole.
-        on_error: Whether a training picture that cannot be read stops the work or is replaced by
-            the next of its class. A picture to judge by always stops it.
+        image: Column of the pictures. Defaults to the one that the files describe as such, or else
+            to ``image`` or ``img``.
+        label: Column of the labels, integers or names. Defaults to the only one that the files
+            describe as such, or else to ``label``.
+        size: Height and width of the network's input, in pixels.
+        padding: Width of the black border for random crops in training, for small pictures.
+        crop: Side of the central crop for evaluation as a fraction of the shorter side. Defaults to
+            7/8, but to at least ``size`` pixels where a picture is large enough.
+        flip: Whether to apply random horizontal flips in training.
+        mean: Channel means of the normalization, for values in [0, 1].
+        std: Channel standard deviations of the normalization.
+        buffer: Size of the shuffle buffer, in encoded pictures. A set that is no larger is
+            shuffled completely.
+        on_error: Whether an unreadable training picture raises an error or is replaced by the next
+            picture of its class. An unreadable evaluation picture always raises an error.
 
     Raises:
-        FileNotFoundError: If there are no files to train on or to judge by, or one is missing.
+        FileNotFoundError: If a split has no files, or one is missing.
         ValueError: If a file cannot be read, or has no such columns, or labels that are no classes.
     """
     frame = CropConfig(size, padding, flip, mean, std, crop)
@@ -166,17 +166,17 @@ def parquet(
 
 
 def _columns(file: Path, image: str | None, label: str | None) -> tuple[str, str, Any]:
-    """Finds the columns of pictures and labels, and the names of the classes where they stand."""
+    """Finds the columns of pictures and labels, and the class names if they are recorded."""
     columns, described = schema(file)
     pictures = [name for name, about in described.items() if about.get("_type") == "Image"]
     labels = [name for name, about in described.items() if about.get("_type") == "ClassLabel"]
-    for what, told, known, usual in (
+    for what, given, known, usual in (
         ("image", image, pictures, ("image", "img")),
         ("label", label, labels, ("label", "labels")),
     ):
-        candidates = [told] if told else known or [name for name in usual if name in columns]
+        candidates = [given] if given else known or [name for name in usual if name in columns]
         if len(candidates) != 1 or candidates[0] not in columns:
-            chosen = listing(candidates) if told or len(candidates) > 1 else "none is described"
+            chosen = listing(candidates) if given or len(candidates) > 1 else "none is described"
             raise ValueError(
                 f"{file} has the columns {listing(columns)}; set data.{what} to the one that holds "
                 f"the {what}s (got {chosen})"
@@ -202,8 +202,8 @@ def labels_of(files: Sequence[Path], column: str) -> list[int | str]:
     """Reads the labels of all rows.
 
     Raises:
-        ValueError: If a file cannot be read, a label is neither a whole number nor a name, or there
-            is none.
+        ValueError: If a file cannot be read, there is no row, or a label is neither an integer
+            nor a name.
     """
     labels: list[int | str] = []
     for file in files:
@@ -222,15 +222,15 @@ def labels_of(files: Sequence[Path], column: str) -> list[int | str]:
 
 
 def schema(file: Path) -> tuple[list[str], dict[str, Any]]:
-    """Reads the names of the columns, and what the writer of a file says about them.
+    """Reads the column names and the features in Hugging Face's metadata.
 
     Raises:
         ValueError: If the file cannot be read.
     """
     with _opened(file) as table:
-        told = table.schema_arrow
+        arrow = table.schema_arrow
     try:
-        about = json.loads((told.metadata or {}).get(b"huggingface", b"{}"))
+        about = json.loads((arrow.metadata or {}).get(b"huggingface", b"{}"))
         features = about.get("info", {}).get("features", {})
         described = {name: each for name, each in features.items() if isinstance(each, dict)}
     except (ValueError, AttributeError, RecursionError) as error:
@@ -241,7 +241,7 @@ def schema(file: Path) -> tuple[list[str], dict[str, Any]]:
             continue
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise ValueError(f"{file}: expected a list of names of {name}, got {names!r:.80}")
-    return list(told.names), described
+    return list(arrow.names), described
 
 
 def _group_sizes(file: Path) -> list[int]:
@@ -251,7 +251,7 @@ def _group_sizes(file: Path) -> list[int]:
 
 
 def _values(column: Any) -> list[Any]:
-    """Lists the values of a column; those that it stores once are in memory once."""
+    """Lists the values of a column; dictionary values share memory."""
     import pyarrow
 
     if not pyarrow.types.is_dictionary(column.type):
@@ -283,31 +283,31 @@ def _opened(file: Path, dictionaries: Sequence[str] = ()) -> Iterator[Any]:
 
 
 def _refuse_growth(table: Any, file: Path, column: str, groups: Iterable[int]) -> None:
-    """Refuses row groups that would be much larger in memory than pictures and labels become."""
+    """Refuses row groups whose uncompressed size is implausible."""
     inside = [table.metadata.row_group(group) for group in groups]
     chunks = [group.column(number) for group in inside for number in range(group.num_columns)]
-    whole = sum(
+    unpacked = sum(
         chunk.total_uncompressed_size
         for chunk in chunks
         if chunk.path_in_schema.partition(".")[0] == column
     )
-    _refuse_larger(whole, file, column)
+    _refuse_larger(unpacked, file, column)
 
 
-def _few_by_few(table: Any, file: Path, column: str, group: int) -> list[Any]:
-    """Reads a column of a row group in pieces, so that one that lies about its size ends soon."""
-    pieces, whole = [], 0
+def _read_in_batches(table: Any, file: Path, column: str, group: int) -> list[Any]:
+    """Reads a column in small batches, so that a false size is detected early."""
+    pieces, size = [], 0
     for batch in table.iter_batches(64, row_groups=[group], columns=[column]):
         pieces.append(batch.column(0))
-        whole += batch.nbytes
-        _refuse_larger(whole, file, column)
+        size += batch.nbytes
+        _refuse_larger(size, file, column)
     return pieces
 
 
-def _refuse_larger(whole: int, file: Path, column: str) -> None:
+def _refuse_larger(unpacked: int, file: Path, column: str) -> None:
     size = file.stat().st_size
-    if whole > max(ALWAYS, GROWTH * size):
+    if unpacked > max(ALWAYS, GROWTH * size):
         raise StorageError(
-            f"{file} has {size:,} bytes, and {column} in it would unpack to {whole:,} or more; at "
+            f"{file} has {size:,} bytes, and its {column} would unpack to {unpacked:,} or more; at "
             f"most {GROWTH} times the size of the file is read"
         )

@@ -1,4 +1,4 @@
-"""Tar shards of pictures, as WebDataset writes them, on this machine or elsewhere."""
+"""Tar shards of pictures in the WebDataset layout, local or remote."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-LONGEST, FILE = 1000, 1 << 20  # characters of a label, and bytes of the file that it is in
+LONGEST, FILE = 1000, 1 << 20  # limits: characters of a label, bytes of its file
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample of a shard: where its picture lies in the file, and its label."""
+    """One sample of a shard: byte range of its picture, and its label."""
 
     name: str
     offset: int
@@ -51,7 +51,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file: a path on this machine, or an address or command that gives one."""
+    """A tar file: a local path, or a URL or command that yields one."""
 
     place: str
     is_remote: bool
@@ -61,11 +61,11 @@ class Shard:
 
 
 class ShardCache:
-    """Opens shards; those from elsewhere are fetched to a folder first, and the oldest go again.
+    """Opens shards. Remote shards are downloaded to a folder, and the least recently used deleted.
 
     Args:
-        cache: The folder; None where no shard is from elsewhere.
-        keep: How many fetched shards may lie there; None for all.
+        cache: The folder; None if all shards are local.
+        keep: Maximum number of downloaded shards; None for no limit.
     """
 
     def __init__(self, cache: Path | None, keep: int | None) -> None:
@@ -119,23 +119,23 @@ class ShardCache:
 def _last_use(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # another process was faster
+    except FileNotFoundError:  # deleted by another process
         return 0.0
 
 
 class Members:
-    """Pictures in tar files, each read from its place without what comes before it.
+    """Pictures in tar files, read by byte range.
 
     Args:
-        shards: Paths, or where else they are.
+        shards: The tar files.
         entries: The samples of each shard.
-        shelf: Opens them.
+        shard_cache: Opens the shards.
     """
 
     def __init__(
-        self, shards: Sequence[Shard], entries: Sequence[Sequence[Entry]], shelf: ShardCache
+        self, shards: Sequence[Shard], entries: Sequence[Sequence[Entry]], shard_cache: ShardCache
     ) -> None:
-        self.shards, self.shelf = shards, shelf
+        self.shards, self.shard_cache = shards, shard_cache
         every = [entry for samples in entries for entry in samples]
         self._names = Names(entry.name for entry in every)
         self._where = np.array([(e.offset, e.size) for e in every], np.int64).reshape(-1, 2)
@@ -145,21 +145,21 @@ class Members:
 
     @property
     def blocks(self) -> ReadGroups | None:
-        """The shard of each picture, where not all shards can be kept here."""
-        keep = self.shelf.keep
+        """The shard of each picture, if the cache does not hold all shards."""
+        keep = self.shard_cache.keep
         if keep is None or not any(shard.is_remote for shard in self.shards):
             return None
         return ReadGroups(self._shard, (keep - 2) * self._largest)
 
     def name(self, index: int) -> str:
-        """The shard and the file in it."""
+        """Returns the shard and the file in it."""
         return f"{self.shards[self._shard[index]]}: {self._names[index]}"
 
     def open(self, index: int) -> Image.Image:
-        """Opens a picture, of any mode."""
+        """Opens a picture in any mode."""
         offset, size = self._where[index].tolist()
         shard = self.shards[self._shard[index]]
-        with self.shelf.open(shard) as file:
+        with self.shard_cache.open(shard) as file:
             file.seek(offset)
             content = file.read(size)
         if len(content) < size:
@@ -186,34 +186,33 @@ def webdataset(
 ) -> Data:
     """Loads pictures from tar shards: ``0001.jpg`` and ``0001.cls`` are one sample.
 
-    Every shard is looked through once for where its pictures lie. From then on shards on this
-    machine are read at random places: the order of an epoch is any order, the same as for a folder.
+    Every shard is indexed once. Local shards are then read with random access, in the same order
+    as a folder.
 
-    Shards from elsewhere (``https://...``, ``pipe:aws s3 cp s3://... -``) are fetched to ``cache``
-    by the webdataset package. Where ``keep`` says that not all may stay there, an epoch goes
-    through them in random order, each picture moved back at random among about ``keep`` - 2 shards;
-    so no shard is fetched twice in an epoch. ``pipe:cat /mnt/slow/...`` does the same for a drive
-    on which random places are slow.
+    Remote shards (``https://...``, ``pipe:aws s3 cp s3://... -``) are downloaded to ``cache`` by
+    the webdataset package. If ``keep`` limits the cache, an epoch reads them in random order and
+    mixes pictures across about ``keep`` - 2 shards, so that no shard is downloaded twice in an
+    epoch. ``pipe:cat /mnt/slow/...`` does the same for a drive with slow random access.
 
     Args:
-        root: Folder of the shards; it is searched where train and test are not told.
+        root: Folder of the shards, which is searched if train and test are not given.
         train: Shards as webdataset writes them, ``imagenet-train-{000000..001281}.tar``, several
             with ``::`` between; inside ``root`` if they are paths.
-        test: The same, to judge by. Where neither is told, names or folders tell the split.
-        label: Extension of the labels, whole numbers or names; ``json:key`` for a key of a JSON.
-        classes: File with the names of the classes, one on each line.
-        cache: Folder for what was fetched or found out. Without it every start looks through all
-            shards anew, about 30 microseconds a file in them: for ImageNet a minute or two.
-        keep: Fetched shards that may lie there at a time, 3 or more; all if not told.
-        size: Pixels on a side of what networks see.
-        padding: Width of the black border that training crops are cut from, for small pictures.
-        crop: Share of the shorter side of the middle square that is evaluated on. If not told, 7/8,
-            but as many pixels as networks see where a picture has them.
-        flip: Whether pictures may be mirrored in training.
-        mean: By which each channel is normalized, of values in [0, 1].
-        std: By which each channel is normalized.
-        on_error: Whether a training picture that cannot be read stops the work or is replaced by
-            the next of its class. A picture to judge by always stops it.
+        test: Evaluation shards. If neither is given, file or folder names determine the split.
+        label: Extension of the labels, integers or names; ``json:key`` for a key of a JSON file.
+        classes: File with the class names, one per line.
+        cache: Folder for downloaded shards and indices. Without it, every start indexes all shards,
+            which takes about 30 microseconds per file: one or two minutes for ImageNet.
+        keep: Maximum number of downloaded shards, at least 3. Defaults to no limit.
+        size: Height and width of the network's input, in pixels.
+        padding: Width of the black border for random crops in training, for small pictures.
+        crop: Side of the central crop for evaluation as a fraction of the shorter side. Defaults to
+            7/8, but to at least ``size`` pixels where a picture is large enough.
+        flip: Whether to apply random horizontal flips in training.
+        mean: Channel means of the normalization, for values in [0, 1].
+        std: Channel standard deviations of the normalization.
+        on_error: Whether an unreadable training picture raises an error or is replaced by the next
+            picture of its class. An unreadable evaluation picture always raises an error.
 
     Raises:
         FileNotFoundError: If there are no shards, or one is missing.
@@ -231,13 +230,15 @@ def webdataset(
     if keep is not None and keep < 3:
         raise ValueError(f"data.keep must be 3 or more, got {keep}")
     folder = None if cache is None else Path(cache).expanduser()
-    shelf = ShardCache(folder, keep)
-    entries = [[_entries(shard, label, shelf) for shard in part] for part in parts]
+    shard_cache = ShardCache(folder, keep)
+    entries = [[_entries(shard, label, shard_cache) for shard in part] for part in parts]
     labels = [_parsed([e.label for samples in part for e in samples]) for part in entries]
     names = None
     if classes is not None:
         names = Path(classes).expanduser().read_text(encoding="utf-8").splitlines()
-    members = [Members(part, found, shelf) for part, found in zip(parts, entries, strict=True)]
+    members = [
+        Members(part, found, shard_cache) for part, found in zip(parts, entries, strict=True)
+    ]
     known, target = numbered(labels, names, members, str(top), faults)
     return picture_data(f"webdataset {top.name}", members, target, known, frame, on_error, faults)
 
@@ -251,10 +252,10 @@ def _shards(root: Path, train: str | None, test: str | None) -> list[list[Shard]
 
 
 def _expanded(root: Path, pattern: str, key: str) -> list[Shard]:
-    """Expands braces, and tells paths from what must be fetched.
+    """Expands braces and separates local paths from remote shards.
 
-    This is done once, before a path is joined to its folder: a file or folder whose name looks like
-    a command or an address is still a file or folder.
+    This happens before a path is joined to its folder, so that a file whose name looks like a
+    command or a URL is still a file.
     """
     shards = []
     for written in _package().shardlists.expand_urls(pattern):
@@ -270,7 +271,7 @@ def _expanded(root: Path, pattern: str, key: str) -> list[Shard]:
 
 
 def _refuse_quotes(address: str, key: str) -> None:
-    """Refuses addresses that would end the quotes in which webdataset hands them to a shell."""
+    """Refuses addresses with characters that webdataset does not quote for the shell."""
     wrong = re.search(r"['\"`\\\s\x00-\x1f]", address)
     if wrong and not address.startswith("pipe:"):
         raise ValueError(
@@ -279,32 +280,32 @@ def _refuse_quotes(address: str, key: str) -> None:
 
 
 def _parsed(labels: list[str]) -> list[int | str]:
-    """Numbers where all labels are numbers, and names otherwise."""
+    """Converts labels to integers if all of them are numbers."""
     if all(re.fullmatch(r"-?\d+", label) for label in labels):
         return [int(label) for label in labels]
     return list(labels)
 
 
-def _entries(shard: Shard, label: str, shelf: ShardCache) -> list[Entry]:
-    """Looks through a shard, or recalls what was found when it was."""
+def _entries(shard: Shard, label: str, shard_cache: ShardCache) -> list[Entry]:
+    """Indexes a shard, or reads its cached index."""
     key = [shard.place, label]
     if not shard.is_remote:
         about = Path(shard.place).stat()
         key += [str(about.st_size), str(about.st_mtime_ns)]
     known = None
-    if shelf.cache is not None:
-        known = shelf.cache / f"{files.sha256(json.dumps(key).encode())[:24]}.json"
+    if shard_cache.cache is not None:
+        known = shard_cache.cache / f"{files.sha256(json.dumps(key).encode())[:24]}.json"
         if known.exists():
             return [Entry(*entry) for entry in files.read_json(known)]
-    with shelf.open(shard) as file:
-        found = _look_through(file, shard.place, label)
+    with shard_cache.open(shard) as file:
+        found = _index(file, shard.place, label)
     if known is not None:
         rows = [(e.name, e.offset, e.size, e.label) for e in found]
         files.write(known, json.dumps(rows))
     return found
 
 
-def _look_through(file: IO[bytes], shard: str, label: str) -> list[Entry]:
+def _index(file: IO[bytes], shard: str, label: str) -> list[Entry]:
     extension, _, key = label.partition(":")
     split = _package().tariterators.base_plus_ext
     samples: list[tuple[str, dict[str, tarfile.TarInfo]]] = []
@@ -316,11 +317,13 @@ def _look_through(file: IO[bytes], shard: str, label: str) -> list[Entry]:
                 places = [part for part in member.name.split("/") if part not in (".", "..")]
                 if not member.isfile() or name is None or any(map(is_hidden, places)):
                     continue
-                if member.issparse():  # a few bytes that are read as any number
+                if member.issparse():  # a few bytes can expand to any size
                     raise StorageError(
                         f"{shard}: {member.name} is sparse; store it as a plain file"
                     )
-                if not samples or samples[-1][0] != name:  # neighbors of one name are a sample
+                if (
+                    not samples or samples[-1][0] != name
+                ):  # consecutive files with one name form a sample
                     samples.append((name, {}))
                 if samples[-1][1].setdefault(rest.lower(), member) is not member:
                     raise StorageError(f"{shard}: {member.name} is there twice")
@@ -346,12 +349,14 @@ def _look_through(file: IO[bytes], shard: str, label: str) -> list[Entry]:
 def _label(content: bytes, key: str, where: str) -> str:
     try:
         text = content.decode().strip()
-        told = json.loads(text)[key] if key else text
+        value = json.loads(text)[key] if key else text
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise StorageError(f"{where}: its label cannot be read: {error!r}") from error
-    if isinstance(told, bool) or not isinstance(told, int | str):
-        raise StorageError(f"{where}: expected a whole number or a name as label, got {told!r:.80}")
-    label = str(told)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise StorageError(
+            f"{where}: expected a whole number or a name as label, got {value!r:.80}"
+        )
+    label = str(value)
     if not label:
         raise StorageError(f"{where}: its label is empty")
     if len(label) > LONGEST:
