@@ -13,7 +13,8 @@ from PIL import Image
 from topkd._io.progress import Progress
 from topkd.config import recipe
 from topkd.config.recipe import Term
-from topkd.data import DATA, InMemory, digits
+from topkd.data import DATA, InMemory
+from topkd.data.sources.digits import digits
 from topkd.evaluation.metrics import Predictions
 from topkd.models import MODELS, checkpoint, factory
 from topkd.training import preflight

@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 
-from topkd import data
 from topkd._io.progress import Progress
 from topkd.config.recipe import DataSection
 from topkd.data import DATA
+from topkd.data.sources.webdataset import webdataset
 from topkd.data.trust import PLAIN
 from topkd.export.student import export
 from topkd.models import MODELS, checkpoint
@@ -128,10 +128,10 @@ def test_a_path_whose_name_looks_like_a_command_is_a_path(tmp_path, monkeypatch)
             tar.write({"__key__": "0", "png": picture, "cls": 0})
     monkeypatch.chdir(tmp_path)
     shutil.move("train.tar", "pipe:touch ran;#train.tar")
-    found = data.webdataset(root=".", size=8)
+    found = webdataset(root=".", size=8)
     assert found.train.read(torch.arange(1), None).shape == (1, 3, 8, 8)
     with pytest.raises(FileNotFoundError, match="pipe:touch ran #/x.tar is missing"):
-        data.webdataset(root="pipe:touch ran #", train="x.tar", test="x.tar")
+        webdataset(root="pipe:touch ran #", train="x.tar", test="x.tar")
     with pytest.raises(ValueError, match=r"data\.train: the address .* holds \"'\"; write it"):
-        data.webdataset(train="https://a.invalid/';touch ran;'", test="val.tar", cache="c")
+        webdataset(train="https://a.invalid/';touch ran;'", test="val.tar", cache="c")
     assert not (tmp_path / "ran").exists()

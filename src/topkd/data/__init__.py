@@ -1,30 +1,41 @@
 """Data sets, registered by the name that recipes use."""
 
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Callable, Mapping
 
+from topkd.data import sources
 from topkd.data.augmented import Augmentation, Augmented, with_augmentation
 from topkd.data.base import Data, DataIssues, Images, InMemory, Subset, same_order
 from topkd.data.batches import plain_batches, refuse_few, training_batches
 from topkd.data.pictures import with_crop
-from topkd.data.sources.cifar import cifar10, cifar100
-from topkd.data.sources.dataset import dataset, from_dataset
-from topkd.data.sources.digits import digits
-from topkd.data.sources.folder import folder
-from topkd.data.sources.parquet import parquet
-from topkd.data.sources.webdataset import webdataset
+from topkd.data.sources.dataset import from_dataset
 
-DATA: Mapping[str, Callable[..., Data]] = {
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-    "dataset": dataset,
-    "digits": digits,
-    "folder": folder,
-    "parquet": parquet,
-    "webdataset": webdataset,
-}
+
+def _find() -> tuple[dict[str, Callable[..., Data]], dict[str, int]]:
+    """Collects the functions in ``sources`` that take keyword arguments and return ``Data``."""
+    found: dict[str, Callable[..., Data]] = {}
+    counts: dict[str, int] = {}
+    for place in pkgutil.iter_modules(sources.__path__):
+        module = importlib.import_module(f"{sources.__name__}.{place.name}")
+        counts |= getattr(module, "TRAINING_IMAGES", {})
+        for name, value in vars(module).items():
+            if inspect.isfunction(value) and value.__module__ == module.__name__:
+                signature = inspect.signature(value)
+                kinds = {parameter.kind for parameter in signature.parameters.values()}
+                is_source = signature.return_annotation in (Data, "Data")
+                if is_source and kinds <= {inspect.Parameter.KEYWORD_ONLY} and name[0] != "_":
+                    found[name] = value
+    return found, counts
+
+
+_FOUND = _find()
+
+DATA: Mapping[str, Callable[..., Data]] = _FOUND[0]
 """Name -> function that loads it; its arguments are the options of ``data`` in a recipe."""
 
-TRAINING_IMAGES: Mapping[str, int] = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1257}
+TRAINING_IMAGES: Mapping[str, int] = _FOUND[1]
 """Name -> number of training images, where it is always the same."""
 
 __all__ = [

@@ -5,6 +5,8 @@ import torch
 
 from topkd.data.base import Data, InMemory
 
+TRAINING_IMAGES = {"digits": 1257}  # always the same
+
 
 def digits() -> Data:
     """Loads scikit-learn's 1,797 handwritten digits: 1,257 to train, 540 to test.
