@@ -1,6 +1,7 @@
 """The house keeps its order: which part may import which, read off the source."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,13 @@ def test_every_part_has_its_level(name):
 def test_imports_never_point_upwards(name):
     others = {i for i in OWN[name] if part(i) != part(name)}
     assert not {i for i in others if LEVELS[part(i)] >= LEVELS[part(name)]}
+
+
+def test_contributing_describes_the_house_as_it_is():
+    page = (ROOT.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| `(\w+)` \|", page, flags=re.M)
+    assert {part: int(level) for level, part in rows} == LEVELS
+    assert {part(name) for name in MODULES.keys() - FREE} == LEVELS.keys()
 
 
 def circles(graph):

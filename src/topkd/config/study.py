@@ -58,7 +58,8 @@ class StudyFile(Section):
     """Variant that all others are compared with."""
     variants: Annotated[dict[str, Terms | Variant], Field(min_length=1)]
     grid: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
-    """``TERM.key: [values]``: each variant with the term becomes one variant a value."""
+    """``TERM.key: [values]``: each variant with the term becomes one variant a value; the baseline
+    also stays as it is."""
     settings: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = {"main": {}}
     """Name -> changes to the recipe; variants are compared within a setting."""
     seeds: str | Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...]
@@ -300,6 +301,8 @@ def _in_grid(variants: Variants, file: StudyFile) -> Iterator[tuple[str, Any]]:
         titles = {title for term in terms for title in (term.get("label"), term.get("name"))}
         keys = [key for key in file.grid if key.partition(".")[0] in titles]
         used |= set(keys)
+        if keys and name == file.baseline:
+            yield name, (terms, changes)
         for values in itertools.product(*(file.grid[key] for key in keys)):
             own = copy.deepcopy(terms)
             for key, value in zip(keys, values, strict=True):
