@@ -262,7 +262,10 @@ def test_validation_comes_before_test(rows):
 def test_a_missing_split_is_named(rows, part):
     for path in (rows[0] / "data").glob(f"{part}-*"):
         path.unlink()
-    wanted = {"train": "train on: .* says train", "validation": "evaluate on: .* says validation, val"}
+    wanted = {
+        "train": "train on: .* says train",
+        "validation": "evaluate on: .* says validation, val",
+    }
     with pytest.raises(FileNotFoundError, match=f"has no shard to {wanted[part]}"):
         parquet(root=str(rows[0]))
 

@@ -239,7 +239,7 @@ def test_without_images_random_ones_are_taken_and_it_is_said(elsewhere, tmp_path
     assert entry["checked_on"] == "64 random images"
     assert entry["top1"] is None
     assert entry["agreement"] == 100
-    with pytest.raises(ValueError, match="onnx-int8 reads ranges off training images: give --data"):
+    with pytest.raises(ValueError, match="needs training images for calibration: give --data"):
         export(elsewhere, ["onnx-int8"], tmp_path / "int8", QUIET, size=32)
     assert not (tmp_path / "int8").exists()
 
@@ -350,7 +350,10 @@ def test_mistakes_are_one_line(run, made, elsewhere, tmp_path, monkeypatch, capf
         ((run, "onxx", new), "--to: there is no 'onxx'; did you mean 'onnx'?"),
         ((elsewhere, "onnx", made[0], "--size=8"), "holds another student; choose another --out"),
         ((run, "onnx", tmp_path / "full"), "already exists and is no export"),
-        ((tmp_path / "bare.safetensors", "onnx", new), "does not record classes, data, mean, model"),
+        (
+            (tmp_path / "bare.safetensors", "onnx", new),
+            "does not record classes, data, mean, model",
+        ),
         ((run, "onnx", new, "--data=root"), "data.name: there is no 'root'"),
         ((run, "onnx", new, "--data=rot=x"), "data.rot: unknown key"),
         ((run, "onnx", new, "--data=name=digit"), "there is no 'digit'; did you mean 'digits'?"),

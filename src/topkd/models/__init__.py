@@ -1,4 +1,4 @@
-"""The networks, by the name that recipes use."""
+"""Models, registered by the name that recipes use."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from topkd.models import mobilenet, resnet, shufflenet, vgg, wide_resnet
 
 @dataclass(frozen=True)
 class Model:
-    """How to build a network and where to read it."""
+    """A model: its constructor and its taps."""
 
     network: Callable[..., nn.Module]  # takes the number of classes
-    taps: Mapping[str, Any]  # maps, preactivations and head, as Tapped takes them
+    taps: Mapping[str, Any]  # maps, preactivations and head, arguments of FeatureExtractor
     about: str = ""
 
     def build(self, classes: int) -> FeatureExtractor:
-        """Builds the network, new, with its taps."""
+        """Builds an untrained network with its taps."""
         return FeatureExtractor(self.network(classes=classes), **self.taps)
 
 
 def _resnet(depth: int, *widths: int) -> Model:
-    """A CIFAR ResNet; the widths are those of the stem and of the three stages."""
+    """Describes a CIFAR ResNet by the widths of its stem and three stages."""
     about = f"CIFAR ResNet of {depth} layers, {widths[-1]} wide at the end"
     return Model(partial(resnet.ResNet, depth, widths), resnet.taps(depth), about)
 
@@ -86,8 +86,8 @@ MODELS: Mapping[str, Model] = {
         mobilenet.MobileNetV1, mobilenet.TAPS_V1, "MobileNetV1 for ImageNet, 1024 wide at the end"
     ),
 }
-"""Name -> how to build it and where to read it.
+"""Name -> model.
 
-Every network has a module ``avgpool``, so that the tap ``avgpool:in`` reads the map whose averages
-the classifier reads, whatever stands before it.
+Every network has a module ``avgpool``; the tap ``avgpool:in`` reads the last feature map before
+pooling.
 """
