@@ -443,8 +443,8 @@ def test_networks_of_ones_own_are_read_where_one_says(own_module):
         ("own_module:sized_alone", {}, "takes images of no usual size, .* give its head, and the"),
         ("own_module:makes_nothing", {}, "own_module:makes_nothing made a int, not a torch.nn.Mod"),
         ("own_module:build", {"head": "heat"}, "Small has no module 'heat'; it has head"),
-        ("own_module:build", {"pretrained": True}, "no weights come with 'own_module:build'"),
-        ("resnet20", {"pretrained": True}, "no weights come with 'resnet20'"),
+        ("own_module:build", {"pretrained": True}, "'own_module:build' has no published weights"),
+        ("resnet20", {"pretrained": True}, "'resnet20' has no published weights"),
         ("timm:test_vit", {"maps": ["blocks.9"]}, "VisionTransformer has no module 'blocks.9'; it"),
     ],
 )
@@ -622,7 +622,7 @@ def test_a_transformer_is_built_for_the_images_and_evaluated_again(tmp_path, mon
         ),
         (
             {"student": {"model": "resnet8", "pretrained": True}},
-            "student: no weights come with 'resnet8'",
+            "student: 'resnet8' has no published weights",
         ),
         (
             {"teacher": {"model": "torchvision:resnet18", "pretrained": True, "checkpoint": "a"}},

@@ -242,7 +242,7 @@ def test_what_is_pulled_is_what_was_pushed(server, export, tmp_path):
 def test_what_the_server_has_is_not_sent_again(server, export):
     digest = {name: hashlib.sha256(content).hexdigest() for name, content in CONTENT.items()}
     server.cut_put.add(digest["more/model.pt2"])
-    with pytest.raises(OSError, match="the same command goes on where it stopped|refused me/small"):
+    with pytest.raises(OSError, match="rerun the command to resume|refused me/small"):
         hub.push(export, "me/small", endpoint=server.url)
     assert server.files("me/small").keys() == {".gitattributes"}  # all or nothing
     assert digest["model.onnx"] in server.objects
@@ -377,7 +377,7 @@ def test_a_server_that_begins_anew_again_and_again_is_left(server, export, tmp_p
         return self.wfile.write(CONTENT[path][: next(breaks)])
 
     monkeypatch.setattr(Handler, "resolve", breaking)
-    with pytest.raises(OSError, match="the same command goes on where it stopped"):
+    with pytest.raises(OSError, match="rerun the command to resume"):
         hub.pull("me/small", tmp_path / "pulled", QUIET, endpoint=server.url)
     assert len(asked(server, "GET", "/model.onnx")) == 2
 
@@ -556,7 +556,7 @@ def test_the_commands(server, export, tmp_path, monkeypatch, capsys):
     status, _, err = call(monkeypatch, capsys, "push", export, "me/small", *where)
     assert (status, err) == (
         2,
-        "topkd: to push one needs a token: `hf auth login`, or the variable HF_TOKEN\n",
+        "topkd: a push needs a token: run `hf auth login` or set HF_TOKEN\n",
     )
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     status, _, err = call(monkeypatch, capsys, "push", export, "me/small", *where)
@@ -568,7 +568,7 @@ def test_a_server_that_is_not_there_is_one_line(server, export, monkeypatch, cap
     status, _, err = call(monkeypatch, capsys, "push", export, "me/small", *nowhere)
     assert status == 2
     assert err.startswith("topkd: the connection with http://127.0.0.1:1 failed: ")
-    assert err.endswith("; the same command goes on where it stopped\n")
+    assert err.endswith("; rerun the command to resume\n")
     assert err.count("\n") == 1
 
 

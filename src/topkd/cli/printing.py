@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from typing import Any
 
 
 def catalog(what: str) -> list[dict[str, str]]:
@@ -68,8 +66,6 @@ def print_results(results: Sequence[dict[str, Any]], findings: Sequence[str] = (
         results: The contents of ``result.json`` files of one recipe.
         findings: Sentences that compare the variants with the control.
     """
-    from rich.console import Console
-
     from topkd.evaluation.metrics import METRICS
     from topkd.evaluation.results import Result
     from topkd.evaluation.statistics import Sample
@@ -94,12 +90,9 @@ def print_results(results: Sequence[dict[str, Any]], findings: Sequence[str] = (
             means.append(metric.format(None if sample is None else sample.mean))
             spreads.append(metric.format(None if sample is None else sample.std))
         rows += [(variant, "mean", *means), (variant, "± std", *spreads)]
-    console = Console(highlight=False)
-    console.print(f"last epoch, on the {read[0].eval_split} images")
+    print(f"last epoch, on the {read[0].eval_split} images")
     titles = ("run", "seed", *(metric.heading for metric in METRICS.values()))
-    console.print(_table(titles, rows, left=2))
-    for finding in findings:
-        console.print(finding, markup=False)
+    print(*_table(titles, rows, left=2), *findings, sep="\n")
 
 
 def print_predictions(predictions: Sequence[dict[str, Any]]) -> None:
@@ -109,24 +102,31 @@ def print_predictions(predictions: Sequence[dict[str, Any]]) -> None:
         for prediction in predictions
         for place, entry in enumerate(prediction["classes"])
     ]
-    rows = [("picture", "class", "probability"), *rows]
-    first, second, third = (max(map(len, column)) for column in zip(*rows, strict=True))
-    for picture, name, probability in rows:
-        print(f"{picture:<{first}}  {name:<{second}}  {probability:>{third}}")
+    print(*_table(("picture", "class", "probability"), rows, left=2), sep="\n")
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> Table:
-    """Builds a table whose headings wrap and whose cells do not; ``left`` columns are text."""
-    from rich.table import Table
-    from rich.text import Text
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Formats a table whose headings wrap to the width of their columns.
 
-    table = Table(box=None, pad_edge=False)
-    for place, title in enumerate(titles):
-        width = max((len(row[place]) for row in rows), default=0)
-        table.add_column(title, justify="left" if place < left else "right", min_width=width)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+    Args:
+        titles: Headings.
+        rows: Cells, which never wrap.
+        left: Number of left-aligned columns.
+    """
+    widths = [
+        max(map(len, (*title.split(), *(row[place] for row in rows))))
+        for place, title in enumerate(titles)
+    ]
+    wrapped = [textwrap.wrap(title, width) for title, width in zip(titles, widths, strict=True)]
+    height = max(map(len, wrapped))
+    heading = zip(*([""] * (height - len(part)) + part for part in wrapped), strict=True)
+    return [
+        "  ".join(
+            f"{cell:<{width}}" if place < left else f"{cell:>{width}}"
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (*heading, *rows)
+    ]
 
 
 def print_files(config: dict[str, Any]) -> None:

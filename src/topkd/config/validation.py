@@ -106,7 +106,8 @@ def _explain(
             path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         others = siblings if len(steps) == 1 else ()
-        return f"{path}: unknown key{near(str(steps[-1]), [*known, *others])}"
+        key = str(steps[-1])
+        return f"{path}: unknown key{near(key, [*known, *others], otherwise=near(key, known))}"
     if error["type"] == "missing":
         return f"{path}: missing"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")

@@ -1,4 +1,4 @@
-"""Exports pushed to the Hugging Face hub or a server that speaks like it, and pulled by hash."""
+"""Upload to and verified download from the Hugging Face hub or a compatible server."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CHECKSUMS = "checksums.json"
-"""The file that tells of every other file of an export its SHA-256 and its length."""
+"""The file with SHA-256 and size of every other file of an export."""
 
-PARTS = ".parts"  # a folder for what was not fetched to its end
-LONGEST = 1 << 20  # bytes of checksums.json, which tells a hundred of a file
-PARTIAL, NOTHING_LEFT = 206, 416  # answers of a server that is asked for the rest of a file
+PARTS = ".parts"  # folder of incomplete downloads
+LONGEST = 1 << 20  # maximum bytes of checksums.json; an entry has about 100
+PARTIAL, NOTHING_LEFT = 206, 416  # HTTP status codes of range requests
 
 Advance = Callable[[int, str], None]
 Checksums = dict[str, dict[str, Any]]  # name -> sha256 and bytes
@@ -34,34 +34,34 @@ Checksums = dict[str, dict[str, Any]]  # name -> sha256 and bytes
 def push(
     folder: Path, repository: str, *, endpoint: str | None = None, private: bool = False
 ) -> str:
-    """Pushes an export as one commit; what the server has already is not sent again.
+    """Uploads an export as one commit. Content that the server already has is not sent again.
 
-    Every file is sent but hidden ones, and what an earlier push sent and the folder no longer has
-    is deleted there. The token is the one that huggingface_hub finds.
+    Hidden files are skipped. Files of an earlier push that the folder no longer contains are
+    deleted from the repository. The token is that of huggingface_hub.
 
     Args:
-        folder: What ``topkd export`` wrote.
-        repository: As ``owner/name``; made if it is not there.
-        endpoint: Address of the server, if not the one that huggingface_hub knows.
-        private: Whether only the owner may see it.
+        folder: A folder written by ``topkd export``.
+        repository: Repository as ``owner/name``, created if it does not exist.
+        endpoint: URL of the server. Defaults to that of huggingface_hub.
+        private: Whether the repository must be private.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
         FileNotFoundError: If the folder holds no export.
         OSError: If the server cannot be reached or refuses.
-        ValueError: If there is no token, a file is not the one that was checked, or the repository
-            is public and was to be private.
+        ValueError: If there is no token, a file has changed since its export, or the repository is
+            public although ``private`` is set.
     """
     checksums = _checksums(folder)
     api = _api(repository, endpoint)
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token
 
     if get_token() is None:
-        raise ValueError("to push one needs a token: `hf auth login`, or the variable HF_TOKEN")
+        raise ValueError("a push needs a token: run `hf auth login` or set HF_TOKEN")
     files.write_json(folder / CHECKSUMS, checksums)
-    with _told_in_one_line(repository, api):
+    with _one_line_errors(repository, api):
         api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.repo_info(repository).private:
             raise ValueError(f"{repository} is there already, and public: nothing was pushed")
@@ -86,28 +86,31 @@ def pull(
     endpoint: str | None = None,
     revision: str | None = None,
 ) -> list[Path]:
-    """Fetches an export and checks every byte before a file is put in its place.
+    """Downloads an export and verifies every file before moving it to its place.
 
-    A fetch that broke off goes on where it stopped. What ``checksums.json`` does not name is not
-    fetched. It finds what was damaged on the way or later; it is no proof of who pushed.
+    Interrupted downloads are resumed. Only files listed in ``checksums.json`` are downloaded. The
+    hashes detect damage; they do not prove who uploaded the files.
+
+    ``huggingface_hub.snapshot_download`` is not used: it neither bounds the size of a download nor
+    resumes files below 10 MB.
 
     Args:
-        repository: As ``owner/name``.
-        folder: Where to; files in it that are neither as pushed nor of an earlier pull stop it.
-        progress: Tells the user.
-        endpoint: Address of the server, if not the one that huggingface_hub knows.
-        revision: A branch, tag or commit; ``main`` if not told.
+        repository: Repository as ``owner/name``.
+        folder: Output folder. Files in it are replaced only if an earlier pull wrote them.
+        progress: Shows progress.
+        endpoint: URL of the server. Defaults to that of huggingface_hub.
+        revision: Branch, tag or commit. Defaults to ``main``.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
-        FileExistsError: If a file in the folder is another one, or a symbolic link.
+        FileExistsError: If the folder has another file of that name, or a symbolic link.
         OSError: If the server cannot be reached or refuses, or the files do not fit on the disk.
-        ValueError: If a file is not what was pushed; the message names it.
+        ValueError: If a hash does not match; the message names the file.
     """
     api = _api(repository, endpoint)
-    with _told_in_one_line(repository, api):
+    with _one_line_errors(repository, api):
         commit = str(api.repo_info(repository, revision=revision).sha)
         checksums = _fetch_checksums(api, repository, commit)
         if checksums is None:
@@ -127,7 +130,7 @@ def pull(
 
 
 def _checksums(folder: Path) -> Checksums:
-    """Hashes what is to be pushed, and compares it with what was checked when it was exported."""
+    """Hashes the files of an export and compares them with the hashes in ``config.json``."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} holds no export: config.json is missing; `topkd export` writes it"
@@ -141,8 +144,8 @@ def _checksums(folder: Path) -> Checksums:
             checksums[name.as_posix()] = {"sha256": files.sha256_of(path), "bytes": size}
     _refuse_names(checksums, str(folder))
     try:
-        told = files.read_json(folder / "config.json")["files"]
-        known = {file: entry["sha256"] for file, entry in told.items()}
+        listed = files.read_json(folder / "config.json")["files"]
+        known = {file: entry["sha256"] for file, entry in listed.items()}
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is not what `topkd export` writes") from error
     for file, expected in known.items():
@@ -152,7 +155,7 @@ def _checksums(folder: Path) -> Checksums:
 
 
 def _wanted(folder: Path, checksums: Checksums, repository: str) -> list[str]:
-    """Names what has to be fetched: neither what is there, nor over what others put there."""
+    """Lists the files to download, and refuses to overwrite files of other origin."""
     _refuse_links(folder, [*checksums, CHECKSUMS])
     path = folder / CHECKSUMS
     earlier = _checked(files.read_json(path), str(path)) if path.exists() else {}
@@ -172,12 +175,12 @@ def _wanted(folder: Path, checksums: Checksums, repository: str) -> list[str]:
 
 
 def _part(folder: Path, name: str, entry: Mapping[str, Any]) -> Path:
-    """Where a file lies until it is complete; files of the same content have parts of their own."""
+    """Returns the path of an incomplete file, unique per name and content."""
     return folder / PARTS / files.sha256(f"{entry['sha256']} {name}".encode())
 
 
 def _refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Refuses symbolic links below the folder: what follows one is written somewhere else."""
+    """Refuses symbolic links below the folder, which would redirect writes."""
     for name in names:
         for path in (folder / name, *(folder / above for above in PurePosixPath(name).parents)):
             if path != folder and path.is_symlink():
@@ -190,7 +193,7 @@ def _refuse_links(folder: Path, names: Iterable[str]) -> None:
 def _refuse_more_than_fits(
     folder: Path, checksums: Checksums, wanted: Iterable[str], repository: str
 ) -> None:
-    """Refuses files that are longer than the disk has room for, before any is fetched."""
+    """Checks that the files fit on the disk, before any download."""
     parts = {name: _part(folder, name, checksums[name]) for name in wanted}
     there = sum(part.stat().st_size for part in parts.values() if part.exists())
     size = sum(checksums[name]["bytes"] for name in parts) - there
@@ -212,11 +215,11 @@ def _fetch(
     folder: Path,
     advance: Advance,
 ) -> None:
-    """Fetches a file into the parts, and keeps it if it is the one that was pushed."""
+    """Downloads a file to its temporary path and verifies its hash."""
     part, size = _part(folder, name, entry), entry["bytes"]
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("ab") as file:
-        if file.tell() > size:  # no part of this file
+        if file.tell() > size:  # not a part of this file
             file.truncate(0)
         advance(file.seek(0, os.SEEK_END), "")
         _get(api, repository, commit, name, file, size, advance)
@@ -231,7 +234,7 @@ def _fetch(
 
 
 def _fetch_checksums(api: HfApi, repository: str, revision: str) -> Checksums | None:
-    """Fetches names and hashes; None if there are none."""
+    """Downloads ``checksums.json``; returns None if the repository has none."""
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     content, where = io.BytesIO(), f"{CHECKSUMS} of {repository}"
@@ -242,18 +245,18 @@ def _fetch_checksums(api: HfApi, repository: str, revision: str) -> Checksums | 
     if content.tell() == LONGEST:
         raise ValueError(f"{where} is damaged: expected less than {LONGEST:,} bytes, got as many")
     try:
-        told = json.loads(content.getvalue())
+        value = json.loads(content.getvalue())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is damaged: it is not JSON: {error}") from error
-    return _checked(told, where)
+    return _checked(value, where)
 
 
-def _checked(told: Any, where: str) -> Checksums:
-    """Makes sure that what was read are names, hashes and lengths, as a push writes them."""
+def _checked(value: Any, where: str) -> Checksums:
+    """Validates names, hashes and sizes."""
     damaged = f"{where} is damaged"
-    if not isinstance(told, dict):
-        raise ValueError(f"{damaged}: expected names of files, got {_short(told)}")
-    for name, entry in told.items():
+    if not isinstance(value, dict):
+        raise ValueError(f"{damaged}: expected names of files, got {_short(value)}")
+    for name, entry in value.items():
         if not isinstance(entry, dict):
             raise ValueError(f"{damaged}: {name!r}: expected sha256 and bytes, got {_short(entry)}")
         digest, size = entry.get("sha256"), entry.get("bytes")
@@ -262,12 +265,12 @@ def _checked(told: Any, where: str) -> Checksums:
         if type(size) is not int or size < 0:  # True is an int, too
             expected = "expected bytes as a whole number from 0"
             raise ValueError(f"{damaged}: {name!r}: {expected}, got {_short(size)}")
-    _refuse_names(told, damaged)
-    return told
+    _refuse_names(value, damaged)
+    return value
 
 
 def _refuse_names(names: Iterable[str], where: str) -> None:
-    """Refuses names that on some system leave the folder, or are two of one file."""
+    """Refuses names that leave the folder or collide on some file system."""
     taken, folders = {CHECKSUMS: CHECKSUMS}, dict[str, str]()
     for name in names:
         if not _is_plain(name):
@@ -288,7 +291,7 @@ def _refuse_names(names: Iterable[str], where: str) -> None:
 
 
 def _is_plain(name: str) -> bool:
-    """Tells whether a name stays inside of the folder, on any system."""
+    """Returns whether a name stays inside the folder on every operating system."""
     parts = name.split("/")
     return (
         name.isprintable()
@@ -298,7 +301,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _short(value: Any) -> str:
-    """Shows what was read, in a message."""
+    """Abbreviates a value for a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -312,11 +315,9 @@ def _get(
     size: int,
     advance: Advance,
 ) -> None:
-    """Fetches what a file lacks, and goes on by itself for as long as every try brings something.
+    """Downloads the missing part of a file, and retries as long as every attempt makes progress.
 
-    No more than ``size`` bytes are read, however many are sent.
-
-    The download of huggingface_hub keeps nothing of less than ten megabytes when it breaks off.
+    At most ``size`` bytes are read, whatever the server sends.
     """
     from huggingface_hub import errors, hf_hub_url
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -326,29 +327,31 @@ def _get(
     while True:
         had = file.tell()
         try:
-            return _go_on(url, headers, file, size, advance)
+            return _resume(url, headers, file, size, advance)
         except errors.HTTPError:  # type: ignore[attr-defined]
-            if file.tell() <= had:  # it may have begun anew
+            if file.tell() <= had:  # it may have restarted
                 raise
 
 
-def _go_on(
-    url: str, headers: Mapping[str, str], file: IO[bytes], size: int, advance: Advance
+def _resume(
+    url: str, headers: dict[str, str], file: IO[bytes], size: int, advance: Advance
 ) -> None:
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
-    # What is compressed on the way cannot be gone on with.
+    # Compressed transfers cannot be resumed.
     asked = {"Accept-Encoding": "identity", "Range": f"bytes={file.tell()}-"}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    with get_session().stream("GET", url, headers={**headers, **asked}, timeout=timeout) as answer:
-        if answer.status_code == NOTHING_LEFT:
+    with get_session().stream(
+        "GET", url, headers={**headers, **asked}, timeout=timeout
+    ) as response:
+        if response.status_code == NOTHING_LEFT:
             return
-        hf_raise_for_status(answer)
-        if answer.status_code != PARTIAL:  # the whole file, whatever was asked for
+        hf_raise_for_status(response)
+        if response.status_code != PARTIAL:  # the complete file instead of the range
             file.seek(0)
             file.truncate()
-        for content in answer.iter_raw():  # a few bytes can decompress to any number
+        for content in response.iter_raw():  # not decoded: a few bytes can decompress to any size
             taken = file.write(content[: size - file.tell()])
             advance(taken, "")
             if file.tell() == size:
@@ -366,8 +369,8 @@ def _api(repository: str, endpoint: str | None) -> HfApi:
 
 
 @contextmanager
-def _told_in_one_line(repository: str, api: HfApi) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one line for people."""
+def _one_line_errors(repository: str, api: HfApi) -> Iterator[None]:
+    """Converts exceptions of huggingface_hub to one-line messages."""
     from huggingface_hub import errors
 
     try:
@@ -379,13 +382,13 @@ def _told_in_one_line(repository: str, api: HfApi) -> Iterator[None]:
             f"there is no {repository} at {api.endpoint}, or your token does not let you see it"
         ) from error
     except errors.HfHubHTTPError as error:
-        told = error.server_message or error.response.reason_phrase
-        reason = " ".join(told.split())[:200]  # a page of text is no line
+        message = error.server_message or error.response.reason_phrase
+        reason = " ".join(message.split())[:200]  # may be a long page
         status = error.response.status_code
         raise OSError(f"{api.endpoint} refused {repository}: {status} {reason}") from error
     except (errors.HTTPError, RuntimeError) as error:  # type: ignore[attr-defined]
-        # An upload that breaks off comes as RuntimeError.
+        # Interrupted uploads raise RuntimeError.
         raise OSError(
             f"the connection with {api.endpoint} failed: {error.__cause__ or error}; "
-            "the same command goes on where it stopped"
+            "rerun the command to resume"
         ) from error

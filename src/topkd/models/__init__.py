@@ -6,7 +6,7 @@ import builtins
 
 from torch import nn
 
-from topkd.models.factory import Foreign, find, wrap
+from topkd.models.factory import ExternalModel, find, wrap
 from topkd.models.registry import MODELS, Model
 
 __all__ = ["MODELS", "Model", "create", "list", "wrap"]
@@ -37,7 +37,7 @@ def create(
         torch.Size([1, 10])
     """
     model = find(name)
-    if isinstance(model, Foreign):
+    if isinstance(model, ExternalModel):
         network: nn.Module = model.network(classes, size, pretrained)
         return network
     if pretrained:

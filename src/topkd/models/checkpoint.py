@@ -1,4 +1,4 @@
-"""Weights of networks, ours and those of others, read without running any code in a file."""
+"""Weights files of topkd and of other projects, read without running code in them."""
 
 from __future__ import annotations
 
@@ -23,20 +23,27 @@ WEIGHTS = "student.safetensors"
 """The weights file of a run."""
 EXPORTED = "model.safetensors"
 """The weights file of an export."""
-_ACCURACIES = (  # of it, elsewhere
+_ACCURACIES = (  # keys in checkpoints of other projects
     *("accuracy", "best_accuracy", "test_accuracy", "best_acc", "best_acc1", "acc", "test_acc"),
     *("best_prec1", "prec1", "top1", "best_top1"),
 )
-_NOTED = (*_ACCURACIES, "n_averaged", "epoch")  # what may lie as a tensor among the weights
-_AVERAGED = {"ema", "swa", "avg", "averaged", "average", "shadow"}  # words in names of such weights
-_SHOWN = 3  # names in a message
+_NOTED = (*_ACCURACIES, "n_averaged", "epoch")  # scalars that may be stored as tensors
+_AVERAGED = {
+    "ema",
+    "swa",
+    "avg",
+    "averaged",
+    "average",
+    "shadow",
+}  # words in names of averaged weights
+_SHOWN = 3  # number of names in a message
 
 Which = Literal["plain", "ema"]
-"""Of a file with both: weights as they were trained, or their running mean over the training."""
+"""Which weights to load from a file with both: as trained, or averaged over training."""
 
 
 class Named(Section):
-    """A section that has a name, and any other keys."""
+    """A section with a name and arbitrary other keys."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -44,7 +51,7 @@ class Named(Section):
 
 
 class About(Section):
-    """Types of what the metadata of a network's weights may say; more is allowed."""
+    """Schema of the metadata of a weights file; other keys are allowed."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -59,7 +66,7 @@ class About(Section):
 
 
 def save_weights(path: Path, network: nn.Module, about: Mapping[str, Any]) -> None:
-    """Saves the weights of a network with what is needed to use them, as sealed safetensors."""
+    """Saves the weights of a network and their metadata as sealed safetensors."""
     files.write(path, sealed.pack(network.state_dict(), about))
 
 
@@ -83,7 +90,7 @@ def weights_file(target: Path) -> Path:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Reads the description in a file that :func:`save_weights` wrote; empty for others' files.
+    """Reads the metadata of a file written by :func:`save_weights`; empty for other files.
 
     Raises:
         ValueError: If the file is of safetensors and is incomplete or was altered, or an entry of
@@ -97,7 +104,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Loads every tensor in a file of ours or of others, without running any code in it.
+    """Loads every tensor in a weights file without running code in it.
 
     Understood are safetensors, and pickles that hold nothing but tensors and plain values. A tensor
     in mappings within mappings is named by all keys that lead to it, joined by dots, so that what a
@@ -118,7 +125,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_accuracy(path: Path) -> float | None:
-    """Reads the accuracy, in percent, that others note in a checkpoint; None if there is none.
+    """Reads the accuracy recorded in a checkpoint, in percent; None if there is none.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -142,7 +149,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _tensors(tree: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Names tensors by the keys that lead to them, each mapping once: a file may have circles."""
+    """Names tensors by their key paths; each mapping is visited once, since files may be cyclic."""
     found: dict[str, Tensor] = {}
     mappings, met = [("", tree)], {id(tree)}
     for prefix, mapping in mappings:
@@ -158,19 +165,19 @@ def _tensors(tree: Mapping[Any, Any]) -> dict[str, Tensor]:
 def fill(
     network: nn.Module, weights: Mapping[str, Tensor], origin: str, which: Which = "plain"
 ) -> str:
-    """Puts weights into a network.
+    """Loads weights into a network.
 
-    They are taken under the prefix under which all names of the network are present, whatever it
-    is: of containers and wrappers, of a student beside its teacher.
+    They are loaded from the prefix under which all names of the network are present: that of a
+    container, a wrapper, or a student stored with its teacher.
 
     Args:
-        network: Of the same architecture.
-        weights: As :func:`load_weights` gives them; counts of batches may be missing.
-        origin: Where they come from, for the message.
-        which: Which weights to take where there are averaged ones too.
+        network: A network of the same architecture.
+        weights: As :func:`load_weights` returns them; batch counters may be missing.
+        origin: Origin of the weights, for messages.
+        which: The weights to load if there are plain and averaged ones.
 
     Returns:
-        Which weights were taken, for the user, where plain and averaged ones fit; else nothing.
+        A note for the user if plain and averaged weights fit; otherwise empty.
 
     Raises:
         ValueError: If names or shapes differ, of which the message lists the first, if weights that
@@ -178,7 +185,7 @@ def fill(
             infinite.
     """
     own = network.state_dict()
-    prefix, told = _chosen(own, weights, origin, which)
+    prefix, note = _chosen(own, weights, origin, which)
     found = _under(prefix, own, weights)
     parameters = dict(network.named_parameters())
     for name, tensor in ((name, found[name]) for name in own if name in found):
@@ -190,13 +197,13 @@ def fill(
                 "training diverged"
             )
     network.load_state_dict(found, strict=False)
-    return told
+    return note
 
 
 def _chosen(
     own: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str, which: Which
 ) -> tuple[str, str]:
-    """Finds the prefix of the weights to take, and tells which they are where both kinds fit."""
+    """Selects the prefix of the weights to load; returns a note if both kinds fit."""
     fitting = [p for p in _prefixes(own, weights) if not _differences(own, weights, p)]
     if not fitting:
         raise ValueError(_misfit(own, weights, origin))
@@ -228,7 +235,7 @@ def _chosen(
 
 
 def _prefixes(own: Mapping[str, Tensor], weights: Iterable[str]) -> list[str]:
-    """Lists the prefixes under which all names of a network are found, or else most of them."""
+    """Lists the prefixes under which most names of a network are found."""
     if all(map(_is_count, own)):
         return [""]
     found: Counter[str] = Counter()
@@ -244,7 +251,7 @@ def _prefixes(own: Mapping[str, Tensor], weights: Iterable[str]) -> list[str]:
 def _under(
     prefix: str, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Takes the weights under a prefix, but for what is noted there and other whole networks."""
+    """Selects the weights under a prefix, without scalars and other complete networks."""
     longer = [
         other
         for other in _prefixes(own, weights)
@@ -277,7 +284,7 @@ def _differences(
 
 
 def _misfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str) -> str:
-    """Says in what weights differ from those of a network, under the prefix that fits best."""
+    """Describes how weights differ from a network, for the best matching prefix."""
     prefixes = _prefixes(own, weights)
     if not prefixes:
         return (
@@ -318,7 +325,7 @@ def _is_count(name: str) -> bool:
 
 
 def _quoted(prefixes: Iterable[str]) -> str:
-    """Names where weights are; those without a prefix are the file's own names."""
+    """Quotes prefixes for a message."""
     return ", ".join(
         repr(prefix.removesuffix(".")) if prefix else "no prefix" for prefix in prefixes
     )

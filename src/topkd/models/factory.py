@@ -1,4 +1,4 @@
-"""Networks of torchvision, of timm and of the user's own, by name."""
+"""Models by name: built-in, torchvision, timm and user-defined."""
 
 from __future__ import annotations
 
@@ -18,33 +18,39 @@ from topkd.models.found import taps_by_running
 from topkd.models.registry import MODELS, Model
 
 _ORIGINS = ("torchvision", "timm")
-_WIDTHS = ("classes", "num_classes", "n_classes", "nb_classes", "num_class")  # that callables take
-_AUXILIARY = ("googlenet", "inception_v3")  # of torchvision: they answer with more than logits
+_WIDTHS = (
+    "classes",
+    "num_classes",
+    "n_classes",
+    "nb_classes",
+    "num_class",
+)
+_AUXILIARY = ("googlenet", "inception_v3")  # torchvision models with auxiliary outputs
 
 
 @dataclass(frozen=True)
 class Published:
-    """What is known of weights that come with a network."""
+    """Metadata of published weights."""
 
-    classes: int  # it tells apart
-    size: int  # pixels on a side of its images
-    mean: tuple[float, float, float]  # with which they were normalized
+    classes: int
+    size: int  # input height and width, in pixels
+    mean: tuple[float, float, float]  # of the normalization
     std: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Foreign(Model):
-    """A network of others: it takes classes, size and pretrained, and is itself asked for taps."""
+class ExternalModel(Model):
+    """A model from outside topkd, called with classes, size and pretrained."""
 
     published: Callable[[], Published] | None = None
 
     def build(self, classes: int) -> FeatureExtractor:
-        """Builds the network, new, with the taps of its family."""
+        """Builds an untrained network with the taps of its family."""
         return _tapped(self.about, self.network(classes, None, False), None, {})
 
 
 def find(name: str) -> Model:
-    """Finds a network by its name.
+    """Finds a model by its name.
 
     Args:
         name: One of :data:`topkd.models.MODELS`; ``torchvision:`` or ``timm:`` and a name there,
@@ -75,22 +81,21 @@ def find(name: str) -> Model:
 
 
 def is_own(name: str) -> bool:
-    """Tells whether a name is that of a callable of the user's own."""
+    """Returns whether a name is ``module:callable``."""
     return ":" in name and name.split(":")[0] not in _ORIGINS
 
 
 def refuse_code(model: str, origin: str) -> None:
-    """Refuses a file that asks for a network by MODULE:CALLABLE.
+    """Refuses a file that names its model as MODULE:CALLABLE.
 
-    To find it means to import a module and to call what is in it, which a file of unknown origin
-    must not bring about.
+    Such a model imports and runs code, which a file of unknown origin must not trigger.
 
     Args:
-        model: The network that the file names.
+        model: The model that the file names.
         origin: Name of the file, for the message.
 
     Raises:
-        ValueError: If the network is neither ours, nor torchvision's, nor timm's.
+        ValueError: If the model is neither built in nor from torchvision or timm.
     """
     if is_own(model):
         raise ValueError(f"{origin} asks to run {model}; if that is code of yours, say --trust")
@@ -106,7 +111,7 @@ def build(
     head: str | None = None,
     preactivations: Sequence[str] | None = None,
 ) -> FeatureExtractor:
-    """Builds a network, new or as it was published, with its taps.
+    """Builds a network with its taps, untrained or with published weights.
 
     Args:
         name: As :func:`find` takes it.
@@ -133,7 +138,7 @@ def build(
         own.setdefault("preactivations", ())
     if pretrained:
         published(name)
-    if isinstance(model, Foreign):
+    if isinstance(model, ExternalModel):
         shape = None if size is None else (3, size, size)
         return _tapped(name, model.network(classes, size, pretrained), shape, own)
     return FeatureExtractor(model.network(classes=classes), **{**model.taps, **own})
@@ -181,14 +186,14 @@ def wrap(
 
 
 def published(name: str) -> Published:
-    """Tells of the weights that come with a network.
+    """Returns metadata of the published weights of a model.
 
     Raises:
-        ValueError: If the network is unknown, or none come with it.
+        ValueError: If the model is unknown or has no published weights.
     """
     model = find(name)
-    if not isinstance(model, Foreign) or model.published is None:
-        raise ValueError(f"no weights come with {name!r}; they do with torchvision's and timm's")
+    if not isinstance(model, ExternalModel) or model.published is None:
+        raise ValueError(f"{name!r} has no published weights; models of torchvision and timm have")
     return model.published()
 
 
@@ -242,7 +247,7 @@ def _near(name: str, names: Iterable[str], otherwise: str = ".") -> str:
 # --- torchvision ---------------------------------------------------------------------------------
 
 
-def _of_torchvision(name: str) -> Foreign:
+def _of_torchvision(name: str) -> ExternalModel:
     from torchvision import models
 
     base, _, tag = name.partition(".")
@@ -255,7 +260,7 @@ def _of_torchvision(name: str) -> Foreign:
         raise ValueError(f"torchvision:{base} has no weights {tag!r}; it has {', '.join(tags)}")
     create = partial(_create_torchvision, base, tag or "DEFAULT")
     about = f"torchvision:{name}"
-    return Foreign(create, {}, about, partial(_published_torchvision, base, tag or "DEFAULT"))
+    return ExternalModel(create, {}, about, partial(_published_torchvision, base, tag or "DEFAULT"))
 
 
 def _published_torchvision(name: str, tag: str) -> Published:
@@ -315,7 +320,7 @@ def _replace_head(network: nn.Module, classes: int) -> None:
 # --- timm ----------------------------------------------------------------------------------------
 
 
-def _of_timm(name: str) -> Foreign:
+def _of_timm(name: str) -> ExternalModel:
     try:
         import timm
     except ModuleNotFoundError as error:
@@ -331,22 +336,25 @@ def _of_timm(name: str) -> Foreign:
     tags = [full.partition(".")[2] for full in timm.list_models(f"{base}.*", pretrained=True)]
     if tag and tag not in tags:
         raise ValueError(f"timm:{base} has no weights {tag!r}; it has {', '.join(tags)}")
-    told = partial(_published_timm, name) if tags or timm.is_model_pretrained(name) else None
-    return Foreign(partial(_create_timm, name), {}, f"timm:{name}", told)
+    metadata = partial(_published_timm, name) if tags or timm.is_model_pretrained(name) else None
+    return ExternalModel(partial(_create_timm, name), {}, f"timm:{name}", metadata)
 
 
 def _published_timm(name: str) -> Published:
     import timm
 
-    told: Any = timm.get_pretrained_cfg(name)
-    return Published(told.num_classes, told.input_size[-1], tuple(told.mean), tuple(told.std))
+    config: Any = timm.get_pretrained_cfg(name)
+    return Published(
+        config.num_classes, config.input_size[-1], tuple(config.mean), tuple(config.std)
+    )
 
 
 def _create_timm(name: str, classes: int, size: int | None, pretrained: bool) -> Any:
     import timm
 
-    told: Any = timm.get_pretrained_cfg(name)
-    fixed = told is not None and told.fixed_input_size and size not in (None, told.input_size[-1])
+    config: Any = timm.get_pretrained_cfg(name)
+    fixed = config is not None and config.fixed_input_size
+    fixed = fixed and size not in (None, config.input_size[-1])
     options: dict[str, Any] = {"img_size": size} if fixed else {}
     try:
         network: Any = timm.create_model(
@@ -355,9 +363,9 @@ def _create_timm(name: str, classes: int, size: int | None, pretrained: bool) ->
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        own = told.input_size[-1]
+        own = config.input_size[-1]
         raise ValueError(f"timm:{name} takes images of {own} px only, not of {size}") from error
-    if hasattr(network, "set_distilled_training"):  # in training, both heads answer
+    if hasattr(network, "set_distilled_training"):  # both heads return logits in training
         network.set_distilled_training(True)
     return network
 
@@ -365,7 +373,7 @@ def _create_timm(name: str, classes: int, size: int | None, pretrained: bool) ->
 # --- the user's own ------------------------------------------------------------------------------
 
 
-def _of_user(module: str, attribute: str) -> Foreign:
+def _of_user(module: str, attribute: str) -> ExternalModel:
     name = f"{module}:{attribute}"
     try:
         found = imported(module)
@@ -393,7 +401,7 @@ def _of_user(module: str, attribute: str) -> Foreign:
             f"{name} needs {', '.join(needed)}, and is given no more than classes and size; name a "
             "function that gives the rest"
         )
-    return Foreign(partial(_create_own, name, function), {}, name)
+    return ExternalModel(partial(_create_own, name, function), {}, name)
 
 
 def _create_own(
@@ -418,7 +426,7 @@ def _create_own(
 def _created_by_keywords(
     function: Callable[..., Any], classes: int, options: Mapping[str, Any]
 ) -> Any:
-    """Calls what hands its keywords on, and does not say which of them are known there."""
+    """Calls a function with ``**kwargs``, trying the usual names for the number of classes."""
     for width in _WIDTHS:
         try:
             return function(**{width: classes}, **options)

@@ -1,4 +1,4 @@
-"""Where networks of torchvision and timm are read: their stages, their classifier, their maps."""
+"""Taps of torchvision and timm models: stages, feature maps and classifier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from topkd.features import INPUT
 
-_STAGES = {  # of torchvision, the stem and four stages
+_STAGES = {  # torchvision: the stem and four stages
     "ResNet": ("relu", "layer1", "layer2", "layer3", "layer4"),
     "RegNet": ("stem", *(f"trunk_output.block{number}" for number in range(1, 5))),
     "DenseNet": ("features.relu0", *(f"features.denseblock{number}" for number in range(1, 5))),
@@ -22,7 +22,7 @@ _STAGES = {  # of torchvision, the stem and four stages
     "GoogLeNet": ("conv1", "conv3", "inception3b", "inception4e", "inception5b"),
     "Inception3": ("Conv2d_2b_3x3", "Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e", "Mixed_7c"),
 }
-_SEQUENCES = {  # of torchvision, where layers follow one another without being called stages
+_SEQUENCES = {  # torchvision: sequences without named stages
     "AlexNet": "features",
     "EfficientNet": "features",
     "MNASNet": "layers",
@@ -30,12 +30,16 @@ _SEQUENCES = {  # of torchvision, where layers follow one another without being 
     "MobileNetV3": "features",
     "VGG": "features",
 }
-_RECTIFIED = ("AlexNet", "RegNet", "ResNet", "VGG")  # of both: a ReLU ends their stages
-_CHANNELS_LAST = ("SwinTransformer", "VisionTransformerSAM", "VOLO")  # and those that say so
+_RECTIFIED = ("AlexNet", "RegNet", "ResNet", "VGG")  # stages end with a ReLU
+_CHANNELS_LAST = (
+    "SwinTransformer",
+    "VisionTransformerSAM",
+    "VOLO",
+)  # besides models with output_fmt
 
 
 def taps_of(network: nn.Module) -> dict[str, Any]:
-    """Lists where a network is read, as :class:`topkd.features.FeatureExtractor` takes it.
+    """Returns the taps of a network, as arguments of :class:`topkd.features.FeatureExtractor`.
 
     Maps are the stem and the stages, each where its size is last seen. A transformer that keeps
     its size has four stages of equally many blocks. Where stages end in a ReLU, what goes into it
@@ -67,7 +71,7 @@ def taps_of(network: nn.Module) -> dict[str, Any]:
 
 
 def fold_tokens(tokens: Tensor, prefix: int) -> Tensor:
-    """Lays the tokens of an image out as a map; what is not a sequence stays as it is.
+    """Reshapes the tokens of an image to a feature map; other tensors are returned unchanged.
 
     Args:
         tokens: (n, prefix + side², d), the tokens of the image row by row.
@@ -97,13 +101,13 @@ def fold_tokens(tokens: Tensor, prefix: int) -> Tensor:
 
 
 def channels_first(seen: Tensor) -> Tensor:
-    """Turns a map (n, h, w, c) into (n, c, h, w); what is no map stays as it is."""
+    """Permutes a map (n, h, w, c) to (n, c, h, w); other tensors are returned unchanged."""
     return seen.permute(0, 3, 1, 2) if seen.ndim == 4 else seen
 
 
 def _keeps_channels_last(network: nn.Module, families: Sequence[str]) -> bool:
-    told = getattr(network, "output_fmt", None)
-    return told == "NHWC" or (told is None and not {*families}.isdisjoint(_CHANNELS_LAST))
+    layout = getattr(network, "output_fmt", None)
+    return layout == "NHWC" or (layout is None and not {*families}.isdisjoint(_CHANNELS_LAST))
 
 
 def _to_map(network: nn.Module, families: Sequence[str]) -> Callable[[Tensor], Tensor]:
@@ -134,8 +138,8 @@ def _of_torchvision(network: nn.Module, families: Sequence[str]) -> dict[str, An
 def _of_timm(network: nn.Module, families: Sequence[str]) -> dict[str, Any]:
     known = dict(network.named_modules())
     taps: dict[str, Any] = {}
-    told: Any = getattr(network, "pretrained_cfg", {})
-    heads = told.get("classifier") or ()
+    config: Any = getattr(network, "pretrained_cfg", {})
+    heads = config.get("classifier") or ()
     heads = [heads] if isinstance(heads, str) else list(heads)
     distils = len(heads) == 2 and "head_dist" in heads[1]
     if heads and heads[0] in known and (len(heads) == 1 or distils):
@@ -147,7 +151,7 @@ def _of_timm(network: nn.Module, families: Sequence[str]) -> dict[str, Any]:
     maps = [feature["module"] for feature in features]
     if maps and all(name and name in known for name in maps):
         stages = _stages_of_timm(known, maps, features)
-        # Of an embedding of patches the convolution is read, which no token comes before.
+        # In a patch embedding, the convolution has no prefix tokens.
         stems = ["patch_embed.proj", "stem.proj", "stem", "patch_embed"]
         if _keeps_channels_last(network, families):
             stems = ["patch_embed", "stem"]
@@ -159,26 +163,26 @@ def _of_timm(network: nn.Module, families: Sequence[str]) -> dict[str, Any]:
 def _stages_of_timm(
     known: dict[str, nn.Module], maps: list[str], features: list[dict[str, Any]]
 ) -> list[str]:
-    """Makes stages of the modules that timm itself reads."""
+    """Selects stages from the modules in timm's ``feature_info``."""
     maps = [name for name in maps if not isinstance(known[name], nn.MaxPool2d)]
     if len(maps) > 4 and len({feature["reduction"] for feature in features}) == 1:
         maps = _quarters(maps)
-    if "conv_head" in known and "bn2" in known:  # an EfficientNet pools what comes after its blocks
+    if "conv_head" in known and "bn2" in known:  # EfficientNet pools the output of its head
         maps[-1] = "bn2"
     return maps
 
 
 def _quarters(blocks: Sequence[str]) -> list[str]:
-    """Chooses the last block of each of four stages of equally many."""
+    """Selects the last block of each of four equally long stages."""
     return [blocks[len(blocks) * number // 4 - 1] for number in range(1, 5)]
 
 
 def _ends_of_stages(network: nn.Module, sequence: str) -> tuple[str, ...]:
-    """Finds the layers after which the map becomes smaller, and the last layer."""
+    """Finds the layers before each reduction of the resolution, and the last layer."""
     layers = dict(network.get_submodule(sequence).named_children())
     names = list(layers)
     pools = [name for name, layer in layers.items() if isinstance(layer, nn.MaxPool2d)]
-    # Where layers are pooled the last of them is, and what comes before is the last map.
+    # If pools reduce the resolution, the last layer is a pool, preceded by the last map.
     shrinking = pools or [name for name, layer in layers.items() if _strides(layer)]
     ends = [names[names.index(name) - 1] for name in shrinking if name != names[0]]
     return tuple(f"{sequence}.{name}" for name in (ends if pools else [*ends, names[-1]]))
@@ -189,7 +193,7 @@ def _strides(layer: nn.Module) -> bool:
 
 
 def _before_relu(network: nn.Module, maps: Sequence[str]) -> tuple[str, ...]:
-    """Taps what goes into the last ReLU of every stage; nothing if one has none."""
+    """Returns taps of the inputs of the last ReLU of every stage; empty unless all have one."""
     found = []
     for tap in maps:
         inside = network.get_submodule(tap).named_modules(prefix=tap)

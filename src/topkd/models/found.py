@@ -1,4 +1,4 @@
-"""Where a network of no known family is read, found by running it once."""
+"""Taps of networks of unknown families, detected by running the network once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from topkd.features import INPUT
 
-_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # of blocks, not blocks themselves
-_SIZES = (32, 224, 64, 8, 28, 96, 128, 256)  # tried where none is told, the most usual first
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # containers of blocks
+_SIZES = (32, 224, 64, 8, 28, 96, 128, 256)  # tried if no size is given, the most common first
 
 
 class _Seen(NamedTuple):
-    """A module, what it gave, and how often that had been overwritten then."""
+    """A module, its output, and the version of the output."""
 
     module: nn.Module
     output: Tensor
@@ -26,30 +26,29 @@ class _Seen(NamedTuple):
 
 @dataclass
 class _Trace:
-    """What modules gave, in the order in which they last ended."""
+    """Outputs of modules, in the order of their last call."""
 
     names: dict[nn.Module, str]
     seen: dict[str, _Seen] = field(default_factory=dict)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         name = self.names[module]
-        self.seen.pop(name, None)  # a tap reads what a module does last
+        self.seen.pop(name, None)  # a tap reads the last call
         is_read = bool(args) and isinstance(args[0], Tensor) and isinstance(output, Tensor)
         if is_read and output.is_floating_point():
             self.seen[name] = _Seen(module, output, output._version)
 
 
 def taps_by_running(network: nn.Module, shape: Sequence[int] | None) -> dict[str, Any]:
-    """Finds the classifier of a network and its maps, by what it makes of two images of noise.
+    """Detects the classifier and the feature maps of a network by running it on noise.
 
-    The classifier is the linear layer, or convolution of 1x1, whose output is what the network
-    answers, before a log-softmax if there is one; of networks with neither, the layer with weights
-    that does it. The maps are the last outputs of each resolution, shallow to deep, of blocks
-    rather than of what is inside of them. Left out are pools, which compute nothing new, and what
-    has one pixel or is smaller than what comes later, as the gates of squeeze-and-excitation are.
+    The classifier is the linear layer or 1x1 convolution whose output equals the logits, before a
+    log-softmax if there is one; without either, any layer with weights. The maps are the last
+    outputs of each resolution, shallow to deep, of complete blocks. Pools are excluded, as are maps
+    of one pixel and maps smaller than later ones, such as squeeze-and-excitation gates.
 
     Args:
-        network: Of which nothing is changed, but for layers that take their shape from the images.
+        network: The network, which is unchanged except for lazily shaped layers.
         shape: Channels, height and width of its images. Defaults to the first usual size that it
             takes, with three channels.
 
@@ -70,13 +69,13 @@ def taps_by_running(network: nn.Module, shape: Sequence[int] | None) -> dict[str
     shapes = [(3, side, side) for side in _SIZES] if shape is None else [shape]
     for number, tried in enumerate(shapes, start=1):
         try:
-            trace, answer = _run(network, tried)
+            trace, logits = _run(network, tried)
         except (RuntimeError, AssertionError):  # torch's, and those of transformers
             if number == len(shapes):
                 raise
         else:
             break
-    head = _head(trace, answer)
+    head = _head(trace, logits)
     maps = _maps(trace, head)
     taps = {"maps": maps, "preactivations": _before_relu(trace, maps)}
     return taps if head is None else taps | {"head": head}
@@ -86,14 +85,14 @@ def _run(network: nn.Module, shape: Sequence[int]) -> tuple[_Trace, Any]:
     trace = _Trace({module: name for name, module in network.named_modules() if name})
     noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     weight = next(iter(network.parameters()), noise)
-    with _left_as_it_is(network, trace), torch.no_grad():
-        answer = network.eval()(noise.to(weight.device, weight.dtype))
-    return trace, answer[0] if isinstance(answer, tuple) else answer
+    with _unchanged(network, trace), torch.no_grad():
+        logits = network.eval()(noise.to(weight.device, weight.dtype))
+    return trace, logits[0] if isinstance(logits, tuple) else logits
 
 
 @contextmanager
-def _left_as_it_is(network: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
-    """Hooks all modules for a while, and keeps random numbers and what is in training."""
+def _unchanged(network: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    """Hooks all modules temporarily; restores random state and training modes."""
     training = {module: module.training for module in network.modules()}
     hooks = [module.register_forward_hook(hook) for name, module in network.named_modules() if name]
     try:
@@ -106,24 +105,24 @@ def _left_as_it_is(network: nn.Module, hook: Callable[..., None]) -> Iterator[No
             module.training = was
 
 
-def _head(trace: _Trace, answer: Any) -> str | None:
-    if not isinstance(answer, Tensor) or answer.ndim != 2:
+def _head(trace: _Trace, logits: Any) -> str | None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
         return None
     heads = {
         name: module
         for name, (module, output, _) in trace.seen.items()
-        if _answers(output, answer) and [*module.parameters(recurse=False)]
+        if _equals_logits(output, logits) and [*module.parameters(recurse=False)]
     }
     linear = [name for name, module in heads.items() if _is_linear(module)]
     return next(reversed(linear or list(heads)), None)
 
 
-def _answers(output: Tensor, answer: Tensor) -> bool:
-    """Tells whether an output is what the network answers, but for a number added to all logits."""
-    if output.shape[0] != answer.shape[0] or output[0].numel() != answer.shape[1]:
+def _equals_logits(output: Tensor, logits: Tensor) -> bool:
+    """Returns whether an output equals the logits up to a constant."""
+    if output.shape[0] != logits.shape[0] or output[0].numel() != logits.shape[1]:
         return False
-    logits = output.flatten(1)
-    return torch.allclose(logits - logits.mean(1, True), answer - answer.mean(1, True), atol=1e-5)
+    found = output.flatten(1)
+    return torch.allclose(found - found.mean(1, True), logits - logits.mean(1, True), atol=1e-5)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -134,11 +133,11 @@ def _is_linear(module: nn.Module) -> bool:
 def _maps(trace: _Trace, head: str | None) -> tuple[str, ...]:
     """Lists the last output of the outermost blocks of each resolution, shallow to deep.
 
-    Outermost, since what a block computes before it strides has still the resolution before.
+    Inside a block, outputs before its stride still have the previous resolution.
     """
     blocks = {name for module, name in trace.names.items() if not isinstance(module, _LISTS)}
     pooled = [output for module, output, _ in trace.seen.values() if _is_pool(module)]
-    maps: dict[int, tuple[int, str]] = {}  # pixels -> in how many blocks it is, and its name
+    maps: dict[int, tuple[int, str]] = {}  # pixels -> nesting depth and name
     largest = 2
     for name, (_, output, version) in reversed(trace.seen.items()):
         pixels = output.shape[2:].numel() if output.ndim == 4 else 0
@@ -154,7 +153,7 @@ def _maps(trace: _Trace, head: str | None) -> tuple[str, ...]:
 
 
 def _before_relu(trace: _Trace, maps: Sequence[str]) -> tuple[str, ...]:
-    """Taps what goes into the ReLU that gives a map; nothing if one comes from elsewhere."""
+    """Returns taps of the inputs of the ReLUs that end the maps; empty unless all maps have one."""
     relus = [
         (name, output)
         for name, (module, output, _) in trace.seen.items()

@@ -1,16 +1,16 @@
-"""How the weights of convolutions begin."""
+"""Weight initialization."""
 
 from torch import nn
 
 
-def begin_as_he(network: nn.Module) -> None:
-    r"""Draws the weights of all convolutions anew, as networks with rectified units begin.
+def kaiming_init_(network: nn.Module) -> None:
+    r"""Initializes all convolutions of a network in place by the method of He et al.
 
-    The weights of a kernel of k x k and :math:`c` channels out are normal with variance
+    Weights of a k x k kernel with :math:`c` output channels are normal with variance
     :math:`2 / (k^2 c)`; biases are 0.
 
     Args:
-        network: It is changed.
+        network: The network to initialize.
 
     References:
         Delving Deep into Rectifiers: Surpassing Human-Level Performance on ImageNet Classification
@@ -19,7 +19,7 @@ def begin_as_he(network: nn.Module) -> None:
 
     Examples:
         >>> layer = nn.Conv2d(50, 400, 3)
-        >>> begin_as_he(layer)
+        >>> kaiming_init_(layer)
         >>> round(layer.weight.var().item() * 9 * 400, 1), layer.bias.norm().item()
         (2.0, 0.0)
     """

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from topkd.models.initialization import begin_as_he
+from topkd.models.initialization import kaiming_init_
 
 STAGES_V2 = (
     (1, 16, 1, 1),
@@ -106,7 +106,7 @@ class MobileNetV2(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         head = nn.Linear(last, classes)
         self.classifier = nn.Sequential(head)
-        begin_as_he(self)
+        kaiming_init_(self)
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
 

@@ -13,25 +13,25 @@ from topkd.models import mobilenet, resnet, shufflenet, vgg, wide_resnet
 
 @dataclass(frozen=True)
 class Model:
-    """How to build a network and where to read it."""
+    """A model: its constructor and its taps."""
 
     network: Callable[..., nn.Module]  # takes the number of classes
-    taps: Mapping[str, Any]  # maps, preactivations and head, as Tapped takes them
+    taps: Mapping[str, Any]  # maps, preactivations and head, arguments of FeatureExtractor
     about: str = ""
 
     def build(self, classes: int) -> FeatureExtractor:
-        """Builds the network, new, with its taps."""
+        """Builds an untrained network with its taps."""
         return FeatureExtractor(self.network(classes=classes), **self.taps)
 
     def create(self, classes: int) -> nn.Module:
-        """Builds the network, new, which carries its taps as an attribute for :func:`wrap`."""
+        """Builds an untrained network that carries its taps as an attribute, for ``wrap``."""
         network = self.network(classes=classes)
         network.taps = dict(self.taps)  # type: ignore[assignment]  # no parameter, no module
         return network
 
 
 def _resnet(depth: int, *widths: int) -> Model:
-    """A CIFAR ResNet; the widths are those of the stem and of the three stages."""
+    """Describes a CIFAR ResNet by the widths of its stem and three stages."""
     about = f"CIFAR ResNet of {depth} layers, {widths[-1]} wide at the end"
     return Model(partial(resnet.ResNet, depth, widths), resnet.taps(depth), about)
 
@@ -92,8 +92,8 @@ MODELS: Mapping[str, Model] = {
         mobilenet.MobileNetV1, mobilenet.TAPS_V1, "MobileNetV1 for ImageNet, 1024 wide at the end"
     ),
 }
-"""Name -> how to build it and where to read it.
+"""Name -> model.
 
-Every network has a module ``avgpool``, so that the tap ``avgpool:in`` reads the map whose averages
-the classifier reads, whatever stands before it.
+Every network has a module ``avgpool``; the tap ``avgpool:in`` reads the last feature map before
+pooling.
 """

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topkd.models.initialization import begin_as_he
+from topkd.models.initialization import kaiming_init_
 
 BLOCKS_50 = (3, 4, 6, 3)
 """Blocks in each stage of :class:`ResNet50`."""
@@ -21,7 +21,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU()  # a module, so that a tap can read what goes in
+        self.relu = nn.ReLU()  # a module, so that a tap can read its input
         self.downsample: nn.Module | None = None
         if stride != 1 or channels_in != channels:
             self.downsample = _projection(channels_in, channels, stride)
@@ -71,7 +71,7 @@ class ResNet(nn.Module):
         self.layer3 = _stage(second, third, blocks, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(third, classes)
-        begin_as_he(self)
+        kaiming_init_(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(images)))
@@ -90,7 +90,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
-        self.relu = nn.ReLU()  # a module, so that a tap can read what goes in
+        self.relu = nn.ReLU()  # a module, so that a tap can read its input
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels_in != 4 * width:
             self.shortcut = _projection(channels_in, 4 * width, stride)
@@ -136,7 +136,7 @@ class ResNet50(nn.Module):
         self.layer4 = _bottlenecks(1024, 512, fourth, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(2048, classes)
-        begin_as_he(self)
+        kaiming_init_(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(images)))
@@ -145,7 +145,7 @@ class ResNet50(nn.Module):
 
 
 def taps(depth: int) -> dict[str, Any]:
-    """Lists where a :class:`ResNet` of this depth is read: at its stem and its three stages.
+    """Returns the taps of a :class:`ResNet` of this depth: its stem and three stages.
 
     Raises:
         ValueError: If no whole number of blocks gives this depth.
@@ -158,7 +158,7 @@ def taps(depth: int) -> dict[str, Any]:
 
 
 def taps_50() -> dict[str, Any]:
-    """Lists where a :class:`ResNet50` is read: at its stem and its four stages."""
+    """Returns the taps of a :class:`ResNet50`: its stem and four stages."""
     return _taps(BLOCKS_50, head="linear")
 
 
@@ -173,7 +173,7 @@ def _taps(blocks: Sequence[int], head: str) -> dict[str, Any]:
 
 
 def _blocks(depth: int) -> int:
-    """How many blocks a stage has."""
+    """Returns the number of blocks per stage."""
     blocks, rest = divmod(depth - 2, 6)
     if blocks < 1 or rest:
         raise ValueError(f"the depth of a ResNet is 6k + 2 (8, 14, 20, ...), got {depth}")
@@ -181,7 +181,7 @@ def _blocks(depth: int) -> int:
 
 
 def _projection(channels_in: int, channels: int, stride: int) -> nn.Sequential:
-    """What a shortcut needs where the sizes of its ends differ."""
+    """Builds the projection of a shortcut between different sizes."""
     convolution = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(channels))
 

@@ -1,4 +1,4 @@
-"""A student that answers through its teacher's classifier."""
+"""Students with the frozen classifier of their teacher (SimKD)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from topkd.features import FeatureExtractor, Teacher
 
 
 class ReusedClassifierStudent(nn.Module):
-    r"""The body of a student, a projector, and a copy of the teacher's classifier, which is frozen.
+    r"""A student's body, a projector and a frozen copy of the teacher's classifier.
 
     The body is a copy of the student without the layers whose weights its last map does not depend
     on: its own classifier, and what else stands behind the map, is neither kept nor computed. A
@@ -26,13 +26,13 @@ class ReusedClassifierStudent(nn.Module):
 
     Args:
         student: Its network is copied and stays as it is.
-        tap: Of the student's map that is projected.
-        channels: Of this map.
+        tap: Tap of the student's feature map that is projected.
+        channels: Channels of this map.
         wide: Channels of the teacher's map.
         size: Height and width of the teacher's map.
         classes: Width of the logits.
         bias: Whether the teacher's classifier has one.
-        factor: By how much the projector is narrower inside.
+        factor: Channel reduction inside the projector.
         dropped: Names of the student's layers that are left out.
 
     References:
@@ -103,14 +103,14 @@ class ReusedClassifierStudent(nn.Module):
 
 
 def projector(channels: int, wide: int, factor: int = 2) -> nn.Sequential:
-    """Builds what makes a map of the teacher's width of the student's: 1x1, 3x3, 1x1 convolutions.
+    """Builds a projector from the student's to the teacher's channels: 1x1, 3x3, 1x1 convolutions.
 
-    Each is followed by a normalization and a ReLU.
+    Each is followed by batch normalization and ReLU.
 
     Args:
-        channels: Of the student's map.
+        channels: Channels of the student's map.
         wide: Channels of the teacher's map.
-        factor: By how much it is narrower inside.
+        factor: Channel reduction inside the projector.
 
     Raises:
         ValueError: If the factor leaves no channel inside.
@@ -138,15 +138,15 @@ def reuse(
     tap: str | None = None,
     teacher_tap: str = "avgpool:in",
 ) -> FeatureExtractor:
-    """Gives a student its teacher's classifier.
+    """Replaces a student's classifier by its teacher's.
 
     Args:
         student: It stays as it is; the result has a copy of its weights.
         teacher: Its classifier is copied.
         images: Some images as both networks are shown them, from which sizes are read.
-        factor: By how much the projector is narrower inside.
-        tap: Of the student's map that is projected; its last one if not told.
-        teacher_tap: Of the map whose averages the teacher's classifier reads. All networks of
+        factor: Channel reduction inside the projector.
+        tap: Tap of the student's map that is projected. Defaults to its last map.
+        teacher_tap: Tap of the map whose averages the teacher's classifier reads. All networks of
             :data:`topkd.models.MODELS` have it under this name.
 
     Returns:
@@ -181,10 +181,10 @@ def reuse(
 
 
 def rebuild(student: FeatureExtractor, description: Mapping[str, Any]) -> FeatureExtractor:
-    """Builds a network as :func:`reuse` made it, but with new weights and without the teacher.
+    """Builds a network like :func:`reuse`, untrained and without the teacher.
 
     Args:
-        student: The same kind of network, new.
+        student: An untrained network of the same architecture.
         description: :attr:`ReusedClassifierStudent.description`, which JSON can hold.
     """
     return _tapped(ReusedClassifierStudent(student, **description))
@@ -202,11 +202,11 @@ def _tapped(network: ReusedClassifierStudent) -> FeatureExtractor:
 def _classifier(
     teacher: Teacher, images: Tensor, tap: str
 ) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
-    """Reads weight and bias of a teacher's classifier, and the size of the map it averages."""
+    """Returns weight and bias of a teacher's classifier, and the size of the map it averages."""
     head = teacher.network.classifier
     if not isinstance(head, nn.Linear | nn.Conv2d) or head.weight[0, 0].numel() != 1:
         raise ValueError(f"the teacher's classifier must be one linear layer, got {head}")
-    asked = copy.deepcopy(teacher)  # so that the teacher does not read this tap ever after
+    asked = copy.deepcopy(teacher)  # leaves the teacher without this tap
     asked.network.also([tap])
     made = asked(images)
     seen = made.others[tap]
@@ -223,7 +223,7 @@ def _classifier(
 
 
 def _explored(student: FeatureExtractor, images: Tensor, tap: str) -> tuple[int, list[str]]:
-    """Finds the channels of a map, and the layers of whose weights it does not depend."""
+    """Returns the channels of a map, and the layers that it does not depend on."""
     body = student.retapped([tap], []).eval().requires_grad_(True)
     weights = dict(body.network.named_parameters())
     with torch.enable_grad():

@@ -15,15 +15,15 @@ TAPS: dict[str, Any] = {
     "preactivations": ("relu:in", "layer1.3.relu:in", "layer2.7.relu:in", "layer3.3.relu:in"),
     "head": "linear",
 }
-"""Of both versions. The map whose averages the classifier reads is that of the tap ``layer3`` in
-version 1, and of ``relu2`` in version 2, which has one more convolution there."""
+"""Taps of both versions. The last map before pooling is at the tap ``layer3`` in version 1, and at
+``relu2`` in version 2, which has one more convolution."""
 
 GROUPS = 3
 """Groups of the 1x1 convolutions of version 1."""
 
 
 class GroupedBlock(nn.Module):
-    """The block of version 1: grouped 1x1 convolutions, and between them one that is depthwise.
+    """The block of version 1: a depthwise convolution between grouped 1x1 convolutions.
 
     With stride 2 the averaged input is put beside the output, else it is added to it.
     """
@@ -33,7 +33,7 @@ class GroupedBlock(nn.Module):
         self.stride = stride
         computed = channels - channels_in if stride == 2 else channels
         middle = computed // 4
-        # The stem has too few channels to be divided.
+        # The stem has too few channels for groups.
         self.groups = GROUPS if channels_in > 24 else 1
         self.conv1 = nn.Conv2d(channels_in, middle, 1, groups=self.groups, bias=False)
         self.bn1 = nn.BatchNorm2d(middle)
@@ -41,7 +41,7 @@ class GroupedBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(middle)
         self.conv3 = nn.Conv2d(middle, computed, 1, groups=GROUPS, bias=False)
         self.bn3 = nn.BatchNorm2d(computed)
-        self.relu = nn.ReLU()  # a module, so that a tap can read what goes in
+        self.relu = nn.ReLU()  # a module, so that a tap can read its input
 
     def forward(self, x: Tensor) -> Tensor:
         made = shuffle(F.relu(self.bn1(self.conv1(x))), self.groups)
@@ -93,7 +93,7 @@ class ShuffleNetV1(nn.Module):
 
 
 class SplitBlock(nn.Module):
-    """The block of version 2: one half of the channels passes by, the other is computed on."""
+    """The block of version 2: half of the channels are an identity branch."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class SplitBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(half)
         self.conv3 = nn.Conv2d(half, half, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(half)
-        self.relu = nn.ReLU()  # a module, so that a tap can read what goes in
+        self.relu = nn.ReLU()  # a module, so that a tap can read its input
 
     def forward(self, x: Tensor) -> Tensor:
         passed, made = x.chunk(2, 1)
@@ -115,7 +115,7 @@ class SplitBlock(nn.Module):
 
 
 class HalvingBlock(nn.Module):
-    """The block of version 2 that halves the size, with convolutions on both ways."""
+    """The strided block of version 2, with convolutions in both branches."""
 
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class ShuffleNetV2(nn.Module):
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
-    """Mixes the channels of several groups: the first of each, then the second of each, ...
+    """Shuffles channels across groups: the first of each, then the second of each, ...
 
     Args:
         x: (n, channels, h, w), the groups one after another.

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from topkd.models.initialization import begin_as_he
+from topkd.models.initialization import kaiming_init_
 
 CONVOLUTIONS = {
     8: (1, 1, 1, 1, 1),
@@ -70,7 +70,7 @@ class VGG(nn.Module):
         self.pool = nn.MaxPool2d(2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(WIDTHS[4], classes)
-        begin_as_he(self)
+        kaiming_init_(self)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topkd.models.initialization import begin_as_he
+from topkd.models.initialization import kaiming_init_
 
 TAPS: dict[str, Any] = {
     "maps": ("conv1", "block1", "block2", "block3"),
@@ -90,7 +90,7 @@ class WideResNet(nn.Module):
         self.relu = nn.ReLU()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64 * width, classes)
-        begin_as_he(self)
+        kaiming_init_(self)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, images: Tensor) -> Tensor:
