@@ -68,8 +68,10 @@ def skipped(value: int) -> int:
     Raises:
         ValueError: If it is negative.
     """
-    if isinstance(value, bool) or value != int(value) or value < 0:
-        raise ValueError(f"skip must be a whole number, 0 or more, got {value}")
+    if isinstance(value, bool) or value != int(value):
+        raise ValueError(f"skip must be a whole number, got {value}")
+    if value < 0:
+        raise ValueError(f"skip must not be negative, got {value}")
     return value
 
 

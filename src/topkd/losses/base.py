@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -91,13 +92,18 @@ class Loss(nn.Module, ABC):
     """Whether the student must use its teacher's classifier."""
     reads_maps: ClassVar[bool] = False
     """Whether the loss reads feature maps or pre-activations; otherwise they are discarded."""
-    options: Mapping[str, Any]
-    """Keyword arguments of the constructor call."""
 
     def __new__(cls, *args: Any, **options: Any) -> Loss:
         loss = super().__new__(cls)
-        loss.__dict__["options"] = options
+        loss.__dict__["_options"] = options
         return loss
+
+    _options: dict[str, Any]
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The options that were given to the constructor."""
+        return MappingProxyType(self._options)
 
     def setup(  # noqa: B027  (most losses need no setup)
         self, student: Features, teacher: Features, context: LossContext

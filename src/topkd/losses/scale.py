@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,14 +28,16 @@ def cloud_scale(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: If the batches differ in size.
 
     Examples:
-        >>> import torch
         >>> corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
         >>> round(cloud_scale(3 * corners.flip(0), corners).item(), 4)  # three times as large
         4.0
     """
     check_shapes("embeddings", student, teacher, 1, form=EMBEDDINGS)
-    ours, theirs = (F.pdist(embedding).mean() for embedding in (student, teacher))
-    return (ours / theirs.where(theirs > 0, 1) - 1).square()
+    half = (torch.float16, torch.bfloat16)  # in which there is no pdist
+    ours, theirs = (
+        F.pdist(each.float() if each.dtype in half else each).mean() for each in (student, teacher)
+    )
+    return (ours / theirs.where(theirs > 0, 1) - 1).square().to(student.dtype)
 
 
 class CloudScale(Loss):

@@ -57,6 +57,7 @@ def lost_mass(vectorization: Vectorization, diagrams: Diagrams) -> Tensor:
     Examples:
         >>> from topkd.topology import rips
         >>> clouds = torch.randn(10, 64, 8, generator=torch.Generator().manual_seed(0))
+        >>> from topkd.topology import PersistenceImage
         >>> image = PersistenceImage.fit(rips(clouds))
         >>> [round(lost_mass(image, rips(k * clouds)).item(), 2) for k in (1, 1.5, 3)]
         [0.0, 0.12, 0.97]
@@ -82,7 +83,9 @@ class VectorizationLayer(nn.Module):
     Examples:
         >>> from topkd.topology import rips
         >>> clouds = torch.randn(10, 64, 8, generator=torch.Generator().manual_seed(0))
+        >>> from topkd.topology import PersistenceVector
         >>> layer = VectorizationLayer(PersistenceVector.fit(rips(clouds)))
+        >>> from topkd.topology import PersistenceVector
         >>> again = VectorizationLayer(PersistenceVector((0.0, 1.0), sigma=1.0))
         >>> again.load_state_dict(layer.state_dict())
         <All keys matched successfully>
