@@ -12,7 +12,7 @@ demo: .venv/demo          ## install the package and run the main job on embedde
 test: .venv/dev           ## all quick tests and the examples in the documentation
 	$(BIN)/pytest $(WORKERS)
 
-slow: .venv/dev           ## every test
+slow: .venv/examples      ## every test
 	$(BIN)/pytest $(WORKERS) -m ""
 
 minimum: .venv-minimum/dev ## quick tests with the oldest version of each dependency
@@ -44,6 +44,10 @@ clean:                    ## remove the environment and what tools leave behind
 
 .venv/dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv/examples: .venv/dev
+	$(BIN)/python -m pip install --quiet --editable '.[dev,examples]'
 	touch $@
 
 .venv-minimum/dev: pyproject.toml

@@ -43,3 +43,19 @@ def test_a_hugging_face_trainer():
     teacher, student = percents(printed("hugging_face_trainer.py").split("teacher:")[-1])
     assert teacher > 80
     assert student > 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("lightning"), reason="needs lightning")
+def test_a_lightning_module():
+    teacher, student = percents(printed("lightning_module.py"))
+    assert teacher > 80
+    assert student > 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="needs timm")
+def test_a_loop_of_timm():
+    teacher, student = percents(printed("timm_loop.py").replace(" %", "%"))
+    assert teacher > 80
+    assert student > 50
