@@ -47,7 +47,7 @@ clean:                    ## remove the environment and what tools leave behind
 	touch $@
 
 .venv/examples: .venv/dev
-	$(BIN)/python -m pip install --quiet --editable '.[dev,examples]'
+	$(BIN)/python -m pip install --quiet lightning transformers
 	touch $@
 
 .venv-minimum/dev: pyproject.toml
