@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from typer.main import get_command
 
 from topkd.cli.app import app
-from topkd.config import recipe
+from topkd.config import recipe, study
 from topkd.config.validation import RecipeError
 from topkd.data import DATA
 from topkd.losses import LOSSES
@@ -116,6 +116,12 @@ def test_snippets_are_parts_of_recipes_that_are_right(snippet, tmp_path, monkeyp
     monkeypatch.syspath_prepend(str(tmp_path))
     if "timm:" in snippet:
         pytest.importorskip("timm")
+    if "variants:" in snippet:  # a study, each of whose recipes is checked
+        (tmp_path / "study.yaml").write_text(snippet, encoding="utf-8")
+        plan = study.load(tmp_path / "study.yaml")
+        for each in plan.recipes.values():
+            check(each)
+        return
     rest = [line for key, line in REST.items() if not re.search(rf"^{key}:", snippet, flags=re.M)]
     (tmp_path / "whole.yaml").write_text("\n".join([snippet, *rest]), encoding="utf-8")
     where = ["data.root=FOLDER"] if "{name: folder," in snippet else []
