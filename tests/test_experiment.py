@@ -18,7 +18,8 @@ from topkd.losses import LOSSES
 from topkd.models import MODELS, checkpoint
 from topkd.topology.approximation import Approximation
 from topkd.training.check import check
-from topkd.training.experiment import Experiment, evaluate_file
+from topkd.training.evaluate import evaluate_file
+from topkd.training.experiment import Experiment
 from topkd.training.teacher_cache import TeacherCache
 
 QUIET = Progress(quiet=True)

@@ -15,7 +15,8 @@ from topkd.data import Data, InMemory
 from topkd.features import FeatureExtractor, Features, Teacher
 from topkd.models import MODELS, checkpoint, factory
 from topkd.models.feature_info import fold_tokens, taps_of
-from topkd.training.experiment import Experiment, evaluate_file
+from topkd.training.evaluate import evaluate_file
+from topkd.training.experiment import Experiment
 
 QUIET = Progress(quiet=True)
 CLASSES = 7

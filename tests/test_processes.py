@@ -18,7 +18,7 @@ from topkd._io.progress import Progress
 from topkd._runtime import processes
 from topkd._runtime.sync_batchnorm import synchronize
 from topkd.models import MODELS, checkpoint
-from topkd.training.experiment import evaluate_file
+from topkd.training.evaluate import evaluate_file
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 RECIPE = {

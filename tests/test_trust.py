@@ -12,7 +12,7 @@ from topkd.data.sources.webdataset import webdataset
 from topkd.data.trust import PLAIN
 from topkd.export.student import export
 from topkd.models import MODELS, checkpoint
-from topkd.training.experiment import evaluate_file
+from topkd.training.evaluate import evaluate_file
 
 QUIET = Progress(quiet=True)
 COMMANDS = {

@@ -33,16 +33,31 @@ Trust = Annotated[
     bool,
     typer.Option("--trust", help="Allow the file to name code to run and paths to open."),
 ]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Experiment tracker: `tensorboard` (by default, where installed), `wandb`, `mlflow`, "
+        "`trackio`, ...",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def experiment_of(recipe: str, changes: list[str] | None, out: Path, quiet: bool) -> Experiment:
+def experiment_of(
+    recipe: str,
+    changes: list[str] | None,
+    out: Path,
+    quiet: bool,
+    track: list[str] | None = None,
+) -> Experiment:
     """Loads a recipe and creates its experiment."""
     from topkd._io.progress import Progress
     from topkd.config import recipe as recipes
     from topkd.training.experiment import Experiment
 
-    return Experiment(recipes.load(recipe, changes or []), out, Progress(quiet=quiet))
+    loaded, progress = recipes.load(recipe, changes or []), Progress(quiet=quiet)
+    return Experiment(loaded, out, progress, trackers=track or ["auto"])
 
 
 def is_first_process() -> bool:

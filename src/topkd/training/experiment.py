@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,39 +17,33 @@ from safetensors.torch import save as save_safetensors
 from topkd._io import files
 from topkd._io.progress import Progress
 from topkd._runtime import processes
-from topkd._runtime.environment import environment
 from topkd._runtime.processor import cpu_threads
 from topkd.config import recipe as recipes
-from topkd.config.recipe import STUDENT, DataSection, Recipe, Term
+from topkd.config.recipe import STUDENT, Recipe, Term
 from topkd.config.validation import RecipeError
-from topkd.data import DATA, Data, same_order, training_batches
-from topkd.data.trust import changed
+from topkd.data import Data, same_order, training_batches
 from topkd.evaluation import metrics
-from topkd.evaluation.loading import build_network
-from topkd.evaluation.results import Result, finished
+from topkd.evaluation.results import finished
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 from topkd.losses.base import LossContext, LossTerm, located, needed_taps
 from topkd.models import checkpoint, factory
-from topkd.models.reused import ReusedClassifierStudent, reuse
+from topkd.models.reused import reuse
 from topkd.training.build import (
     NO_OBJECTS,
     Objects,
-    evaluate_once,
     load_data,
     network_of,
     published_for,
     refuse_large_batches,
     side,
-    taking,
 )
-from topkd.training.check import check, configured, named, teacher_recipe, told
+from topkd.training.check import check, configured, named, teacher_recipe
+from topkd.training.outcome import Outcome, TaughtBy
 from topkd.training.precision import Runtime
 from topkd.training.teacher_cache import TeacherCache
+from topkd.training.tracking import check_trackers
 from topkd.training.trainer import Trainer
 from topkd.training.trial import try_losses
-
-RUN_FILES = ("student.safetensors", "metrics.jsonl", "examples.safetensors")
-SHOWN = 1000  # test images whose embeddings are kept for pictures
 
 
 class Experiment:
@@ -64,15 +57,23 @@ class Experiment:
         out: Parent of the folder of the runs, which is named after the recipe.
         progress: Shows progress and messages.
         objects: Objects in place of names in the recipe.
+        trackers: Names of experiment trackers, see :class:`~topkd.training.tracking.Trackers`.
 
     Raises:
         RecipeError: If a name or an option in the recipe is invalid.
     """
 
     def __init__(
-        self, recipe: Recipe, out: Path, progress: Progress, objects: Objects = NO_OBJECTS
+        self,
+        recipe: Recipe,
+        out: Path,
+        progress: Progress,
+        objects: Objects = NO_OBJECTS,
+        trackers: Sequence[str] = ("auto",),
     ) -> None:
         check(recipe, objects)
+        check_trackers(trackers)
+        self.trackers = tuple(trackers)
         self.recipe, self.out, self.progress, self.objects = recipe, out, progress, objects
         self.folder = out / recipe.name
 
@@ -190,7 +191,7 @@ class Experiment:
                 try_losses(self.recipe)  # an invalid option should not cost a teacher
             recipe, objects = teacher_recipe(self.recipe), Objects(data=self.objects.data)
             is_new = not self.teacher_file.exists()
-            training = Experiment(recipe, self.out, self.progress, objects)
+            training = Experiment(recipe, self.out, self.progress, objects, self.trackers)
             result = training.train_student(STUDENT, 0)
             if is_new:
                 self.progress.say(f"teacher: {section.model}, top-1 {result['last']['top1']:.2f} %")
@@ -341,21 +342,20 @@ class Experiment:
             self.progress,
             self._kept_answers(seed),
             self._identity(),
+            self.trackers,
         )
         processes.by_first(lambda: files.refuse_deleted(self.folder))
         history = trainer.run(folder)
         predictions = metrics.predict(student.eval(), self.data.test, self.device.device)
         processes.merge(self.data.faults.unreadable)
-        result = self._result(variant, seed, predictions, losses, history).as_json()
-        result["environment"] |= _as_text({"memory_format": student.memory_format})
+        taught_by = None
+        if self.recipe.teacher is not None and self._teacher_predictions is not None:
+            taught_by = TaughtBy(self._teacher_hash, self._teacher_predictions)
+        outcome = Outcome(self.recipe, self.data, student, losses, predictions, history, taught_by)
+        result = outcome.result(variant, seed, self.device)
         if processes.rank() == 0:
             files.refuse_deleted(folder)
-            self._keep_examples(predictions, folder)
-            checkpoint.save_weights(
-                folder / "student.safetensors", student.network, self._about(student)
-            )
-            result["files"] = files.hashes(folder, RUN_FILES)
-            files.write_sealed(folder / "result.json", result)  # last: it says that all is done
+            result = outcome.write(folder, result)
         trainer.accelerator.wait_for_everyone()
         return result
 
@@ -396,79 +396,6 @@ class Experiment:
             "images": data.model_dump(mode="json", exclude={"workers"}),
         }
 
-    def _about(self, student: FeatureExtractor) -> dict[str, Any]:
-        """What is needed to use the weights of a student."""
-        reused = (
-            student.network.description
-            if isinstance(student.network, ReusedClassifierStudent)
-            else None
-        )
-        return {
-            "reused": reused,
-            "model": self.recipe.student.model,
-            "size": side(self.data),
-            "taps": self.recipe.student.taps,
-            "classes": list(self.data.classes),
-            "mean": list(self.data.mean),
-            "std": list(self.data.std),
-            "data": self.recipe.data.model_dump(mode="json"),
-        }
-
-    def _result(
-        self,
-        variant: str,
-        seed: int,
-        predictions: metrics.Predictions,
-        losses: list[LossTerm],
-        history: list[dict[str, Any]],
-    ) -> Result:
-        recipe, split = self.recipe, self.data.eval_split
-        key = f"{split}_top1"
-        accuracies = {entry["epoch"]: entry[key] for entry in history if key in entry}
-        best, recent = max(accuracies, key=accuracies.__getitem__), [*accuracies.values()][-10:]
-        teacher: dict[str, Any] = {}
-        if recipe.teacher is not None and self._teacher_predictions is not None:
-            taught_by = self._teacher_predictions
-            described = {"model": recipe.teacher.model, "hash": self._teacher_hash}
-            teacher = {
-                "teacher": described | metrics.prediction_metrics(taught_by),
-                "teacher_similarity": metrics.teacher_similarity(
-                    predictions, taught_by, cloud_size=recipe.batch_size
-                ),
-            }
-        metadata = {term.title: term.loss.metadata() for term in losses if term.loss.metadata()}
-        return Result.model_validate(
-            {
-                "recipe": recipe.name,
-                "recipe_hash": recipe.hash,
-                "variant": variant,
-                "seed": seed,
-                "model": recipe.student.model,
-                "data": recipe.data.name,
-                "losses": list(recipe.variants[variant]),
-                "epochs": recipe.epochs,
-                "eval_split": split,
-                "last": metrics.prediction_metrics(predictions),
-                "mean_of_last_10": sum(recent) / len(recent),
-                "best": {"epoch": best, "top1": accuracies[best]},
-                "gradient_share": history[-1]["gradient_share"],
-                "loss_metadata": metadata,
-                "data_issues": self.data.faults.facts(),
-                "train_seconds": round(sum(entry["seconds"] for entry in history), 1),
-                "processes": processes.count(),
-                "environment": environment() | _as_text(asdict(self.device)),
-                **teacher,
-            }
-        )
-
-    def _keep_examples(self, predictions: metrics.Predictions, folder: Path) -> None:
-        """Keeps some embeddings, from which the report draws pictures."""
-        tensors = {"student": predictions.embedding, "target": predictions.target}
-        if self._teacher_predictions is not None:
-            tensors["teacher"] = self._teacher_predictions.embedding
-        kept = {name: tensor[:SHOWN].contiguous() for name, tensor in tensors.items()}
-        files.write(folder / "examples.safetensors", save_safetensors(kept))
-
     def _claim_folder(self) -> None:
         """Writes the recipe into an empty folder, and refuses one with runs of another recipe."""
         processes.by_first(self._claim)
@@ -493,74 +420,3 @@ class Experiment:
         """Tests whether a run has a result or a state; a command that failed early leaves none."""
         kept = ("*/seed*/result.json", "*/seed*/checkpoint/latest.json")
         return any(True for pattern in kept for _ in self.folder.glob(pattern))
-
-
-def evaluate_file(
-    target: Path,
-    model: str | None,
-    data: Sequence[str],
-    progress: Progress,
-    *,
-    weights: checkpoint.Which = "plain",
-    head: str | None = None,
-    trust: bool = False,
-) -> dict[str, Any]:
-    """Evaluates the network in a file on test images, in float32.
-
-    Args:
-        target: The folder of a run, a file of ours, or a checkpoint of others.
-        model: Which network it is; a file of ours tells by itself.
-        data: Name of a data set, or changes ``key=value`` to the section in the file.
-        progress: Tells the user.
-        weights: Which to take of a file with plain and averaged ones.
-        head: Name of the classifier, where it is neither known nor found.
-        trust: Whether the file may name code, paths and addresses.
-
-    Raises:
-        FileNotFoundError: If there is no such run or file.
-        RecipeError: If a name is missing or unknown.
-        ValueError: If the weights do not fit the network, or the file asks for code.
-    """
-    path = checkpoint.weights_file(target)
-    about = checkpoint.read_about(path)
-    if model is None and not trust:
-        factory.refuse_code(about.get("model", ""), str(path))
-    model = model or about.get("model")
-    tree = changed(about.get("data") or {}, data, str(path), trust=trust)
-    if model is None or "name" not in tree:
-        raise RecipeError(f"{path} does not tell which network it is: give --model and --data")
-    with told("--model"):
-        factory.find(model)
-    named(DATA, tree["name"], "--data")
-    section = DataSection.model_validate(tree)
-    loaded = checkpoint.load_weights(path)
-    images = load_data(section)
-    own = about if about.get("model") == model else {}
-    size, taps = own.get("size", side(images)), dict(own.get("taps", {}))
-    if head is not None:
-        taps["head"] = head
-    described = {
-        "model": model,
-        "classes": images.classes,
-        "size": size,
-        "taps": taps,
-        "reused": own.get("reused"),
-    }
-    with taking(model, side(images)):
-        network = build_network(described)
-        evaluate_once(network, side(images), model, images)
-    note = checkpoint.fill(network.network, loaded, str(path), weights)
-    if note:
-        progress.say(f"{path}: {note} (--weights)")
-    if network.found:
-        progress.say(network.found)
-    device = processes.accelerator().device
-    network.to(device).eval()
-    with progress.bar("Evaluating", len(images.test.target), "images") as advance:
-        predictions = metrics.predict(network, images.test, device, advance)
-    evaluated = {"model": model, "data": images.name, "images": len(images.test.target)}
-    return evaluated | metrics.prediction_metrics(predictions)
-
-
-def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(value).removeprefix("torch.") for name, value in values.items()}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from topkd.config.validation import near
 
 
 @dataclass
@@ -42,21 +45,78 @@ def summary(entry: Mapping[str, Any]) -> str:
     return f"{accuracies}, {losses}, {entry['seconds']:.1f} s"
 
 
-def tensorboard(folder: Path) -> Any:
-    """Opens a TensorBoard log where the extra is installed."""
+class Trackers:
+    """Experiment trackers of Accelerate: TensorBoard, W&B, MLflow, Trackio and others.
+
+    Args:
+        names: Names of trackers. ``auto`` is TensorBoard where it is installed.
+        folder: Folder of the run, ``RECIPE/VARIANT/seedN``, after which it is named. Trackers that
+            write files write them there.
+
+    Raises:
+        ValueError: If there is no such tracker.
+        ModuleNotFoundError: If its package is not installed.
+
+    References:
+        https://huggingface.co/docs/accelerate/usage_guides/tracking
+    """
+
+    def __init__(self, names: Sequence[str], folder: Path) -> None:
+        wanted = (_default() if name == "auto" else name for name in names)
+        self._open = [_start(name, folder) for name in dict.fromkeys(wanted) if name is not None]
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Logs the numbers of an epoch."""
+        values: dict[str, float] = {}
+        for key, value in entry.items():
+            if isinstance(value, Mapping):
+                values |= {f"{key}/{name}": number for name, number in value.items()}
+            elif not isinstance(value, list):  # of warnings
+                values[key] = value
+        for tracker in self._open:
+            tracker.log(values, step=entry["epoch"])
+
+    def finish(self) -> None:
+        """Ends the run in every tracker."""
+        for tracker in self._open:
+            tracker.finish()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Checks the names of trackers.
+
+    Raises:
+        ValueError: If there is no tracker of one of the names.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    known = ["auto", *LOGGER_TYPE_TO_CLASS]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--track: there is no tracker {name!r}{near(name, known)}")
+
+
+def _default() -> str | None:
+    return "tensorboard" if importlib.util.find_spec("tensorboard") else None
+
+
+def _start(name: str, folder: Path) -> Any:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    check_trackers([name])
+    kind: Any = LOGGER_TYPE_TO_CLASS[name]
+    title = "/".join(folder.parts[-3:])
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"))
-
-
-def write_scalars(board: Any, entry: Mapping[str, Any]) -> None:
-    """Writes the numbers of an epoch to a TensorBoard log."""
-    for key, value in entry.items():
-        if isinstance(value, list):  # of warnings
-            continue
-        parts = value.items() if isinstance(value, Mapping) else [("", value)]
-        for name, number in parts:
-            board.add_scalar(f"{key}/{name}" if name else key, number, entry["epoch"])
-    board.flush()  # raises here what its thread met
+        if name == "tensorboard":
+            tracker = kind("tensorboard", logging_dir=folder)
+        elif kind.requires_logging_directory:
+            tracker = kind(title, logging_dir=folder)
+        else:
+            tracker = kind(title)
+        if hasattr(tracker, "start"):  # older versions start when they are made
+            tracker.start()
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"the tracker {name} needs its package: pip install {name}", name=name
+        ) from error
+    return tracker

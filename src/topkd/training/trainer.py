@@ -28,7 +28,7 @@ from topkd.training import optim
 from topkd.training.objective import GradientBalancer, cosines, gradients, warnings
 from topkd.training.precision import Runtime
 from topkd.training.teacher_cache import TeacherCache
-from topkd.training.tracking import Sums, summary, tensorboard, write_scalars
+from topkd.training.tracking import Sums, Trackers, summary
 
 MEASURED = 8  # steps of an epoch at which the gradient of each term is measured
 BALANCED = 32  # the same where shares depend on it
@@ -53,6 +53,7 @@ class Trainer:
         answers: Of the teacher, where they are kept.
         identity: Name -> what the outcome depends on beyond these, e.g. a hash of the teacher's
             weights. A run is not resumed with another one.
+        trackers: Names of experiment trackers, see :class:`~topkd.training.tracking.Trackers`.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class Trainer:
         progress: Progress,
         answers: TeacherCache | None = None,
         identity: Mapping[str, str] = MappingProxyType({}),
+        trackers: Sequence[str] = ("auto",),
     ) -> None:
+        self.trackers = trackers
         self.answers = answers
         self.identity = dict(identity)
         self.accelerator = processes.accelerator()
@@ -113,7 +116,7 @@ class Trainer:
         told = self._say_faults([])
         if self.accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-        board = tensorboard(folder) if self.accelerator.is_main_process else None
+        trackers = Trackers(self.trackers if self.accelerator.is_main_process else (), folder)
         left = range(len(self.history) + 1, self.recipe.epochs + 1)
         title = f"{folder.parent.name} seed {self.seed}"
         images = self.recipe.epochs * self.steps * self.recipe.batch_size
@@ -126,12 +129,10 @@ class Trainer:
                 buffers = processes.of_all(dict(self.adapters.named_buffers()))
                 if self.accelerator.is_main_process:
                     self._save(folder, buffers[1:])
-                if board is not None:
-                    write_scalars(board, entry)
+                trackers.log(entry)
                 told = self._say_faults(told)
                 advance(0, f"epoch {epoch}/{self.recipe.epochs}, {summary(entry)}")
-        if board is not None:
-            board.close()
+        trackers.finish()
         return self.history
 
     def _say_faults(self, told: list[str]) -> list[str]:

@@ -46,7 +46,7 @@ def evaluate(
     """
     from topkd._io.progress import Progress
     from topkd.evaluation.metrics import metric_lines
-    from topkd.training.experiment import evaluate_file
+    from topkd.training.evaluate import evaluate_file
 
     changes = [*(data or []), *([f"root={json.dumps(root)}"] if root else [])]
     progress = Progress(quiet=quiet)

@@ -12,6 +12,7 @@ from topkd.cli.options import (
     Quiet,
     RecipeName,
     Seeds,
+    Track,
     experiment_of,
     is_first_process,
     numbers,
@@ -26,6 +27,7 @@ def run(
     changes: Changes = None,
     seeds: Seeds = "0",
     out: Out = Path("runs"),
+    track: Track = None,
     quiet: Quiet = False,
 ) -> None:
     """Run every stage of a recipe: teacher, fitted losses, students, evaluation, report.
@@ -37,7 +39,7 @@ def run(
     """
     from topkd.reporting.page import findings, write_report
 
-    experiment = experiment_of(recipe, changes, out, quiet)
+    experiment = experiment_of(recipe, changes, out, quiet, track)
     results = experiment.run(numbers(seeds))
     if not is_first_process():
         return

@@ -13,6 +13,7 @@ from topkd.cli.options import (
     Quiet,
     RecipeName,
     Seeds,
+    Track,
     experiment_of,
     is_first_process,
     numbers,
@@ -30,12 +31,13 @@ def student(
     ] = "student",
     seeds: Seeds = "0",
     out: Out = Path("runs"),
+    track: Track = None,
     quiet: Quiet = False,
 ) -> None:
     """Train and evaluate one variant of a recipe: the student or a control."""
     from topkd.reporting.page import findings
 
-    experiment = experiment_of(recipe, changes, out, quiet)
+    experiment = experiment_of(recipe, changes, out, quiet, track)
     results = [experiment.train_student(variant, seed) for seed in numbers(seeds)]
     if is_first_process():
         print_results(results, findings(experiment.folder, experiment.recipe.name))

@@ -6,16 +6,20 @@ from pathlib import Path
 
 import typer
 
-from topkd.cli.options import Changes, Out, Quiet, RecipeName, experiment_of
+from topkd.cli.options import Changes, Out, Quiet, RecipeName, Track, experiment_of
 
 PANEL = "Train"
 
 
 def teacher(
-    recipe: RecipeName, changes: Changes = None, out: Out = Path("runs"), quiet: Quiet = False
+    recipe: RecipeName,
+    changes: Changes = None,
+    out: Out = Path("runs"),
+    track: Track = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train only the teacher of a recipe."""
-    experiment = experiment_of(recipe, changes, out, quiet)
+    experiment = experiment_of(recipe, changes, out, quiet, track)
     section = experiment.recipe.teacher
     if section is None:
         raise ValueError(f"{experiment.recipe.name} has no teacher; `topkd run` trains its network")

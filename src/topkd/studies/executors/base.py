@@ -49,5 +49,6 @@ def prepare(recipes: Sequence[Recipe], out: Path) -> None:
 
 def work(job: Job, out: Path, data: Data | None = None) -> None:
     """Carries out one job in this process."""
-    experiment = Experiment(job.recipe, out, Progress(quiet=True), Objects(data=data))
+    objects, quiet = Objects(data=data), Progress(quiet=True)
+    experiment = Experiment(job.recipe, out, quiet, objects, trackers=())
     experiment.train_student(STUDENT, job.seed)

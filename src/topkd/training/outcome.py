@@ -1,0 +1,130 @@
+"""What a finished run leaves: its result, its weights and some embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as save_safetensors
+
+from topkd._io import files
+from topkd._runtime import processes
+from topkd._runtime.environment import environment
+from topkd.config.recipe import Recipe
+from topkd.data import Data
+from topkd.evaluation import metrics
+from topkd.evaluation.results import Result
+from topkd.features import FeatureExtractor
+from topkd.losses.base import LossTerm
+from topkd.models import checkpoint
+from topkd.models.reused import ReusedClassifierStudent
+from topkd.training.build import side
+from topkd.training.precision import Runtime
+
+RUN_FILES = ("student.safetensors", "metrics.jsonl", "examples.safetensors")
+SHOWN = 1000  # evaluation images whose embeddings are kept for plots
+
+
+@dataclass(frozen=True)
+class TaughtBy:
+    """The teacher of a run."""
+
+    hash: str
+    predictions: metrics.Predictions
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained student with its predictions on the evaluation images."""
+
+    recipe: Recipe
+    data: Data
+    student: FeatureExtractor
+    terms: Sequence[LossTerm]
+    predictions: metrics.Predictions
+    history: Sequence[Mapping[str, Any]]
+    teacher: TaughtBy | None
+
+    def result(self, variant: str, seed: int, runtime: Runtime) -> dict[str, Any]:
+        """Computes the content of ``result.json``, without the hashes of files."""
+        recipe, split, history = self.recipe, self.data.eval_split, self.history
+        key = f"{split}_top1"
+        accuracies = {entry["epoch"]: entry[key] for entry in history if key in entry}
+        best, recent = max(accuracies, key=accuracies.__getitem__), [*accuracies.values()][-10:]
+        metadata = {term.title: term.loss.metadata() for term in self.terms if term.loss.metadata()}
+        described = asdict(runtime) | {"memory_format": self.student.memory_format}
+        return Result.model_validate(
+            {
+                "recipe": recipe.name,
+                "recipe_hash": recipe.hash,
+                "variant": variant,
+                "seed": seed,
+                "model": recipe.student.model,
+                "data": recipe.data.name,
+                "losses": list(recipe.variants[variant]),
+                "epochs": recipe.epochs,
+                "eval_split": split,
+                "last": metrics.prediction_metrics(self.predictions),
+                "mean_of_last_10": sum(recent) / len(recent),
+                "best": {"epoch": best, "top1": accuracies[best]},
+                "gradient_share": history[-1]["gradient_share"],
+                "loss_metadata": metadata,
+                "data_issues": self.data.faults.facts(),
+                "train_seconds": round(sum(entry["seconds"] for entry in history), 1),
+                "processes": processes.count(),
+                "environment": environment() | _as_text(described),
+                **self._comparison(),
+            }
+        ).as_json()
+
+    def _comparison(self) -> dict[str, Any]:
+        """Metrics of the teacher, and of the student's similarity to it."""
+        if self.teacher is None or self.recipe.teacher is None:
+            return {}
+        described = {"model": self.recipe.teacher.model, "hash": self.teacher.hash}
+        return {
+            "teacher": described | metrics.prediction_metrics(self.teacher.predictions),
+            "teacher_similarity": metrics.teacher_similarity(
+                self.predictions, self.teacher.predictions, cloud_size=self.recipe.batch_size
+            ),
+        }
+
+    def write(self, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes all files of the run, the result last: it says that the run is finished.
+
+        Returns:
+            The result with the hashes of the run's files.
+        """
+        files.write(folder / "examples.safetensors", self._examples())
+        path, network = folder / "student.safetensors", self.student.network
+        checkpoint.save_weights(path, network, self._metadata())
+        complete = dict(result) | {"files": files.hashes(folder, RUN_FILES)}
+        files.write_sealed(folder / "result.json", complete)
+        return complete
+
+    def _examples(self) -> bytes:
+        tensors = {"student": self.predictions.embedding, "target": self.predictions.target}
+        if self.teacher is not None:
+            tensors["teacher"] = self.teacher.predictions.embedding
+        return save_safetensors({name: t[:SHOWN].contiguous() for name, t in tensors.items()})
+
+    def _metadata(self) -> dict[str, Any]:
+        """What is needed to use the weights."""
+        network = self.student.network
+        reused = network.description if isinstance(network, ReusedClassifierStudent) else None
+        return {
+            "reused": reused,
+            "model": self.recipe.student.model,
+            "size": side(self.data),
+            "taps": self.recipe.student.taps,
+            "classes": list(self.data.classes),
+            "mean": list(self.data.mean),
+            "std": list(self.data.std),
+            "data": self.recipe.data.model_dump(mode="json"),
+        }
+
+
+def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value).removeprefix("torch.") for name, value in values.items()}
