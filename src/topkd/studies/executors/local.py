@@ -20,6 +20,7 @@ from topkd.config.study import Job
 from topkd.studies.executors.base import ATTEMPTS, Ended, prepare, work
 from topkd.training.build import load_source
 
+INVALID = 2  # exit status for what a user can cause
 SHOWN = 6  # last lines of a failed job
 TERMINATION = 20.0  # seconds that jobs get to stop
 
@@ -62,7 +63,10 @@ class Local:
         logs.mkdir(parents=True, exist_ok=True)
         recipes = list({job.recipe.hash: job.recipe for job in jobs}.values())
         first = self._start(prepare, (recipes, out), logs / f"{jobs[0].setting}.log")
-        first.join()
+        try:
+            first.join()
+        finally:  # where Ctrl-C ends the wait
+            _stop([first])
         if first.exitcode != 0:
             error = _why(first, logs / f"{jobs[0].setting}.log")
             yield from (Ended(job, 0.0, error) for job in jobs)
@@ -90,7 +94,8 @@ class Local:
                 for each in [each for each in running if not each.process.is_alive()]:
                     running.remove(each)
                     each.process.join()
-                    if each.process.exitcode != 0 and each.attempt < ATTEMPTS:
+                    # An error that a user can cause would come again.
+                    if each.process.exitcode not in (0, INVALID) and each.attempt < ATTEMPTS:
                         waiting.insert(0, each.job)
                         continue
                     error = None if each.process.exitcode == 0 else _why(each.process, each.log)
@@ -118,7 +123,7 @@ def _child(target: Callable[..., None], arguments: tuple[Any, ...], log: str, th
         target(*arguments)
     except (ValueError, OSError, ImportError) as error:  # what a user can cause
         print(error, file=sys.stderr, flush=True)
-        os._exit(2)
+        os._exit(INVALID)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
