@@ -599,7 +599,9 @@ def test_a_recipe_of_foreign_networks_is_carried_out(own_module, tmp_path, publi
 
 def test_a_transformer_is_built_for_the_images_and_evaluated_again(tmp_path, monkeypatch):
     larger = noise_of(32)
-    monkeypatch.setattr("topkd.training.experiment.load_data", lambda section, given=None: larger)
+    for module in ("experiment", "evaluate"):
+        name = f"topkd.training.{module}.load_data"
+        monkeypatch.setattr(name, lambda section, given=None: larger)
     tree = TREE | {"student": {"model": "timm:test_vit"}, "losses": [{"name": "ce"}]}
     experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
     result = experiment.train_student("student", 0)
