@@ -294,7 +294,7 @@ def test_a_folder_that_is_deleted_meanwhile_is_one_line(call, tmp_path, monkeypa
     monkeypatch.setattr(Trainer, "_epoch", epoch)
     status, _, err = call("student", "teacher.yaml", "epochs=2", "--quiet")
     run = "runs/teacher/student/seed0"
-    message = f"topkd: {run} was deleted while it was written to; the same command begins it anew"
+    message = f"topkd: {run} was deleted during the run; rerun the command to start again"
     assert (status, err) == (2, f"{message}\n")
     assert not (tmp_path / run).exists()
 
