@@ -211,7 +211,7 @@ class Evil:
             "no run or file absent.pth",
         ),
         (("evaluate", "evil.pth", "--model", "resnet8", "--data", "digits"), "evil.pth is refused"),
-        (("evaluate", "evil.pth"), "evil.pth does not tell which network it is"),
+        (("evaluate", "evil.pth"), "evil.pth does not record network and data"),
         (("evaluate", "wrong.pth", "--model", "resnet8", "--data", "digits"), "does not fit"),
         (("teacher", "digits/teacher"), "digits/teacher has no teacher"),
         (

@@ -646,7 +646,7 @@ def test_recipes_that_cannot_be_are_refused_before_any_work(tmp_path, section, m
 def test_a_pretrained_teacher_must_know_the_classes_and_the_size(tmp_path, monkeypatch, published):
     teacher = {"model": "timm:test_vit", "pretrained": True}
     tree = TREE | {"student": {"model": "resnet8x0.25"}, "teacher": teacher}
-    message = "timm:test_vit tells 1000 classes apart, digits has 10; train it on them"
+    message = "timm:test_vit has 1000 classes, digits has 10; train it on them"
     with pytest.raises(RecipeError, match=f"teacher.pretrained: {message}"):
         _ = Experiment(recipe.parse(tree), tmp_path, QUIET).teacher
 
