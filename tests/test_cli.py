@@ -145,11 +145,11 @@ def test_the_doctor_says_what_to_change(call, tmp_path):
     assert [set(finding) for finding in json.loads(out)] == [
         {"part", "found", "verdict", "advice"} for _ in range(4)
     ]
-    assert json.loads(out)[-1]["verdict"] == "look"
+    assert json.loads(out)[-1]["verdict"] == "warning"
     changes = ("teacher.recipe=null", "teacher.checkpoint=absent-[bold].pth")
     status, out, _ = call("doctor", "tiny.yaml", *changes)
     assert status == 1
-    assert out.splitlines()[-1] == "1 wrong: fix before training"
+    assert out.splitlines()[-1] == "errors to fix before training: 1"
     assert max(map(len, out.splitlines())) <= 80
     assert "absent-[bold].pth" in "".join(out.split())
     assert not (tmp_path / "runs").exists()

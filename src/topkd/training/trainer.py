@@ -322,9 +322,7 @@ class Trainer:
         """Averages over processes the gradients that bypass the data-parallel student."""
         reduce = self.accelerator.reduce  # no-op with one process
         for weight in self.adapters.parameters():
-            if (
-                weight.requires_grad and weight.grad is not None
-            ):  # frozen weights may be stale
+            if weight.requires_grad and weight.grad is not None:  # frozen weights may be stale
                 weight.grad = reduce(weight.grad, "mean")
         for weight, grad in direct:
             averaged = reduce(grad, "mean")
