@@ -250,7 +250,7 @@ def test_of_plain_and_averaged_weights_one_is_chosen_and_told(call, tmp_path):
     _, _, err = call("doctor", "tiny.yaml", *changes, "teacher.weights=ema")
     assert "teacher: ema weights, under 'state_dict_ema'" in err
     _, _, err = call("check", "tiny.yaml", "teacher.weights=ema")
-    assert err == "topkd: teacher: weights: ema is of a checkpoint, which is not given\n"
+    assert err == "topkd: teacher: weights: ema needs a checkpoint\n"
 
 
 def test_ctrl_c_says_how_to_go_on(call, monkeypatch):

@@ -627,7 +627,7 @@ def test_a_transformer_is_built_for_the_images_and_evaluated_again(tmp_path, mon
         ),
         (
             {"teacher": {"model": "torchvision:resnet18", "pretrained": True, "checkpoint": "a"}},
-            "teacher: is pretrained, or has a checkpoint or a recipe; give one of them",
+            "teacher: pretrained excludes checkpoint and recipe; set only one of them",
         ),
         ({"teacher": {"model": "torchvision:resnet18"}}, "teacher: needs a checkpoint"),
         (

@@ -180,7 +180,7 @@ WRONG = {
     ),
     "half of a normalization": (
         changed(teacher={"model": "a", "checkpoint": "b", "mean": [0.5, 0.5, 0.5]}),
-        "teacher: mean and std go together",
+        "teacher: mean and std must be set together",
     ),
     "a mean of two channels": (
         changed(teacher={"model": "a", "checkpoint": "b", "mean": [0.5, 0.5], "std": [1, 1, 1]}),
@@ -454,7 +454,7 @@ def test_many_epochs_are_checked_at_once():
     terms = [{"name": "ce", "stop": 5_000_000}, {"name": "kd", "start": 5_000_001}]
     assert recipe.parse(PLAIN | {"losses": terms, "epochs": 9_999_999}).epochs == 9_999_999
     terms[1]["start"] += 1
-    with pytest.raises(RecipeError, match="no term with a weight counts in epoch 5000001"):
+    with pytest.raises(RecipeError, match="no term with a weight is active in epoch 5000001"):
         recipe.parse(PLAIN | {"losses": terms, "epochs": 9_999_999})
 
 

@@ -196,7 +196,7 @@ class Failing(Local):
 def test_results_of_another_recipe_are_refused(file, tmp_path):
     run(studies.load(file, ("seeds=0",)), tmp_path / "runs", Local(1), QUIET)
     changed = studies.load(file, ("seeds=0", "set={epochs: 3}"))
-    with pytest.raises(ValueError, match=r"is of another recipe .* give the study another name"):
+    with pytest.raises(ValueError, match=r"belongs to another recipe .* rename the study"):
         run(changed, tmp_path / "runs", Local(1), QUIET)
 
 

@@ -56,7 +56,7 @@ def read(file: IO[bytes], origin: str) -> Any:
                 f"{origin} is refused: to load it would run {code[1]}; "
                 "only tensors and plain values are loaded"
             ) from error
-        raise ValueError(f"{origin} is not a whole checkpoint of PyTorch") from error
+        raise ValueError(f"{origin} is not a complete PyTorch checkpoint") from error
 
 
 def _uncompressed(file: IO[bytes], origin: str) -> IO[bytes]:

@@ -33,7 +33,7 @@ class Progress:
     @contextmanager
     def alone(self, path: Path) -> Iterator[None]:
         """Holds the lock of a path; prints a message while another process holds it."""
-        with files.locked(path, lambda: self.say(f"waiting for another process to make {path}")):
+        with files.locked(path, lambda: self.say(f"waiting for another process to release {path}")):
             yield
 
     @contextmanager

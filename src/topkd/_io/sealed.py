@@ -54,7 +54,7 @@ def unpack(content: bytes, origin: str) -> tuple[dict[str, Tensor], dict[str, An
     try:
         tensors = load_safetensors(content)
     except SafetensorError as error:
-        raise ValueError(f"{origin} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{origin} is not a complete safetensors file: {error}") from error
     size = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
     if KEY not in metadata:

@@ -123,11 +123,11 @@ class TeacherSection(StudentSection):
                 "needs a checkpoint (a file) or a recipe that trains it, or pretrained: true"
             )
         if has_source and self.pretrained:
-            raise ValueError("is pretrained, or has a checkpoint or a recipe; give one of them")
+            raise ValueError("pretrained excludes checkpoint and recipe; set only one of them")
         if self.weights == "ema" and self.checkpoint is None:
-            raise ValueError("weights: ema is of a checkpoint, which is not given")
+            raise ValueError("weights: ema needs a checkpoint")
         if (self.mean is None) != (self.std is None):
-            raise ValueError("mean and std go together")
+            raise ValueError("mean and std must be set together")
         return self
 
 
@@ -174,9 +174,9 @@ class Term(_Open):
     @model_validator(mode="after")
     def _weighs_in_one_way(self) -> Term:
         if self.share is not None and "weight" in self.model_fields_set and self.weight != 1:
-            raise ValueError("share stands in place of weight; give one of them")
+            raise ValueError("share replaces weight; set only one of them")
         if self.stop is not None and self.stop < self.start:
-            raise ValueError(f"stop ({self.stop}) comes before start ({self.start})")
+            raise ValueError(f"stop ({self.stop}) is before start ({self.start})")
         return self
 
     @property
@@ -279,12 +279,14 @@ class Recipe(Section):
                     f"{variant}: {', '.join(doubled)} appears twice; give a label to each"
                 )
             if sum(term.share or 0 for term in terms) >= 1 or all(term.share for term in terms):
-                raise ValueError(f"{variant}: shares must leave something to a term with a weight")
+                raise ValueError(
+                    f"{variant}: the sum of shares must be below 1, and a term needs a weight"
+                )
             ends = [term.stop for term in terms if term.stop is not None]
             changes = {1, *(term.start for term in terms), *(end + 1 for end in ends)}
             for epoch in sorted(epoch for epoch in changes if epoch <= self.epochs):
                 if not any(t.weight * t.schedule(epoch, self.epochs) for t in terms if not t.share):
-                    raise ValueError(f"{variant}: no term with a weight counts in epoch {epoch}")
+                    raise ValueError(f"{variant}: no term with a weight is active in epoch {epoch}")
         return self
 
     @property
@@ -397,7 +399,7 @@ def difference(there: Recipe, here: Recipe) -> str:
 
     exclude = {"name"}
     trees = (recipe.model_dump(mode="json", exclude=exclude) for recipe in (there, here))
-    return leaf("", *trees) or "nothing differs"
+    return leaf("", *trees) or "no difference"
 
 
 def _shown(value: Any) -> str:

@@ -35,7 +35,7 @@ class Variant(Section):
     @model_validator(mode="after")
     def _starts_from_one(self) -> Variant:
         if self.recipe is not None and (self.add is not None or self.of is not None):
-            raise ValueError("recipe replaces add and of; give one of them")
+            raise ValueError("recipe replaces add and of; set only one of them")
         return self
 
 

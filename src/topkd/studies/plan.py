@@ -40,8 +40,8 @@ class Place:
                 found = files.read_sealed(path).get("recipe_hash")
                 if found != job.recipe.hash:
                     raise ValueError(
-                        f"{path} is of another recipe ({found}, the study's is {job.recipe.hash}); "
-                        "give the study another name, or the runs another --out"
+                        f"{path} belongs to another recipe ({found}, not {job.recipe.hash}); "
+                        "rename the study, or choose another --out"
                     )
                 return path
         return None

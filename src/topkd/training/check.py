@@ -39,7 +39,7 @@ def check(recipe: Recipe, objects: Objects = NO_OBJECTS) -> None:
         for number, term in enumerate(terms):
             _check_term(term, f"{place}[{number}]", recipe, objects.losses.get(term.title))
     if recipe.teacher is None and recipe.student.classifier == "teacher":
-        raise RecipeError("student.classifier: there is no teacher to take it from")
+        raise RecipeError("student.classifier: reusing the teacher's classifier needs a teacher")
     if recipe.teacher is not None:
         if recipe.teacher.cache and (
             recipe.data.views == 2 or recipe.data.mixup or recipe.data.cutmix

@@ -233,7 +233,7 @@ class Experiment:
     def context(self, student: FeatureExtractor) -> LossContext:
         """Returns the context that losses may use in their setup."""
         return LossContext(
-            self.answers,
+            self.teacher_features,
             self.data.train.target,
             student,
             self.teacher,
@@ -242,7 +242,7 @@ class Experiment:
             self.progress,
         )
 
-    def answers(self, epoch: int) -> Iterator[tuple[Batch, Features]]:
+    def teacher_features(self, epoch: int) -> Iterator[tuple[Batch, Features]]:
         """Computes the teacher's features of the augmented training images, batch by batch."""
         assert self.teacher is not None
         for batch in training_batches(self.data.train, self.recipe.batch_size, 0, epoch):

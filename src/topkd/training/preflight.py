@@ -55,7 +55,7 @@ class Finding:
     found: str
     verdict: Verdict = "ok"
     advice: str = ""
-    """What to change."""
+    """Suggested change."""
 
 
 def examine(experiment: Experiment) -> list[Finding]:
@@ -141,9 +141,7 @@ def _teacher(experiment: Experiment) -> tuple[list[Finding], bool]:
     if section is None:
         return [], True
     if section.recipe is not None and section.checkpoint is None:
-        done = (
-            experiment.teacher_file.parent / "result.json"
-        )  # the last file that its training writes
+        done = experiment.teacher_file.parent / "result.json"  # written last
         if not done.exists():
             advice = "run `topkd teacher`, then repeat: the other checks need the teacher"
             found = f"not trained yet, by {section.recipe}"
