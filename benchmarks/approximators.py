@@ -33,7 +33,7 @@ from topkd.training.experiment import Experiment  # noqa: E402
 torch.set_num_threads(1)
 name, seconds, *changes = sys.argv[1:]
 recipe = load(name, changes)
-answers = Experiment(recipe, Path(tempfile.mkdtemp()), Progress()).answers
+answers = Experiment(recipe, Path(tempfile.mkdtemp()), Progress()).teacher_features
 passes = []
 for epoch in range(2):
     pairs = [(batch.index, answer.embedding) for batch, answer in answers(epoch)]

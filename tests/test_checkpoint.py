@@ -218,7 +218,7 @@ def test_code_is_refused_and_not_run(tmp_path, archive, inside):
         path.write_bytes(pickle.dumps(Evil(trace), protocol=2))
     else:
         torch.save(tree, path, _use_new_zipfile_serialization=archive)
-    with pytest.raises(ValueError, match=r"weights.pth is (refused: .*system|not a whole check)"):
+    with pytest.raises(ValueError, match=r"weights.pth is (refused: .*system|not a complete PyT)"):
         load_quietly(path)
     assert not trace.exists()
 
@@ -245,7 +245,7 @@ def whole_file(tmp_path):
 def test_a_file_that_is_cut_off_is_named(tmp_path, size):
     whole, path = whole_file(tmp_path), tmp_path / "weights.pth"
     path.write_bytes(whole[: size if size >= 1 else int(size * len(whole))])
-    with pytest.raises(ValueError, match="weights.pth is not a whole checkpoint of PyTorch"):
+    with pytest.raises(ValueError, match="weights.pth is not a complete PyTorch checkpoint"):
         load_quietly(path)
 
 
@@ -302,7 +302,7 @@ def test_an_archive_that_lies_about_its_sizes_is_refused(tmp_path, lie):
         told = (counted[0] + 9, counted[1] + 9, counted[2] + 9 * len(entry))
         struct.pack_into("<2HL", content, end + 9 * len(entry) + 8, *told)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"weights\.pth is (refused|not a whole checkpoint)"):
+    with pytest.raises(ValueError, match=r"weights\.pth is (refused|not a complete PyTorch)"):
         checkpoint.load_weights(path)
 
 
@@ -310,7 +310,7 @@ def test_an_archive_that_lies_about_its_sizes_is_refused(tmp_path, lie):
 def test_garbage_is_named(tmp_path, content):
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="weights.pth is not a whole checkpoint of PyTorch"):
+    with pytest.raises(ValueError, match="weights.pth is not a complete PyTorch checkpoint"):
         load_quietly(path)
 
 
@@ -321,7 +321,7 @@ def test_garbage_is_named(tmp_path, content):
 def test_safetensors_that_are_not_whole_are_named(tmp_path, content):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="weights.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="weights.safetensors is not a complete safetensors file"):
         checkpoint.load_weights(path)
 
 
@@ -421,7 +421,7 @@ def test_nothing_is_known_about_files_of_others(tmp_path, name, content):
 def test_what_a_damaged_file_says_of_itself_is_not_read(tmp_path, read, content):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path} (is not a whole safetensors file|was altered)"):
+    with pytest.raises(ValueError, match=f"{path} (is not a complete safe|was altered)"):
         read(path)
 
 

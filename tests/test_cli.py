@@ -145,11 +145,11 @@ def test_the_doctor_says_what_to_change(call, tmp_path):
     assert [set(finding) for finding in json.loads(out)] == [
         {"part", "found", "verdict", "advice"} for _ in range(4)
     ]
-    assert json.loads(out)[-1]["verdict"] == "look"
+    assert json.loads(out)[-1]["verdict"] == "warning"
     changes = ("teacher.recipe=null", "teacher.checkpoint=absent-[bold].pth")
     status, out, _ = call("doctor", "tiny.yaml", *changes)
     assert status == 1
-    assert out.splitlines()[-1] == "1 wrong: fix before training"
+    assert out.splitlines()[-1] == "errors to fix before training: 1"
     assert max(map(len, out.splitlines())) <= 80
     assert "absent-[bold].pth" in "".join(out.split())
     assert not (tmp_path / "runs").exists()
@@ -211,7 +211,7 @@ class Evil:
             "no run or file absent.pth",
         ),
         (("evaluate", "evil.pth", "--model", "resnet8", "--data", "digits"), "evil.pth is refused"),
-        (("evaluate", "evil.pth"), "evil.pth does not tell which network it is"),
+        (("evaluate", "evil.pth"), "evil.pth does not record network and data"),
         (("evaluate", "wrong.pth", "--model", "resnet8", "--data", "digits"), "does not fit"),
         (("teacher", "digits/teacher"), "digits/teacher has no teacher"),
         (
@@ -250,7 +250,7 @@ def test_of_plain_and_averaged_weights_one_is_chosen_and_told(call, tmp_path):
     _, _, err = call("doctor", "tiny.yaml", *changes, "teacher.weights=ema")
     assert "teacher: ema weights, under 'state_dict_ema'" in err
     _, _, err = call("check", "tiny.yaml", "teacher.weights=ema")
-    assert err == "topkd: teacher: weights: ema is of a checkpoint, which is not given\n"
+    assert err == "topkd: teacher: weights: ema needs a checkpoint\n"
 
 
 def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
@@ -294,7 +294,7 @@ def test_a_folder_that_is_deleted_meanwhile_is_one_line(call, tmp_path, monkeypa
     monkeypatch.setattr(Trainer, "_epoch", epoch)
     status, _, err = call("student", "teacher.yaml", "epochs=2", "--quiet")
     run = "runs/teacher/student/seed0"
-    message = f"topkd: {run} was deleted while it was written to; the same command begins it anew"
+    message = f"topkd: {run} was deleted during the run; rerun the command to start again"
     assert (status, err) == (2, f"{message}\n")
     assert not (tmp_path / run).exists()
 

@@ -83,14 +83,14 @@ def test_check_refuses_the_batch_where_the_number_of_images_is_known(forty, chan
 @pytest.mark.parametrize("command", ["run", "student"])
 def test_a_size_that_a_network_cannot_take_is_named_with_the_network(forty, command):
     said = topkd(command, forty, "data.size=7", "student.model=vgg8", "batch_size=8")
-    assert said.startswith("vgg8 cannot take images of 7 px: ")
+    assert said.startswith("vgg8 does not accept images of 7 px: ")
     assert "\n" not in said
 
 
 def test_the_size_of_a_teacher_is_named_too(forty, teacher):
     section = f"teacher={{model: torchvision:vit_b_16, checkpoint: {teacher}, size: 9}}"
     said = topkd("run", forty, section, "batch_size=8")
-    assert said.startswith("torchvision:vit_b_16 cannot take images of 9 px: ")
+    assert said.startswith("torchvision:vit_b_16 does not accept images of 9 px: ")
 
 
 @pytest.mark.parametrize("model", ["torchvision:vgg11", "torchvision:vit_b_16"])
@@ -98,7 +98,7 @@ def test_evaluation_names_the_size_too(tmp_path, model):
     torch.save({}, tmp_path / "some.pth")
     words = ["evaluate", str(tmp_path / "some.pth"), "--model", model, "--data", "digits"]
     result = CliRunner().invoke(app, words)
-    assert str(result.exception).startswith(f"{model} cannot take images of 8 px: ")
+    assert str(result.exception).startswith(f"{model} does not accept images of 8 px: ")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -59,7 +59,7 @@ def tiny(out, checkpoint=None, **changes):
     return Experiment(recipe.parse(TINY | {"teacher": teacher} | changes), out, QUIET)
 
 
-def told(findings, verdict):
+def with_verdict(findings, verdict):
     return [finding for finding in findings if finding.verdict == verdict]
 
 
@@ -74,12 +74,12 @@ def test_a_healthy_recipe_has_nothing_wrong_and_nothing_is_written(taught, tmp_p
     controls = {"ce": [{"name": "ce"}], "none": [{"name": "ce"}, {"name": "kd", "weight": 0.0}]}
     before = everything_in(taught.parents[3])
     findings = preflight.examine(tiny(tmp_path, taught, losses=losses, controls=controls))
-    assert not told(findings, "look") + told(findings, "wrong")
+    assert not with_verdict(findings, "warning") + with_verdict(findings, "error")
     parts = [finding.part for finding in findings]
     assert parts[:4] == ["data", "batches", "normalization", "teacher"]
     assert parts[-2:] == ["time", "memory"]
     assert "losses of ce" in parts
-    assert "ce, kd, at, topkd: the taps give what they need" in [f.found for f in findings]
+    assert "ce, kd, at, topkd: all required features are available" in [f.found for f in findings]
     assert not [*tmp_path.iterdir()]
     assert everything_in(taught.parents[3]) == before
 
@@ -100,14 +100,16 @@ def test_the_doctor_is_as_fast_with_any_number_of_epochs(tmp_path, monkeypatch):
     monkeypatch.setattr(Term, "schedule", lambda *words: (next(asked), schedule(*words))[1])
     late = {"name": "ce", "label": "late", "start": 2, "stop": 10**12, "decay": 10**8}
     tree = TINY | {"losses": [{"name": "ce"}, late], "epochs": 10**13}
-    assert not told(preflight.examine(Experiment(recipe.parse(tree), tmp_path, QUIET)), "wrong")
+    assert not with_verdict(
+        preflight.examine(Experiment(recipe.parse(tree), tmp_path, QUIET)), "error"
+    )
     assert next(asked) < 1000
 
 
 def test_a_recipe_without_a_teacher_is_examined(tmp_path):
     alone = Experiment(recipe.parse(TINY | {"losses": [{"name": "ce"}]}), tmp_path, QUIET)
     findings = preflight.examine(alone)
-    assert not told(findings, "wrong")
+    assert not with_verdict(findings, "error")
     assert "teacher" not in [finding.part for finding in findings]
 
 
@@ -123,20 +125,20 @@ def without_its_record(taught, path):
 
 def test_a_file_of_ours_is_shown_images_as_it_was_trained_on_them(taught, tmp_path):
     experiment = tiny(tmp_path, teacher={"model": "resnet8", "checkpoint": str(taught)})
-    assert not told(preflight.examine(experiment), "wrong")
+    assert not with_verdict(preflight.examine(experiment), "error")
 
 
 def test_another_normalization_is_found_and_the_right_one_named(taught, tmp_path):
     path, name = without_its_record(taught, tmp_path / "bare.safetensors"), "to 0 ... 1"
     experiment = tiny(tmp_path, teacher={"model": "resnet8", "checkpoint": str(path)})
-    wrong = told(preflight.examine(experiment), "wrong")
-    (finding,) = [finding for finding in wrong if finding.part == "teacher's normalization"]
-    assert finding.found.startswith(f"of images normalized {name} it is right on ")
+    errors = with_verdict(preflight.examine(experiment), "error")
+    (finding,) = [finding for finding in errors if finding.part == "teacher's normalization"]
+    assert finding.found.endswith(f" % on images normalized {name}")
     assert finding.advice == "set 'teacher.mean=[0,0,0]' 'teacher.std=[1,1,1]'"
     (tmp_path / "tiny.yaml").write_text(recipe.write(experiment.recipe), encoding="utf-8")
     advised = recipe.load(str(tmp_path / "tiny.yaml"), finding.advice.split("'")[1::2])
     again = Experiment(advised, tmp_path, QUIET)
-    assert not told(preflight.examine(again), "wrong")  # the advice is a change
+    assert not with_verdict(preflight.examine(again), "error")  # the advice is a change
 
 
 def predictions(target, guess, classes):
@@ -154,9 +156,9 @@ def test_another_order_of_the_classes_is_found():
     order = torch.tensor([1, 2, 3, 4, 0, 5, 6, 7, 8, 9])  # what class i is called by the teacher
     (finding,) = preflight._class_order(predictions(target, order[guess], 10), classes)
     there = 100 * (guess == target)[1::2].double().mean().item()
-    assert f"in another order it is right on {there:.2f} %" in finding.found
+    assert finding.found.startswith(f"top-1 {there:.2f} % with its classes in another order")
     named = [
-        f"class {label}, 'name {label}', is number {order[label]} to the teacher"
+        f"class {label}, 'name {label}', is output {order[label]} of the teacher"
         for label in range(5)
     ]
     assert any(name in finding.found for name in named)
@@ -173,8 +175,8 @@ def test_what_chance_would_mend_is_no_other_order():
 def test_a_poor_teacher_without_a_record_is_told(tmp_path):
     checkpoint.save_weights(tmp_path / "new.safetensors", MODELS["resnet8"].build(10).network, {})
     findings = preflight.examine(tiny(tmp_path, tmp_path / "new.safetensors"))
-    (finding,) = told(findings, "wrong")
-    assert "none is recorded, guessing gives 10.00 %" in finding.found
+    (finding,) = with_verdict(findings, "error")
+    assert "none is recorded, chance is 10.00 %" in finding.found
 
 
 @pytest.mark.parametrize(
@@ -190,17 +192,17 @@ def test_a_teacher_of_other_classes_is_a_finding(tmp_path, monkeypatch, classes,
     path = tmp_path / "teacher.safetensors"
     checkpoint.save_weights(path, MODELS["resnet8"].build(10).network, {"classes": classes})
     last = preflight.examine(tiny(tmp_path, path))[-1]
-    assert (last.part, last.verdict) == ("teacher", "wrong")
+    assert (last.part, last.verdict) == ("teacher", "error")
     assert message in last.found
 
 
 def test_weights_that_cannot_be_had_are_a_finding(taught, tmp_path):
     missing = preflight.examine(tiny(tmp_path, tmp_path / "absent.pth"))[-1]
-    assert (missing.part, missing.verdict) == ("teacher", "wrong")
+    assert (missing.part, missing.verdict) == ("teacher", "error")
     assert missing.found == f"{tmp_path / 'absent.pth'}: No such file or directory"
     other = {"model": "resnet14", "checkpoint": str(taught)}
     misfit = preflight.examine(tiny(tmp_path, teacher=other))[-1]
-    assert (misfit.part, misfit.verdict) == ("teacher", "wrong")
+    assert (misfit.part, misfit.verdict) == ("teacher", "error")
     assert "does not fit this network" in misfit.found
 
 
@@ -209,7 +211,7 @@ def test_a_teacher_that_answers_with_nan_is_a_finding(tmp_path):
     network.fc.bias.data.fill_(torch.nan)
     checkpoint.save_weights(tmp_path / "nan.safetensors", network, {})
     last = preflight.examine(tiny(tmp_path, tmp_path / "nan.safetensors"))[-1]
-    assert (last.part, last.verdict) == ("teacher", "wrong")
+    assert (last.part, last.verdict) == ("teacher", "error")
     assert "NaN" in last.found
 
 
@@ -217,8 +219,8 @@ def test_a_teacher_that_is_not_trained_yet_is_not_trained(tmp_path):
     model = recipe.load("digits/teacher").student.model
     section = {"model": model, "recipe": "digits/teacher"}
     last = preflight.examine(tiny(tmp_path, teacher=section))[-1]
-    assert (last.part, last.verdict) == ("teacher", "look")
-    assert last.found == "digits/teacher trains it first"
+    assert (last.part, last.verdict) == ("teacher", "warning")
+    assert last.found == "not trained yet, by digits/teacher"
     assert not [*tmp_path.iterdir()]
 
 
@@ -235,9 +237,9 @@ def test_a_pretrained_teacher_is_asked(taught, tmp_path, monkeypatch):
     monkeypatch.setattr(factory, "published", lambda name: published)
     monkeypatch.setattr(factory, "build", build)
     findings = preflight.examine(tiny(tmp_path, teacher={"model": "resnet8", "pretrained": True}))
-    assert not told(findings, "wrong")
-    (finding,) = told(findings, "look")
-    assert "none is recorded, guessing gives 10.00 %" in finding.found
+    assert not with_verdict(findings, "error")
+    (finding,) = with_verdict(findings, "warning")
+    assert "none is recorded, chance is 10.00 %" in finding.found
 
 
 class Rim(torch.nn.Module):
@@ -286,15 +288,15 @@ def rimmed(tmp_path, monkeypatch):
 
 
 def test_another_crop_is_found_and_named(rimmed):
-    wrong = told(preflight.examine(rimmed()), "wrong")
-    assert [finding.part for finding in wrong] == ["teacher", "crop"]
-    assert wrong[1].found == "of the middle 1 of each picture it is right on 100.00 %"
-    assert wrong[1].advice == "set data.crop=1"
-    assert not told(preflight.examine(rimmed(crop=1)), "wrong")  # the advice is a change
+    errors = with_verdict(preflight.examine(rimmed()), "error")
+    assert [finding.part for finding in errors] == ["teacher", "crop"]
+    assert errors[1].found == "top-1 100.00 % on center crops of 1"
+    assert errors[1].advice == "set data.crop=1"
+    assert not with_verdict(preflight.examine(rimmed(crop=1)), "error")  # the advice is a change
 
 
 def test_where_pictures_are_shown_whole_no_crop_is_tried(rimmed):
-    assert not told(preflight.examine(rimmed(padding=1)), "wrong")
+    assert not with_verdict(preflight.examine(rimmed(padding=1)), "error")
 
 
 # --- Data ----------------------------------------------------------------------------------------
@@ -307,8 +309,8 @@ def test_a_class_without_images_is_told(tmp_path, monkeypatch):
     lacking = replace(data, train=train, classes=[f"name {label}" for label in range(10)])
     monkeypatch.setattr("topkd.training.build.DATA", DATA | {"digits": lambda: lacking})
     findings = preflight.examine(tiny(tmp_path, tmp_path / "absent.pth"))
-    assert findings[0].verdict == "wrong"
-    assert "no student learns name 3:" in findings[0].advice
+    assert findings[0].verdict == "error"
+    assert "no training images of name 3:" in findings[0].advice
 
 
 def test_odd_images_are_told_with_what_they_are(tmp_path, monkeypatch):
@@ -319,16 +321,14 @@ def test_odd_images_are_told_with_what_they_are(tmp_path, monkeypatch):
     data = replace(digits(), train=images, mean=images.mean, std=images.std)
     monkeypatch.setattr("topkd.training.build.DATA", DATA | {"digits": lambda: data})
     finding = preflight.examine(tiny(tmp_path, tmp_path / "absent.pth"))[2]
-    assert finding.verdict == "look"
-    assert finding.found == (
-        "normalized images have mean -5.00 -5.00 -5.00 and deviation 2.00 2.00 2.00"
-    )
+    assert finding.verdict == "warning"
+    assert finding.found == ("normalized images have mean -5.00 -5.00 -5.00 and std 2.00 2.00 2.00")
     assert finding.advice.endswith("'data.mean=[0.4,0.4,0.4]' 'data.std=[0.2,0.2,0.2]'")
 
 
 def test_batches_that_cannot_be_filled_are_told(taught, tmp_path):
     findings = preflight.examine(tiny(tmp_path, taught, batch_size=2000))
-    (finding,) = told(findings, "wrong")
+    (finding,) = with_verdict(findings, "error")
     assert finding.part == "batches"
     assert findings[-1].part == "teacher"  # and no run is tried
 
@@ -339,7 +339,7 @@ def test_batches_that_cannot_be_filled_are_told(taught, tmp_path):
 def test_a_loss_that_the_taps_do_not_suit_is_told_in_its_own_words(taught, tmp_path):
     losses = [{"name": "ce"}, {"name": "fsp", "label": "flow"}]
     findings = preflight.examine(tiny(tmp_path, taught, losses=losses, controls={"ce": losses[:1]}))
-    (finding,) = told(findings, "wrong")
+    (finding,) = with_verdict(findings, "error")
     assert finding.part == "losses of student"
     assert finding.found.startswith("losses.flow: fsp needs as many channels in the student as")
     times = [finding.found for finding in findings if finding.part == "time"]
@@ -350,8 +350,8 @@ def test_a_loss_that_the_taps_do_not_suit_is_told_in_its_own_words(taught, tmp_p
 
 def test_an_approximator_is_not_trained_but_its_fidelity_is_told(taught, tmp_path):
     experiment = tiny(tmp_path, taught, losses=[{"name": "ce"}, RIPSNET])
-    (finding,) = told(preflight.examine(experiment), "look")
-    assert finding.found.startswith("topkd has to learn from the teacher first")
+    (finding,) = with_verdict(preflight.examine(experiment), "warning")
+    assert finding.found.startswith("topkd must first be fitted to the teacher")
     assert not [*tmp_path.iterdir()]
     experiment.fit_losses()
     before = everything_in(tmp_path)
@@ -360,25 +360,25 @@ def test_an_approximator_is_not_trained_but_its_fidelity_is_told(taught, tmp_pat
         "r2"
     ]
     (finding,) = [finding for finding in findings if "explains" in finding.found]
-    assert f"the approximator of topkd explains {max(r2, 0):.0%} of what" in finding.found
-    assert finding.verdict == ("look" if r2 < 0.5 else "good")
+    assert f"the approximator of topkd explains {max(r2, 0):.0%} of the" in finding.found
+    assert finding.verdict == ("warning" if r2 < 0.5 else "ok")
     assert everything_in(tmp_path) == before
 
 
 def test_a_term_that_is_too_light_is_told_unless_it_is_meant_to_be(taught, tmp_path):
     light, none = ([{"name": "ce"}, {"name": "kd", "weight": weight}] for weight in (1e-9, 0.0))
     findings = preflight.examine(tiny(tmp_path, taught, losses=light, controls={"none": none}))
-    (finding,) = told(findings, "look")
+    (finding,) = with_verdict(findings, "warning")
     assert finding.part == "losses of student"
-    assert finding.found.startswith("at the beginning kd carries 0.00% of the gradient")
+    assert finding.found.startswith("in the first steps, kd carries 0.00% of the gradient")
     assert finding.advice == "give it more weight, or a share"
 
 
 @pytest.mark.parametrize(
     ("error", "found", "advice"),
     [
-        (RuntimeError("a must match b"), "a must match b", "other taps or options, or another"),
-        (torch.OutOfMemoryError("no"), "a step of student does not fit", "make batch_size smaller"),
+        (RuntimeError("a must match b"), "a must match b", "use other taps or options, or"),
+        (torch.OutOfMemoryError("no"), "a step of student does not fit", "reduce batch_size"),
     ],
 )
 def test_a_step_that_fails_is_told(taught, tmp_path, monkeypatch, error, found, advice):
@@ -386,7 +386,7 @@ def test_a_step_that_fails_is_told(taught, tmp_path, monkeypatch, error, found, 
         raise error
 
     monkeypatch.setattr("topkd.losses.KD.forward", fail)
-    (finding,) = told(preflight.examine(tiny(tmp_path, taught)), "wrong")
+    (finding,) = with_verdict(preflight.examine(tiny(tmp_path, taught)), "error")
     assert finding.found == found
     assert finding.advice.startswith(advice)
 
@@ -402,7 +402,7 @@ def test_an_epoch_takes_its_steps_and_its_judging(taught, tmp_path, monkeypatch)
     (finding,) = [finding for finding in findings if finding.part == "time"]
     # 1257 images are 39 batches of 32: 39 + 1.08 seconds, and four times that
     assert finding.found == (
-        "an epoch takes about 40.1 seconds (student) here; 4 epochs of each: 2.7 minutes a seed"
+        "about 40.1 seconds (student) per epoch; 4 epochs of all runs: 2.7 minutes per seed"
     )
 
 

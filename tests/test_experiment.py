@@ -257,7 +257,7 @@ def taught(tiny):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_kept_answers_teach_the_same_to_rounding(taught, tmp_path, precision):
+def test_teacher_cache_teach_the_same_to_rounding(taught, tmp_path, precision):
     learned = {}
     for cache in (False, True):
         tree = TINY | {"name": f"cache {cache}", "precision": precision, "epochs": 1}
@@ -301,7 +301,7 @@ def test_answers_of_a_teacher_that_sees_otherwise_are_kept_apart(taught, tmp_pat
         teacher = taught | {"cache": True} | changes
         tree = TINY | {"teacher": teacher, "controls": {}, "losses": TINY["controls"]["kd"]}
         experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
-        folders |= {experiment._kept_answers(seed).folder for seed in (0, 1)}
+        folders |= {experiment._teacher_cache(seed).folder for seed in (0, 1)}
     assert len(folders) == 6
 
 
@@ -340,11 +340,11 @@ def test_a_loss_is_built_for_batches_as_they_are_with_two_views(taught, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": TINY["data"] | {"mixup": 0.2}}, "teacher.cache: answers are kept image by image"),
-        ({"data": TINY["data"] | {"views": 2}}, "teacher.cache: answers are kept image by image"),
+        ({"data": TINY["data"] | {"mixup": 0.2}}, "teacher.cache: the cache stores features per"),
+        ({"data": TINY["data"] | {"views": 2}}, "teacher.cache: the cache stores features per"),
         (
             {"losses": [{"name": "ce"}, {"name": "at"}]},
-            r"losses\[1\]: at reads more of the teacher than",
+            r"losses\[1\]: at reads feature maps or taps",
         ),
     ],
 )

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -377,3 +379,21 @@ def test_who_waits_for_a_lock_says_so(tmp_path):
             waiting.join(0.01)
     waiting.join()
     assert said == ["second"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks whether a process runs")
+def test_what_a_killed_write_left_goes_with_the_next_write(tmp_path):
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    ).stdout.strip()
+    machine = files._owner().partition("-")[0]
+    names = (f"{machine}-{dead}", f"{machine}-{os.getpid()}", f"000000-{dead}")
+    for name in names:
+        (tmp_path / f".a.json.{name}.abc.tmp").write_bytes(b"half")
+    files.write(tmp_path / "a.json", "{}")
+    left = {path.name for path in tmp_path.glob(".a.json.*.tmp")}
+    # Those of a process that runs, and of another machine, may still be written.
+    assert left == {f".a.json.{name}.abc.tmp" for name in names[1:]}

@@ -629,7 +629,7 @@ def test_a_transformer_is_built_for_the_images_and_evaluated_again(tmp_path, mon
         ),
         (
             {"teacher": {"model": "torchvision:resnet18", "pretrained": True, "checkpoint": "a"}},
-            "teacher: is pretrained, or has a checkpoint or a recipe; give one of them",
+            "teacher: pretrained excludes checkpoint and recipe; set only one of them",
         ),
         ({"teacher": {"model": "torchvision:resnet18"}}, "teacher: needs a checkpoint"),
         (
@@ -648,7 +648,7 @@ def test_recipes_that_cannot_be_are_refused_before_any_work(tmp_path, section, m
 def test_a_pretrained_teacher_must_know_the_classes_and_the_size(tmp_path, monkeypatch, published):
     teacher = {"model": "timm:test_vit", "pretrained": True}
     tree = TREE | {"student": {"model": "resnet8x0.25"}, "teacher": teacher}
-    message = "timm:test_vit tells 1000 classes apart, digits has 10; train it on them"
+    message = "timm:test_vit has 1000 classes, digits has 10; train it on them"
     with pytest.raises(RecipeError, match=f"teacher.pretrained: {message}"):
         _ = Experiment(recipe.parse(tree), tmp_path, QUIET).teacher
 

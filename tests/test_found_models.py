@@ -284,7 +284,7 @@ def test_a_public_network_is_evaluated_by_its_name_alone(here, call):
     assert json.loads(call("evaluate", "swa.pth", *words)[1]) == json.loads(out)
     pictures(here / "three", 3)
     status, _, err = call("evaluate", "resnet20.th", *words[:-2], "three")
-    message = "topkd: cifar_resnet:resnet20 answers with 10 logits, folder three has 3 classes\n"
+    message = "topkd: cifar_resnet:resnet20 returns 10 logits, folder three has 3 classes\n"
     assert (status, err) == (2, message)
 
 
@@ -315,7 +315,7 @@ def test_a_size_that_a_network_cannot_take_is_told_with_the_network(here, call):
     data = ("data.name=folder", "data.root=.", "data.size=64", "data.limit=null")
     status, _, err = call("check", "own.yaml", *data, "losses=[{name: ce}]", "controls={}")
     assert status == 2
-    assert err.startswith("topkd: student: cannot take images of 64 px: mat1 and mat2 shapes")
+    assert err.startswith("topkd: student: does not accept images of 64 px: mat1 and mat2 shapes")
 
 
 TREE = {

@@ -206,7 +206,7 @@ def test_another_number_of_processes_is_refused(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "was trained by 2 processes, and now there are 1" in done.stderr
+    assert "was trained with 2 processes, now there are 1" in done.stderr
 
 
 FROM_ANOTHER_FOLDER = """

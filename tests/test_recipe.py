@@ -180,7 +180,7 @@ WRONG = {
     ),
     "half of a normalization": (
         changed(teacher={"model": "a", "checkpoint": "b", "mean": [0.5, 0.5, 0.5]}),
-        "teacher: mean and std go together",
+        "teacher: mean and std must be set together",
     ),
     "a mean of two channels": (
         changed(teacher={"model": "a", "checkpoint": "b", "mean": [0.5, 0.5], "std": [1, 1, 1]}),
@@ -376,7 +376,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     (tmp_path / "twice.yaml").write_text(
         "epochs: 1\ndata: {name: digits}\nepochs: 2\n", encoding="utf-8"
     )
-    with pytest.raises(RecipeError, match="the key 'epochs' stands twice"):
+    with pytest.raises(RecipeError, match="the key 'epochs' appears twice"):
         recipe.load(str(tmp_path / "twice.yaml"))
 
 
@@ -393,13 +393,13 @@ BOMB = "a0: &a0 [1, 1]\n" + "".join(
         ("[" * 3000, "is nested too deep"),
         ("{a: " * 3000, "is nested too deep"),
         ("a: " + "[" * 200 + "]" * 200, "is nested too deep"),
-        ("a: &a [*a]", "what begins in line 1 contains itself"),
-        ("a: &a {b: *a}", "what begins in line 1 contains itself"),
-        ("? [1, 2]\n: 3", "the key [1, 2] in line 1 is no text; quote it"),
-        ("7: 3", "the key 7 in line 1 is no text; quote it"),
-        ("on: 3", "the key True in line 1 is no text; quote it"),
+        ("a: &a [*a]", "the node in line 1 contains itself"),
+        ("a: &a {b: *a}", "the node in line 1 contains itself"),
+        ("? [1, 2]\n: 3", "the key [1, 2] in line 1 is not text; quote it"),
+        ("7: 3", "the key 7 in line 1 is not text; quote it"),
+        ("on: 3", "the key True in line 1 is not text; quote it"),
         ("epochs: !!int abc", "invalid literal for int"),
-        ("epochs: 1\nepochs: 2", "the key 'epochs' stands twice, again in line 2"),
+        ("epochs: 1\nepochs: 2", "the key 'epochs' appears twice, again in line 2"),
         ("a: [", "expected the node content, but found '<stream end>' in line 1, column 5"),
         ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
         ("a: \x07", "special characters are not allowed"),
@@ -454,7 +454,7 @@ def test_many_epochs_are_checked_at_once():
     terms = [{"name": "ce", "stop": 5_000_000}, {"name": "kd", "start": 5_000_001}]
     assert recipe.parse(PLAIN | {"losses": terms, "epochs": 9_999_999}).epochs == 9_999_999
     terms[1]["start"] += 1
-    with pytest.raises(RecipeError, match="no term with a weight counts in epoch 5000001"):
+    with pytest.raises(RecipeError, match="no term with a weight is active in epoch 5000001"):
         recipe.parse(PLAIN | {"losses": terms, "epochs": 9_999_999})
 
 

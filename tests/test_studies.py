@@ -103,11 +103,11 @@ def test_changes_replace_what_the_file_says(file):
     ("changes", "message"),
     [
         ({"baseline": "kdd"}, "baseline: there is no variant 'kdd'; did you mean 'kd'"),
-        ({"seeds": [1, 1]}, "seeds: 1 is there twice"),
+        ({"seeds": [1, 1]}, "seeds: 1 appears twice"),
         ({"seeds": "0-x"}, "expected numbers such as 0,1,2 or 0-9, got '0-x'"),
         ({"grid": {"dkd.beta": [1, 2]}}, "grid: no variant has a term 'dkd'"),
         ({"variants": STUDY["variants"] | {"new": {"of": "topk"}}}, "no variant 'topk'; did you"),
-        ({"variants": {"kd": {"of": "b"}, "b": {"of": "kd"}}}, "is a circle"),
+        ({"variants": {"kd": {"of": "b"}, "b": {"of": "kd"}}}, "is a circular reference"),
         ({"variants": STUDY["variants"] | {"new": {"addd": []}}}, "addd"),
         ({"settings": {"few": {"data.limit": 0}}}, "few, variant kd: .*limit"),
         ({"recipe": "nowhere"}, "there is no recipe 'nowhere'"),
@@ -196,7 +196,7 @@ class Failing(Local):
 def test_results_of_another_recipe_are_refused(file, tmp_path):
     run(studies.load(file, ("seeds=0",)), tmp_path / "runs", Local(1), QUIET)
     changed = studies.load(file, ("seeds=0", "set={epochs: 3}"))
-    with pytest.raises(ValueError, match=r"is of another recipe .* give the study another name"):
+    with pytest.raises(ValueError, match=r"belongs to another recipe .* rename the study"):
         run(changed, tmp_path / "runs", Local(1), QUIET)
 
 

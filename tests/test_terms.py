@@ -50,15 +50,18 @@ def test_a_weight_follows_its_schedule(options, expected):
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
-        ([{"name": "ce", "stop": 9}], "losses: no term with a weight counts in epoch 10"),
-        ([{"name": "ce", "weight": 0}], "losses: no term with a weight counts in epoch 1"),
-        ([{"name": "ce", "share": 0.5}], "losses: shares must leave something"),
+        ([{"name": "ce", "stop": 9}], "losses: no term with a weight is active in epoch 10"),
+        ([{"name": "ce", "weight": 0}], "losses: no term with a weight is active in epoch 1"),
+        ([{"name": "ce", "share": 0.5}], "losses: the sum of shares must be below 1"),
         (
             [{"name": "ce"}, {"name": "kd", "share": 0.6}, {"name": "topkd", "share": 0.4}],
-            "losses: shares must leave something to a term with a weight",
+            "losses: the sum of shares must be below 1",
         ),
-        ([{"name": "ce"}, {"name": "kd", "share": 0.6, "weight": 2}], r"losses\[1\]: share stands"),
-        ([{"name": "ce", "start": 4, "stop": 3}], r"losses\[0\]: stop \(3\) comes before start"),
+        (
+            [{"name": "ce"}, {"name": "kd", "share": 0.6, "weight": 2}],
+            r"losses\[1\]: share replaces",
+        ),
+        ([{"name": "ce", "start": 4, "stop": 3}], r"losses\[0\]: stop \(3\) is before start"),
         ([{"name": "ce"}, {"name": "ce"}], "losses: ce appears twice; give a label to each"),
     ],
 )
@@ -214,7 +217,7 @@ def test_silent_and_redundant_terms_are_told():
     lines = warnings({"ce": 0.9, "topkd": 0.0009}, {"ce|kd": 0.995, "ce|topkd": -0.999})
     assert len(lines) == 2
     assert lines[0].startswith("topkd carries 0.09% of the gradient")
-    assert lines[1].startswith("ce and kd ask for the same")
+    assert lines[1].startswith("ce and kd are redundant")
     assert warnings({"ce": 0.5, "kd": 0.5}, {"ce|kd": 0.5}) == []
 
 

@@ -82,7 +82,7 @@ def test_a_head_that_no_term_trains_is_told():
         student, None, losses, data(), settings, 0, Runtime.of(settings, 64), Progress(quiet=True)
     )
     with pytest.raises(
-        ValueError, match="has a distillation head, which judges along, and no term"
+        ValueError, match="has a distillation head, which contributes to predictions, but no"
     ):
         one.step(a_batch(), 1, Sums(), measure=False)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,21 +17,22 @@ from filelock import FileLock, Timeout
 
 SEAL = "sha256"
 """Key of the hash in sealed JSON."""
-_UNFINISHED = ".tmp"  # ends the name of a file that is being written
+_UNFINISHED = ".tmp"  # suffix of a file that is being written
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """Writes a file so that a reader finds the old content or the new, never a part.
+    """Writes a file atomically: a reader finds either the old content or the new.
 
-    The content is written to a temporary file beside it and synced to the disk; the file is then
-    renamed, and its folder synced.
+    The content is written to a temporary file in the same folder and synced. The file is then
+    renamed, and the folder is synced.
 
     Raises:
-        OSError: If it cannot be written; what was there before is untouched.
+        OSError: If the file cannot be written. The old content is kept.
     """
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(_UNFINISHED, f".{path.name}.", path.parent)
+    _delete_orphans(path)
+    handle, name = tempfile.mkstemp(_UNFINISHED, f".{path.name}.{_owner()}.", path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -45,22 +48,48 @@ def write(path: Path, content: bytes | str) -> None:
         raise
 
 
+def _owner() -> str:
+    """Names this process in temporary files: its machine and its number there."""
+    return f"{sha256(platform.node().encode())[:6]}-{os.getpid()}"
+
+
+def _delete_orphans(path: Path) -> None:
+    """Deletes temporary files for the same path whose process on this machine has been killed."""
+    machine = _owner().partition("-")[0]
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{machine}-*{_UNFINISHED}"):
+        number = left.name.removeprefix(f".{path.name}.{machine}-").partition(".")[0]
+        if number.isdigit() and not _is_alive(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":  # where a signal of 0 is no question
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user, or a system that cannot say
+        return True
+    return True
+
+
 def refuse_deleted(folder: Path) -> None:
-    """Ends work whose folder somebody has deleted: :func:`write` would make a part of it anew.
+    """Raises an error if a run's folder was deleted; :func:`write` would recreate it incomplete.
 
     Raises:
-        FileNotFoundError: If it is not there any more.
+        FileNotFoundError: If the folder does not exist.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder} was deleted while it was written to; the same command begins it anew"
+            f"{folder} was deleted during the run; rerun the command to start again"
         )
 
 
 def sweep(folder: Path) -> None:
-    """Deletes what writes that were killed have left in a folder and below it.
+    """Deletes temporary files of killed processes in a folder and its subfolders.
 
-    The caller holds the lock of the folder, so that nobody else is writing there.
+    The caller must hold the lock of the folder.
     """
     for path in folder.rglob(f".*{_UNFINISHED}"):
         path.unlink(missing_ok=True)
@@ -68,12 +97,12 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
-    """Holds a lock while work is done that no other process may do at the same time.
+    """Holds the lock of a path, so that no other process works on it at the same time.
 
-    A lock ends with its process, however that ends.
+    The lock is released when its process ends, even if it is killed.
 
     Args:
-        path: What is worked on. The lock is a hidden file beside it, which stays.
+        path: File or folder to lock. The lock is a hidden file beside it and is not deleted.
         wait: Called once if another process holds the lock, before waiting for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +119,7 @@ def locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON for people and machines."""
+    """Writes a value as indented JSON."""
     write(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -98,7 +127,7 @@ def read_json(path: Path) -> Any:
     """Reads JSON.
 
     Raises:
-        ValueError: If the file does not hold JSON; the message names it.
+        ValueError: If the file is not JSON; the message names it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -107,16 +136,16 @@ def read_json(path: Path) -> Any:
 
 
 def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a mapping as JSON with a hash of it, by which a change is noticed."""
+    """Writes a mapping as JSON, together with its hash."""
     plain = json.loads(json.dumps(dict(values)))
     write_json(path, plain | {SEAL: _seal(plain)})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Reads what :func:`write_sealed` wrote.
+    """Reads a file written by :func:`write_sealed`.
 
     Raises:
-        ValueError: If the file was altered or is something else; the message names it.
+        ValueError: If the file was altered or has no hash; the message names it.
     """
     values = read_json(path)
     if not isinstance(values, dict) or values.pop(SEAL, None) != _seal(values):
@@ -125,25 +154,25 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def write_checked(path: Path, content: bytes) -> None:
-    """Writes a file, and beside it a small one with its hash; it is complete with both."""
+    """Writes a file, then a second file with its hash; with both, it is complete."""
     write(path, content)
     write_sealed(_beside(path), {"hash": sha256(content)})
 
 
 def is_complete(path: Path) -> bool:
-    """Tests whether :func:`write_checked` has written a file to the end."""
+    """Tests whether :func:`write_checked` has completed a file."""
     return path.exists() and _beside(path).exists()
 
 
 def read_checked(path: Path) -> bytes:
-    """Reads what :func:`write_checked` wrote; a file without a hash beside it is not checked.
+    """Reads a file written by :func:`write_checked`; without a hash file, it is not checked.
 
     Raises:
         ValueError: If the file was altered; the message names it.
     """
     content = path.read_bytes()
     if _beside(path).exists() and read_sealed(_beside(path))["hash"] != sha256(content):
-        raise ValueError(f"{path} was altered; delete it, and it is made again")
+        raise ValueError(f"{path} was altered; delete it to create it again")
     return content
 
 
@@ -156,12 +185,12 @@ def check_hashes(folder: Path, recorded: Mapping[str, str], *, need_all: bool = 
     """Compares files with their recorded hashes.
 
     Args:
-        folder: Where they are.
+        folder: Folder of the files.
         recorded: Name -> hash.
-        need_all: Whether a file may not be missing.
+        need_all: Whether a missing file is an error.
 
     Raises:
-        ValueError: If a file was altered, or is missing and may not be; the message names it.
+        ValueError: If a file was altered, or is missing and required; the message names it.
     """
     for name, expected in recorded.items():
         path = folder / name
@@ -173,12 +202,12 @@ def check_hashes(folder: Path, recorded: Mapping[str, str], *, need_all: bool = 
 
 
 def sha256(content: bytes) -> str:
-    """Computes the hash by which files are recognized."""
+    """Computes the SHA-256 of bytes."""
     return hashlib.sha256(content).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
-    """Computes the same hash of a file that may be larger than the memory."""
+    """Computes the SHA-256 of a file without loading it into memory."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -187,7 +216,7 @@ def sha256_of(path: Path) -> str:
 
 
 def json_lines(values: Iterable[Any]) -> str:
-    """Writes values as JSON, one on each line."""
+    """Formats values as JSON Lines."""
     return "".join(json.dumps(value) + "\n" for value in values)
 
 
@@ -200,7 +229,7 @@ def _seal(values: Any) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Makes a rename survive a power cut; Windows does so by itself and opens no folder."""
+    """Syncs a folder, so that a rename survives a power failure; Windows needs no sync."""
     if os.name != "nt":
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Files of ``torch.save``, read without running any code in them."""
+"""Safe loading of ``torch.save`` files: no code in them is run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-# What published checkpoints hold beside tensors: an accuracy as a NumPy number, and the options of
-# the command line, whose class keeps what it is given as attributes and runs nothing.
+# Harmless objects in published checkpoints: an accuracy as a NumPy scalar, and command-line options
+# as argparse.Namespace, which only stores attributes.
 _SCALAR: Any = np.float64(0).__reduce__()[0]
 _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
@@ -28,20 +28,20 @@ _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 class _CompressedError(ValueError):
-    """An archive that would become larger than its file."""
+    """Raised for a compressed archive, which could expand far beyond the size of its file."""
 
 
 def read(file: IO[bytes], origin: str) -> Any:
-    """Reads what ``torch.save`` wrote, as far as it is tensors and plain values.
+    """Reads tensors and plain values from a ``torch.save`` file.
 
-    It takes no more memory than the size of the file suggests.
+    Compressed archives are rejected, so memory use is bounded by the size of the file.
 
     Args:
-        file: Open for reading, at its beginning.
-        origin: Its name, for the messages.
+        file: File opened for reading, at its start.
+        origin: Name of the file, for messages.
 
     Raises:
-        ValueError: If it holds code, is compressed, or is not whole.
+        ValueError: If the file contains code, is compressed, or is incomplete.
     """
     try:
         with torch.serialization.safe_globals(_HARMLESS):
@@ -49,22 +49,23 @@ def read(file: IO[bytes], origin: str) -> Any:
             return torch.load(plain, map_location="cpu", weights_only=True)
     except _CompressedError:
         raise
-    except Exception as error:  # whatever a file of unknown origin provokes in the unpickler
+    except Exception as error:  # an untrusted file can cause any error in the unpickler
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and code:
             raise ValueError(
                 f"{origin} is refused: to load it would run {code[1]}; "
                 "only tensors and plain values are loaded"
             ) from error
-        raise ValueError(f"{origin} is not a whole checkpoint of PyTorch") from error
+        raise ValueError(f"{origin} is not a complete PyTorch checkpoint") from error
 
 
 def _uncompressed(file: IO[bytes], origin: str) -> IO[bytes]:
-    """Copies an archive, and refuses one whose members are compressed, which PyTorch's never are.
+    """Copies an archive; rejects one with compressed members, which PyTorch never writes.
 
-    Two readers can find different sizes in one file. Of the copy torch finds those checked here.
+    Two zip readers can find different sizes in the same file. In the copy, torch finds the sizes
+    that were checked here.
     """
-    is_zip = file.read(4) == b"PK\x03\x04"  # by which torch tells, too
+    is_zip = file.read(4) == b"PK\x03\x04"  # torch uses the same test
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     if not is_zip:
@@ -72,11 +73,11 @@ def _uncompressed(file: IO[bytes], origin: str) -> IO[bytes]:
     copy = io.BytesIO()
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copy, "w") as plain:
         members = archive.infolist()
-        whole = sum(member.file_size for member in members)
-        if whole > size or any(m.compress_type != zipfile.ZIP_STORED for m in members):
+        declared = sum(member.file_size for member in members)
+        if declared > size or any(m.compress_type != zipfile.ZIP_STORED for m in members):
             raise _CompressedError(
-                f"{origin} is refused: it is a compressed archive, of {size:,} bytes, which hold "
-                f"{whole:,} by its own account; torch.save writes it without compression"
+                f"{origin} is refused: it is a compressed archive: its {size:,} bytes expand to "
+                f"{declared:,}; torch.save does not compress"
             )
         for member in members:
             plain.writestr(member.filename, archive.read(member))

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress output: a bar on a terminal, single lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from topkd._io import files
 
 
 class Progress:
-    """Tells the user what is going on, on standard error.
+    """Prints progress and messages to standard error.
 
     Args:
-        quiet: Whether to tell nothing.
+        quiet: Whether to suppress all output.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        # Of several processes only the first speaks.
+        # With several processes, only rank 0 prints.
         quiet = quiet or os.environ.get("RANK", "0") != "0"
         self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Prints a permanent line."""
         self._console.print(text, markup=False)
 
     @contextmanager
     def alone(self, path: Path) -> Iterator[None]:
-        """Holds a lock while something is made; says so when another process holds it."""
-        with files.locked(path, lambda: self.say(f"waiting for another process to make {path}")):
+        """Holds the lock of a path; prints a message while another process holds it."""
+        with files.locked(path, lambda: self.say(f"waiting for another process to release {path}")):
             yield
 
     @contextmanager
     def bar(self, title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-        """Shows a bar with the rate and the time left while work is done.
+        """Shows a progress bar with the rate and the remaining time.
 
         Args:
-            title: What is being done.
-            total: How many units there are.
-            unit: What is counted, in the plural.
+            title: Description of the task.
+            total: Number of units.
+            unit: Name of the unit, in the plural.
 
         Yields:
-            A function that advances the bar by so many units and, where its second argument is
-            not empty, tells the latest news: beside the bar, or as a line without a terminal.
+            A function ``(amount, news)`` that advances the bar by ``amount`` units. A non-empty
+            ``news`` is shown beside the bar, or printed as a line if there is no terminal.
         """
         if not self._console.is_terminal:
             yield lambda amount, news: self.say(f"{title}: {news}") if news else None

@@ -1,4 +1,4 @@
-"""Safetensors files with a hash of their tensors and of what they say of themselves."""
+"""Safetensors files with a hash of their tensors and metadata."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 KEY = "topkd"
-"""Key of the metadata of our files: one, since safetensors writes several in any order."""
+"""Metadata key of our files. It is a single key, since safetensors does not keep their order."""
 
 
 def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
-    """Writes tensors as safetensors, with a description and a hash of both in the metadata.
+    """Writes tensors as safetensors; the metadata hold a description and a hash of both.
 
     Args:
         tensors: Name -> tensor.
-        about: Description, of values that JSON has.
+        about: Description, made of JSON values.
 
     Examples:
         >>> content = pack({"a": torch.ones(2)}, {"is": "an example"})
@@ -33,35 +33,35 @@ def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
         ValueError: here was altered: its sha256 does not match its content
     """
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    told = json.loads(json.dumps(dict(about)))
-    metadata = json.dumps({"about": told, "sha256": _seal(plain, told)})
+    description = json.loads(json.dumps(dict(about)))
+    metadata = json.dumps({"about": description, "sha256": _seal(plain, description)})
     return save_safetensors(plain, {KEY: metadata})
 
 
 def unpack(content: bytes, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads what :func:`pack` wrote, or safetensors of others, which have no hash.
+    """Reads a file written by :func:`pack`, or a plain safetensors file, which has no hash.
 
     Args:
-        content: Of the file.
-        origin: Its name, for the messages.
+        content: Content of the file.
+        origin: Name of the file, for messages.
 
     Returns:
-        The tensors and the description; of files of others, an empty one.
+        The tensors and the description, which is empty for a plain safetensors file.
 
     Raises:
-        ValueError: If it is not whole, or was altered.
+        ValueError: If the file is incomplete or was altered.
     """
     try:
         tensors = load_safetensors(content)
     except SafetensorError as error:
-        raise ValueError(f"{origin} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{origin} is not a complete safetensors file: {error}") from error
     size = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
     if KEY not in metadata:
         return tensors, {}
     try:
-        told = json.loads(metadata[KEY])
-        about, seal = told["about"], told["sha256"]
+        sealed = json.loads(metadata[KEY])
+        about, seal = sealed["about"], sealed["sha256"]
         intact = isinstance(about, dict) and seal == _seal(tensors, about)
     except (ValueError, KeyError, TypeError, RecursionError):
         intact = False

@@ -1,4 +1,4 @@
-"""Resumable state of training, with a hash by which damage is noticed."""
+"""Resumable training state, with a hash that detects damaged files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _INDEX = "latest.json"
 
 
 def save(folder: Path, state: Mapping[str, Any]) -> None:
-    """Saves a state; a crash at any moment leaves the last one or this one.
+    """Saves a state atomically: after a crash, either the previous state or this one is valid.
 
-    The state before it is kept too, so that another process can still be reading it.
+    The previous state is kept, since another process may still be reading it.
 
     Args:
-        folder: Where; it holds one training's state.
-        state: Tensors and plain values, and containers of these.
+        folder: Folder for the state of one run.
+        state: Tensors and plain values, or containers of these.
     """
     content = io.BytesIO()
     torch.save(dict(state), content)
@@ -38,26 +38,26 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """Loads what :func:`save` saved last; None if there is nothing.
+    """Loads the state that :func:`save` wrote last; None if there is none.
 
     Raises:
-        ValueError: If a file is not the one that was saved.
+        ValueError: If a file is missing or was altered.
     """
     if not (folder / _INDEX).exists():
         return None
-    again = f"delete {folder} to begin this training again"
+    advice = f"delete {folder} to start this training again"
     try:
         index = files.read_sealed(folder / _INDEX)
     except ValueError as error:
-        raise ValueError(f"{error}; {again}") from error
+        raise ValueError(f"{error}; {advice}") from error
     path = folder / index["file"]
     data = path.read_bytes() if path.exists() else b""
     if files.sha256(data) != index["hash"]:
-        raise ValueError(f"{path} is {'altered' if data else 'missing or empty'}; {again}")
+        raise ValueError(f"{path} is {'altered' if data else 'missing or empty'}; {advice}")
     state: dict[str, Any] = pickles.read(io.BytesIO(data), str(path))
     return state
 
 
 def delete(folder: Path) -> None:
-    """Deletes a state that is not needed any more."""
+    """Deletes a state."""
     shutil.rmtree(folder, ignore_errors=True)

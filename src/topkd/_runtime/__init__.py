@@ -1,1 +1,1 @@
-"""Processor, processes and memory: what the machine does, and what is chosen for it."""
+"""Hardware and process settings: CPU, memory format, allocator, distributed processes."""

@@ -1,4 +1,4 @@
-"""The machine and the versions that numbers are made with."""
+"""Description of the machine and the software versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from topkd._runtime import processor
 
 
 def environment() -> dict[str, Any]:
-    """Describes the machine and the versions that numbers were made with."""
+    """Returns the machine, the settings and the software versions that affect results."""
     return {
         "topkd": topkd.__version__,
         "commit": _commit(),
@@ -39,7 +39,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the source, if it is used from a git checkout."""
+    """Returns the git commit if the package runs from a checkout."""
     folder = Path(__file__).resolve().parent
     if not any((parent / ".git").exists() for parent in folder.parents[:2]):
         return None

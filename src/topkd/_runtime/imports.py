@@ -1,4 +1,4 @@
-"""Code of the user's own, imported by the name of its module."""
+"""Import of user code by module name."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from types import ModuleType
 
 
 def imported(module: str) -> ModuleType:
-    """Imports a module, which may lie in the current folder.
+    """Imports a module, also from the current folder.
 
-    As with ``python -m``, the current folder comes first. Afterwards it comes last: what the code
-    imports while it runs is still found, in processes of its own too, and no file in the folder is
-    taken for a package that we import later.
+    As with ``python -m``, the current folder comes first in ``sys.path`` during the import.
+    Afterwards it comes last: later imports of the user's code are still found, in subprocesses too,
+    and no file in the folder shadows an installed package.
 
     Raises:
-        ImportError: If there is no such module, or it cannot be imported.
+        ImportError: If the module does not exist or cannot be imported.
     """
     here = str(Path.cwd())
     importlib.invalidate_caches()

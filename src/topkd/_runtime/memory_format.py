@@ -1,4 +1,4 @@
-"""Memory format in which a network computes convolutions, chosen for the network and its inputs."""
+"""Choice of the memory format for the convolutions of a network."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-BLOCK = 16  # channels in a block of AVX512; of AVX2, 8
+BLOCK = 16  # channels per block with AVX512; 8 with AVX2
 
 
 def memory_format(network: nn.Module) -> torch.memory_format:
-    """Chooses the memory format in which a network and its inputs are safe and fast.
+    """Chooses the fastest memory format that is safe for a network and its inputs.
 
-    Channels-last is faster on every processor. It must not be used where a network holds a dense,
-    strided 1x1 convolution with fewer input channels than a block of the processor's instruction
-    set: there, oneDNN's gradient of the weights writes past the end of a buffer, and the process
-    crashes, hangs or continues with wrong gradients. Such a network needs contiguous weights and
-    contiguous images, since either of them makes a convolution channels-last. For all others,
-    channels-last images are enough.
+    Channels-last is faster on every processor. It is unsafe for a network with a dense, strided
+    1x1 convolution that has fewer input channels than a block of the processor's instruction set:
+    oneDNN's weight gradient then writes past the end of a buffer, and the process crashes, hangs or
+    continues with wrong gradients. Such a network needs both contiguous weights and contiguous
+    images, since either one in channels-last makes the convolution channels-last. For all other
+    networks, channels-last images are sufficient.
 
-    The choice depends on the network alone, so that a run means the same on every machine.
+    The choice depends only on the network, so that a run is defined identically on every machine.
 
     Args:
-        network: Any module. A 1x1 kernel whose stride is not known, because no convolution of
-            torch holds it, counts as strided.
+        network: Any module. A 1x1 kernel outside of torch's convolutions has an unknown stride and
+            counts as strided.
 
     Returns:
-        ``torch.channels_last``, or ``torch.contiguous_format`` for a network as described.
+        ``torch.channels_last``, or ``torch.contiguous_format`` if channels-last is unsafe.
 
     References:
         oneDNN, issue 6035 https://github.com/uxlfoundation/oneDNN/issues/6035
@@ -42,7 +42,7 @@ def memory_format(network: nn.Module) -> torch.memory_format:
 
 
 def formatted(images: Tensor, to: torch.memory_format) -> Tensor:
-    """Lays images or feature maps (n, c, h, w) out in a format; other tensors are not changed."""
+    """Converts images or feature maps (n, c, h, w) to a memory format; returns others unchanged."""
     return images.contiguous(memory_format=to) if images.ndim == 4 else images
 
 

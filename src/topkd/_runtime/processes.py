@@ -1,4 +1,4 @@
-"""Several processes that train one network, started by torchrun or accelerate launch."""
+"""Distributed training with processes started by ``torchrun`` or ``accelerate launch``."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=6)  # for what the first process does alone, such as training a RipsNet
+PATIENCE = timedelta(hours=6)  # time that rank 0 may work alone, e.g. to train a RipsNet
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out")
 
 
 def accelerator() -> Accelerator:
-    """Joins the processes that were started together, on the device of this one.
+    """Initializes distributed training and returns the Accelerator of this process.
 
     Raises:
-        ValueError: If several processes were started and this one would train alone.
+        ValueError: If several processes were started but do not form one group.
     """
-    from accelerate import Accelerator  # takes a second, which who wants one loss need not wait
+    from accelerate import Accelerator  # slow import, not needed to use a loss
     from accelerate.utils import InitProcessGroupKwargs
 
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    # Without a GPU, accelerate joins processes only if it is told to use the CPU.
+    # Without a GPU, accelerate joins processes only with cpu=True.
     joined = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
     started = _started()
     if joined.num_processes < started:
         raise ValueError(
             f"WORLD_SIZE is {started}, but this process trains with {joined.num_processes - 1} "
-            "others, and each would train a network of its own; start them with torchrun"
+            "others, so each would train a separate network; start them with torchrun"
         )
     return joined
 
 
 def count() -> int:
-    """Counts the processes that train together."""
+    """Returns the number of processes that train together."""
     return distributed.get_world_size() if _are_several() else 1
 
 
 def rank() -> int:
-    """Numbers this process among those that train together, from 0."""
+    """Returns the rank of this process, from 0."""
     return distributed.get_rank() if _are_several() else 0
 
 
 def by_first(work: Callable[[], T]) -> T:
-    """Runs ``work`` in the first process alone and returns its result in every process.
+    """Runs ``work`` in rank 0 only and returns its result in every process.
 
-    Only the first process needs the files that ``work`` reads. Where it raises an exception, every
-    process raises it, and none waits for the others.
+    Only rank 0 needs the files that ``work`` reads. If ``work`` raises an exception, every process
+    raises it, and none waits for the others.
 
     Args:
-        work: Returns what can be pickled.
+        work: Function whose result can be pickled.
     """
     if count() == 1:
         return work()
@@ -64,28 +64,28 @@ def by_first(work: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             outcome = [(work(), None)]
-        except Exception as error:  # raised below, by every process
+        except Exception as error:  # raised below in every process
             outcome = [(None, error)]
     distributed.broadcast_object_list(outcome, src=0)
     assert outcome[0] is not None
     value, raised = outcome[0]
     if raised is not None:
         raise raised
-    return value  # type: ignore[return-value]  # where nothing was raised, it is a T
+    return value  # type: ignore[return-value]  # without an exception, it is a T
 
 
 def copy_from_first(tensors: Sequence[Tensor]) -> None:
-    """Overwrites tensors by those of the first process."""
+    """Broadcasts tensors from rank 0, in place."""
     if count() > 1:
         for tensor in tensors:
             distributed.broadcast(tensor, src=0)
 
 
 def of_all(value: T) -> list[T]:
-    """Collects a value of every process, in the order of their ranks.
+    """Gathers a value from every process, ordered by rank.
 
     Args:
-        value: What can be pickled.
+        value: An object that can be pickled.
     """
     if count() == 1:
         return [value]
@@ -95,31 +95,31 @@ def of_all(value: T) -> list[T]:
 
 
 def merge(values: dict[str, str]) -> None:
-    """Adds to a dictionary the entries that it has in the other processes."""
+    """Adds the entries of the same dictionary in other processes, in place."""
     for entries in of_all(values):
         values.update(entries)
 
 
 def share(items: int) -> Tensor:
-    """Lists the part of so many items that this process works on.
+    """Returns the indices of the items that this process works on.
 
-    Every process has equally many, so that the last one may repeat the last item.
+    Every process gets the same number, so the last one may repeat the last item.
     """
     each = -(-items // count())
     return torch.arange(rank() * each, (rank() + 1) * each).clamp(max=items - 1)
 
 
 def joined(part: Tensor, items: int) -> Tensor:
-    """Joins what the processes computed for their :func:`share` of so many items."""
+    """Concatenates the results of all processes for their :func:`share` of the items."""
     return part if count() == 1 else gather(part)[:items]
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes; the gradient of a part is that of the sum, from all processes."""
+    """Sums over processes; the gradient is summed over processes as well."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        total = own.clone(memory_format=torch.contiguous_format)
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total)
         return total
 
@@ -129,12 +129,12 @@ class _Sum(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Joins what all processes have; each gets back the gradient of its part from all of them."""
+    """Concatenates over processes; the gradient of each part is summed over processes."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        parts = [torch.empty_like(own) for _ in range(count())]
-        distributed.all_gather(parts, own)
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(count())]
+        distributed.all_gather(parts, tensor)
         return torch.cat(parts)
 
     @staticmethod
@@ -142,25 +142,25 @@ class _Gather(torch.autograd.Function):
         return _Sum.forward(ctx, gradient).chunk(count())[rank()]
 
 
-def total(own: Tensor) -> Tensor:
+def total(tensor: Tensor) -> Tensor:
     """Sums a tensor over the processes, with gradient."""
-    summed: Tensor = _Sum.apply(own)
+    summed: Tensor = _Sum.apply(tensor)
     return summed
 
 
-def gather(own: Tensor) -> Tensor:
-    """Joins tensors (n, ...) of the processes, equally large, along n, with gradient."""
-    gathered: Tensor = _Gather.apply(own.contiguous())
+def gather(tensor: Tensor) -> Tensor:
+    """Concatenates tensors (n, ...) of equal shape over processes along n, with gradient."""
+    gathered: Tensor = _Gather.apply(tensor.contiguous())
     return gathered
 
 
 def lost(error: Exception) -> bool:
-    """Tests whether an error means that another of the processes has ended."""
+    """Tests whether an error means that another process has ended."""
     return _started() > 1 and any(sign in str(error) for sign in _LOST)
 
 
 def _are_several() -> bool:
-    """Tests whether processes train together, and joins them if they have not yet joined."""
+    """Tests for several processes; initializes the process group if necessary."""
     if not distributed.is_available():
         return False
     if not distributed.is_initialized() and _started() > 1:

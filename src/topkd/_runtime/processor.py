@@ -1,4 +1,4 @@
-"""Instruction set with which oneDNN computes networks on this processor."""
+"""Instruction set that oneDNN uses on this processor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-# In ascending order, as oneDNN names them, with the flag by which torch reports each.
+# Ascending; oneDNN's name -> the CPU flag that torch reports for it.
 _SETS = {
     "SSE41": "sse4_1",
     "AVX": "avx",
@@ -29,17 +29,17 @@ _ALIASES = {
     "AVX10_1_512_AMX": "AVX512_CORE_AMX",
     "AVX10_1_512_AMX_FP16": "AVX512_CORE_AMX_FP16",
 }
-_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # environment variables, the first one counts
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # the first takes precedence
 
 
 def instruction_set() -> str:
-    """Names the most capable instruction set that oneDNN uses here.
+    """Returns the highest instruction set that oneDNN uses on this machine.
 
-    It is the processor's own, or a smaller one where the environment variable
+    It is the highest one of the processor, or a lower one if the environment variable
     ``ONEDNN_MAX_CPU_ISA`` limits oneDNN.
 
     Returns:
-        oneDNN's name of it, e.g. ``AVX2``; the architecture where that is not x86.
+        The name in oneDNN, e.g. ``AVX2``; the architecture if it is not x86.
 
     References:
         CPU dispatcher control
@@ -57,20 +57,20 @@ def instruction_set() -> str:
 
 
 def computes_bfloat16() -> bool:
-    """Tests whether oneDNN multiplies matrices of bfloat16 by instructions made for it."""
+    """Tests whether the processor has bfloat16 instructions that oneDNN uses."""
     names, used = list(_SETS), instruction_set()
     return used in names and names.index(used) >= names.index("AVX512_CORE_BF16")
 
 
 def onednn_version() -> str:
-    """Reads the version of oneDNN that torch was built with; ``none`` without it."""
+    """Returns the version of oneDNN that torch was built with; ``none`` without it."""
     found = re.search(r"MKL-DNN v([\d.]+)", torch.__config__.show())
     return found[1] if found else "none"
 
 
 def _available() -> list[str]:
-    """The instruction sets of this processor, in ascending order; none if it is not x86."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # older torch names the widest vectors alone
+    """Lists the instruction sets of this processor, ascending; empty if it is not x86."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # older torch reports only the widest vectors
         known = {"AVX2": "AVX2", "AVX512": "AVX512_CORE"}
         widest = known.get(torch.backends.cpu.get_cpu_capability())
         return [] if widest is None else [widest]
@@ -80,7 +80,7 @@ def _available() -> list[str]:
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Limits the CPU threads of PyTorch inside a ``with`` block; None leaves them as they are.
+    """Sets the number of CPU threads of PyTorch in a ``with`` block; None changes nothing.
 
     Examples:
         >>> before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Batch normalization by the statistics of all processes, on any device."""
+"""Synchronized batch normalization on any device."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def synchronize(network: nn.Module) -> None:
-    r"""Makes batch normalization use the mean and variance over the images of all processes.
+    r"""Makes batch normalization use the batch statistics of all processes.
 
     With P processes of n images each, training then equals that of one process with P n images.
-    Module names, parameters and hooks stay as they are. ``torch.nn.SyncBatchNorm`` does the same on
-    GPUs alone.
+    Module names, parameters and hooks do not change. ``torch.nn.SyncBatchNorm`` does the same, but
+    only on GPUs.
 
     Args:
-        network: Its layers are changed in place.
+        network: The network, whose layers are changed in place.
 
     Raises:
-        ValueError: If a layer normalizes batches in a way of its own.
+        ValueError: If a layer is another kind of batch normalization.
 
     Examples:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
@@ -36,13 +36,13 @@ def synchronize(network: nn.Module) -> None:
             module, _SyncBatchNorm
         ):
             raise ValueError(
-                f"sync_batchnorm: the module {name!r} is a {type(module).__name__}, of which only "
-                "BatchNorm1d and BatchNorm2d themselves can be synchronized"
+                f"sync_batchnorm: the module {name!r} is a {type(module).__name__}; only "
+                "BatchNorm1d and BatchNorm2d can be synchronized, not their subclasses"
             )
 
 
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A BatchNorm1d or BatchNorm2d whose statistics are of all processes while it is trained."""
+    """BatchNorm1d or BatchNorm2d with statistics over all processes in training mode."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -64,18 +64,18 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return normalized.to(input.dtype)
 
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        """Moves the running statistics towards those of a batch, as torch does."""
+        """Updates the running statistics as torch does."""
         if self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         momentum = self.momentum
-        if momentum is None:  # the mean of all batches
+        if momentum is None:  # cumulative mean over batches
             momentum = 1 / int(self.num_batches_tracked)
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(variance, momentum)
 
 
 def _across(values: Tensor, x: Tensor) -> Tensor:
-    """Lays values of the channels (c,) out so that they combine with a batch (n, c, ...)."""
+    """Reshapes per-channel values (c,) to broadcast with a batch (n, c, ...)."""
     return values.view(1, -1, *[1] * (x.ndim - 2))

@@ -41,7 +41,7 @@ def print_findings(findings: Sequence[dict[str, str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    colors = {"good": "green", "look": "yellow", "wrong": "bold red"}
+    colors = {"ok": "green", "warning": "yellow", "error": "bold red"}
     table = Table(box=None, pad_edge=False)
     for title in ("part", "found", "verdict", "what to change"):
         table.add_column(title, overflow="fold", no_wrap=title == "verdict")

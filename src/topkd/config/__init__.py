@@ -1,1 +1,1 @@
-"""Recipes: their schema and their validation. Knows no network and no data."""
+"""Schema and validation of recipes and studies, independent of networks and data."""

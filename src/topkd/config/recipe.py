@@ -1,4 +1,4 @@
-"""What to run: recipes in YAML, checked strictly, and changed by ``key=value``."""
+"""Recipes: the YAML schema of an experiment, with strict validation and overrides."""
 
 from __future__ import annotations
 
@@ -22,166 +22,170 @@ from topkd.config.validation import (
     write_yaml,
 )
 
-STUDENT = "student"  # the name of the run with the recipe's own losses, beside its controls
+STUDENT = "student"  # variant trained with the recipe's `losses`; the others are its controls
 
 
 class _Open(Section):
-    """A section with options of its own, which belong to whatever it names."""
+    """Section with additional keys, which are options of the named object."""
 
     model_config = ConfigDict(extra="allow")
 
     @property
     def options(self) -> dict[str, Any]:
-        """Everything that is not a field of the section."""
+        """Additional keys of the section."""
         return dict(self.model_extra or {})
 
 
 class RandAugment(Section):
-    """How strongly images are changed by operations chosen at random."""
+    """Settings of RandAugment: operations per image and their magnitude."""
 
     operations: Annotated[int, Field(ge=1)] = 2
     magnitude: Annotated[int, Field(ge=0, le=30)] = 9
 
 
 class DataSection(_Open):
-    """Which images; other keys are options of the data set."""
+    """Data set and augmentation; other keys are options of the data set."""
 
     name: str
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training images to judge by instead of the test set, to choose settings."""
+    """Fraction of the training images that replaces the test set, for tuning."""
     limit: Annotated[int, Field(gt=0)] | None = None
-    """Train on so many images only."""
+    """Maximum number of training images."""
     randaugment: RandAugment | None = None
-    """Of the training images; where there are two views, of the second."""
+    """RandAugment of the training images; with two views, of the second view."""
     augmentation_seed: Annotated[int, Field(ge=0)] | None = None
-    """Of crops, mirrors and all else that is done to training images; the run's own if not told."""
+    """Augmentation seed. Defaults to the run's seed."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
-    """Alpha of the Beta distribution by which training images are mixed in pairs; 0 for none."""
+    """Alpha of mixup's Beta distribution; 0 disables mixup."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
-    """The same for pairs of which one covers a box of the other; with mixup too, each batch draws
-    which of the two it is."""
+    """Alpha of CutMix's Beta distribution; 0 disables CutMix. With both, each batch uses mixup or
+    CutMix at random."""
     views: Literal[1, 2] = 1
-    """2 shows every image of a batch twice: weakly augmented, and strongly (RandAugment, and a
-    square erased)."""
+    """Views per image; the second is strongly augmented (RandAugment and Cutout)."""
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
-    """Processes that read training images, each with its own memory; 0 reads in threads. No number
-    depends on it."""
+    """Processes that load training images; 0 uses threads. Results do not depend on it."""
 
 
 class StudentSection(Section):
-    """Which network learns."""
+    """The student network."""
 
     model: str
-    """Ours by name, torchvision:NAME, timm:NAME or the user's MODULE:CALLABLE."""
+    """Name of a network: NAME, torchvision:NAME, timm:NAME or MODULE:CALLABLE for user code."""
     maps: tuple[str, ...] | None = None
-    """Modules that give the feature maps, shallow to deep, in place of those of its family."""
+    """Modules whose outputs are the feature maps, shallow to deep. Defaults to the family's."""
     head: str | None = None
-    """The module that makes logits of embeddings, in place of that of its family."""
+    """Module that maps embeddings to logits. Defaults to the family's."""
     preactivations: tuple[str, ...] | None = None
-    """Taps of the maps before their activation, in place of those of its family."""
+    """Taps of the maps before their activation. Defaults to the family's."""
     pretrained: bool = False
-    """Whether to begin with the weights that torchvision or timm publish."""
+    """Whether to start from the weights published by torchvision or timm."""
 
     classifier: Literal["own", "teacher"] = "own"
-    """Of a student: "teacher" keeps the teacher's, behind a projector, in place of its own."""
+    """Classifier of a student: its own, or the teacher's behind a projector (SimKD)."""
 
     @property
     def taps(self) -> dict[str, Any]:
-        """What replaces the taps of its family."""
-        told = {"maps": self.maps, "head": self.head, "preactivations": self.preactivations}
-        return {name: value for name, value in told.items() if value is not None}
+        """Taps that replace those of the family."""
+        given = {"maps": self.maps, "head": self.head, "preactivations": self.preactivations}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class TeacherSection(StudentSection):
-    """Which network teaches, and where its weights come from: a file, or else a recipe.
+    """The teacher network and the source of its weights.
 
-    In place of both, ``pretrained`` takes those that torchvision or timm publish.
+    The weights come from a file (``checkpoint``), a ``recipe`` that trains the teacher, or
+    torchvision or timm (``pretrained``).
     """
 
     checkpoint: str | None = None
+    """Weights file."""
     weights: Literal["plain", "ema"] = "plain"
-    """Of a checkpoint with both: weights as they were trained, or their running mean."""
+    """Which weights to load from a checkpoint with both: plain, or their moving average."""
     recipe: str | None = None
+    """Recipe that trains the teacher."""
     mean: tuple[float, float, float] | None = None
-    """Of the images its weights were trained on, if they were normalized in another way."""
+    """Normalization mean of the teacher, if it differs from the student's."""
     std: tuple[float, float, float] | None = None
+    """Normalization standard deviation of the teacher, if it differs from the student's."""
     size: Annotated[int, Field(gt=0)] | None = None
-    """Pixels on a side of the images it sees, if not that of the student's; they are scaled."""
+    """Input size in pixels, if it differs from the student's; images are resized."""
 
     cache: bool = False
-    """Keep logits and embeddings of every augmented image, for all students and seeds to come."""
+    """Whether to cache logits and embeddings of every augmented image for later students."""
 
     @model_validator(mode="after")
     def _has_weights(self) -> TeacherSection:
         if self.classifier != "own":
             raise ValueError("classifier is an option of the student")
-        is_told = self.checkpoint is not None or self.recipe is not None
-        if not is_told and not self.pretrained:
+        has_source = self.checkpoint is not None or self.recipe is not None
+        if not has_source and not self.pretrained:
             raise ValueError(
                 "needs a checkpoint (a file) or a recipe that trains it, or pretrained: true"
             )
-        if is_told and self.pretrained:
-            raise ValueError("is pretrained, or has a checkpoint or a recipe; give one of them")
+        if has_source and self.pretrained:
+            raise ValueError("pretrained excludes checkpoint and recipe; set only one of them")
         if self.weights == "ema" and self.checkpoint is None:
-            raise ValueError("weights: ema is of a checkpoint, which is not given")
+            raise ValueError("weights: ema needs a checkpoint")
         if (self.mean is None) != (self.std is None):
-            raise ValueError("mean and std go together")
+            raise ValueError("mean and std must be set together")
         return self
 
 
 class View(Section):
-    """Which taps of one network a term reads, in place of those that all terms read."""
+    """Taps of one network for one term. They replace the network's default taps."""
 
     maps: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     preactivations: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     embedding: str | None = None
-    """A tap; of a map, every channel is averaged."""
+    """Tap of the embedding; a feature map is average-pooled per channel."""
 
 
 class Taps(Section):
-    """What a term reads of both networks."""
+    """Taps of both networks for one term."""
 
     student: View = View()
     teacher: View = View()
 
 
 class Term(_Open):
-    """One summand of the loss; other keys are options of the loss it names."""
+    """One term of the objective; other keys are options of the named loss."""
 
     name: str
+    """Name of the loss."""
     label: str | None = None
-    """What results call the term; its name if not told. Two terms of one loss need two labels."""
+    """Title in results. Defaults to the name. Two terms with the same loss need labels."""
     weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the term."""
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """In place of a weight: the fraction of the gradient at the student's embedding, measured as
-    the sum of the norms of all terms, that this term shall carry."""
+    """Replaces the weight: target fraction of the gradient at the student's embedding, measured
+    as the sum of the norms over all terms."""
     start: Annotated[int, Field(gt=0)] = 1
-    """The first epoch in which the term counts."""
+    """First epoch in which the term is active."""
     stop: Annotated[int, Field(gt=0)] | None = None
-    """The last epoch in which the term counts."""
+    """Last epoch in which the term is active."""
     warmup: Annotated[int, Field(ge=0)] = 0
-    """Epochs over which the weight grows from 0, from ``start`` on."""
+    """Number of epochs, from ``start``, in which the weight increases linearly from 0."""
     decay: Annotated[int, Field(ge=0)] = 0
-    """Epochs over which the weight falls to 0, up to ``stop`` or the last one."""
+    """Number of epochs, up to ``stop``, in which the weight decreases linearly to 0."""
     batch: Literal["local", "gathered"] = "local"
-    """With several processes, whether a loss sees the images of its own process or of all."""
+    """With several processes: compute the loss per process, or on the batches of all."""
     taps: Taps = Taps()
 
     @model_validator(mode="after")
     def _weighs_in_one_way(self) -> Term:
         if self.share is not None and "weight" in self.model_fields_set and self.weight != 1:
-            raise ValueError("share stands in place of weight; give one of them")
+            raise ValueError("share replaces weight; set only one of them")
         if self.stop is not None and self.stop < self.start:
-            raise ValueError(f"stop ({self.stop}) comes before start ({self.start})")
+            raise ValueError(f"stop ({self.stop}) is before start ({self.start})")
         return self
 
     @property
     def title(self) -> str:
-        """What results call the term."""
+        """Title of the term in results."""
         return self.label or self.name
 
     def schedule(self, epoch: int, epochs: int) -> float:
-        """What the weight is multiplied by in an epoch, counted from 1, of so many.
+        """Returns the factor of the weight in an epoch, counted from 1.
 
         Examples:
             >>> term = Term(name="kd", start=2, stop=5, warmup=2, decay=2)
@@ -197,20 +201,20 @@ class Term(_Open):
 
 
 class Optimizer(Section):
-    """What changes the weights, and how its rate changes."""
+    """Optimizer and learning rate schedule."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, Field(gt=0, le=1e6)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Of AdamW, the first beta; the second is 0.999."""
+    """Momentum of SGD, or beta1 of AdamW, whose beta2 is 0.999."""
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     schedule: Literal["milestones", "cosine", "one-cycle"] = "milestones"
     milestones: tuple[int, ...] = (150, 180, 210)
-    """Epochs after which the rate is multiplied by ``factor``."""
+    """Epochs after which the learning rate is multiplied by ``factor``."""
     factor: Annotated[float, Field(gt=0, le=1)] = 0.1
     rise: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    """Share of a one-cycle schedule in which the rate rises."""
+    """Fraction of a one-cycle schedule in which the learning rate increases."""
 
     @model_validator(mode="after")
     def _nesterov_is_of_sgd(self) -> Optimizer:
@@ -220,7 +224,7 @@ class Optimizer(Section):
 
 
 class Recipe(Section):
-    """Everything that changes the outcome of a run, except for its seed."""
+    """All settings that affect the result of a run, except its seed."""
 
     name: str = ""
     data: DataSection
@@ -228,22 +232,22 @@ class Recipe(Section):
     student: StudentSection
     losses: Annotated[tuple[Term, ...], Field(min_length=1)]
     controls: Mapping[str, Annotated[tuple[Term, ...], Field(min_length=1)]] = {}
-    """Other losses to train the same student with; all runs are compared with the first control."""
+    """Name -> losses of a control run. All runs are compared with the first control."""
     epochs: Annotated[int, Field(gt=0)] = 240
     evaluate_every: Annotated[int, Field(gt=0)] = 1
-    """Epochs between evaluations; the last epoch is always evaluated."""
+    """Number of epochs between evaluations; the last epoch is always evaluated."""
     batch_size: Annotated[int, Field(gt=1)] = 64
     optimizer: Optimizer = Optimizer()
     gradient_clip: Annotated[float, Field(gt=0)] | None = None
-    """Greatest norm of the gradient."""
+    """Maximum gradient norm."""
     sync_batchnorm: bool = False
-    """With several processes, whether the student normalizes batches by the images of all."""
+    """With several processes: whether to synchronize the student's batch normalization."""
     threads: Annotated[int, Field(gt=0)] | None = None
-    """Of the CPU, all if not told; small networks gain from one, which other work does not slow."""
+    """CPU threads. Defaults to all; small networks are often fastest with one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the networks; auto is bfloat16 where the device gains from it."""
+    """Autocast dtype of the networks; auto selects bfloat16 if the device supports it."""
     compile: Literal["auto", True, False] = "auto"
-    """Whether to compile the networks; auto does so for long runs on a GPU."""
+    """Whether to compile the networks; auto compiles for long runs on a GPU."""
 
     @model_validator(mode="after")
     def _name_is_a_folder(self) -> Recipe:
@@ -275,25 +279,27 @@ class Recipe(Section):
                     f"{variant}: {', '.join(doubled)} appears twice; give a label to each"
                 )
             if sum(term.share or 0 for term in terms) >= 1 or all(term.share for term in terms):
-                raise ValueError(f"{variant}: shares must leave something to a term with a weight")
+                raise ValueError(
+                    f"{variant}: the sum of shares must be below 1, and a term needs a weight"
+                )
             ends = [term.stop for term in terms if term.stop is not None]
             changes = {1, *(term.start for term in terms), *(end + 1 for end in ends)}
             for epoch in sorted(epoch for epoch in changes if epoch <= self.epochs):
                 if not any(t.weight * t.schedule(epoch, self.epochs) for t in terms if not t.share):
-                    raise ValueError(f"{variant}: no term with a weight counts in epoch {epoch}")
+                    raise ValueError(f"{variant}: no term with a weight is active in epoch {epoch}")
         return self
 
     @property
     def variants(self) -> dict[str, tuple[Term, ...]]:
-        """The runs of this recipe: its controls and its own losses."""
+        """Variant -> terms: the controls, then the recipe's losses."""
         return {**self.controls, STUDENT: self.losses}
 
     @property
     def hash(self) -> str:
-        """Twelve digits by which equal recipes are recognized, whatever they are called.
+        """Hash of all settings except the name, 12 hexadecimal digits.
 
-        Settings at their default do not count: a key that a later version adds leaves the hashes
-        of earlier recipes as they are. So the default of a setting never changes its meaning.
+        Settings at their default are excluded, so a key added by a later version does not change
+        the hashes of existing recipes. The default of a setting must therefore never change.
         """
         content = self.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
@@ -309,10 +315,10 @@ def names() -> list[str]:
 
 
 def text(name: str) -> str:
-    """Reads a recipe as it is written, comments included: a file, or one of :func:`names`.
+    """Returns the YAML of a recipe, including comments: a file, or one of :func:`names`.
 
     Raises:
-        RecipeError: If there is no such file or name, or it is not UTF-8.
+        RecipeError: If the recipe does not exist, or the file is not UTF-8.
     """
     if Path(name).is_file():
         try:
@@ -329,21 +335,21 @@ def text(name: str) -> str:
 
 
 def about(name: str) -> str:
-    """Reads what the first comment of a recipe says, its first line."""
+    """Returns the first line of a recipe's leading comment."""
     first = text(name).splitlines()[0]
     return first.lstrip("# ") if first.startswith("#") else ""
 
 
 def load(name: str, changes: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and changes it.
+    """Loads a recipe and applies changes.
 
     Args:
         name: A file, or one of :func:`names`.
-        changes: As ``key=value``, the key with dots (``optimizer.lr=0.1``,
-            ``losses.kd.weight=2``), the value in YAML.
+        changes: Changes ``key=value``, with a dotted key (``optimizer.lr=0.1``,
+            ``losses.kd.weight=2``) and a value in YAML.
 
     Raises:
-        RecipeError: If the recipe or a change is wrong.
+        RecipeError: If the recipe or a change is invalid.
     """
     tree = read_yaml(text(name), name)
     if not isinstance(tree, dict):
@@ -357,29 +363,29 @@ def load(name: str, changes: Sequence[str] = ()) -> Recipe:
 
 
 def _find_beside(tree: dict[str, Any], file: Path) -> None:
-    """Lets ``teacher.recipe`` name a file that lies beside the recipe's own."""
+    """Resolves ``teacher.recipe`` relative to the folder of the recipe."""
     teacher = tree.get("teacher")
-    named = teacher.get("recipe") if isinstance(teacher, dict) else None
-    if isinstance(named, str) and file.is_file() and (file.parent / named).is_file():
-        tree["teacher"] = {**tree["teacher"], "recipe": str(file.parent / named)}
+    name = teacher.get("recipe") if isinstance(teacher, dict) else None
+    if isinstance(name, str) and file.is_file() and (file.parent / name).is_file():
+        tree["teacher"] = {**tree["teacher"], "recipe": str(file.parent / name)}
 
 
 def parse(tree: Mapping[str, Any]) -> Recipe:
-    """Makes a recipe of plain values.
+    """Validates plain values and returns a recipe.
 
     Raises:
-        RecipeError: If a key or a value is wrong; the message tells all that are.
+        RecipeError: If a key or a value is invalid; the message lists all of them.
     """
     return validated(Recipe, tree, "recipe")
 
 
 def write(recipe: Recipe) -> str:
-    """Writes a recipe so that reading it gives the same again."""
+    """Writes a recipe as YAML; reading it returns an equal recipe."""
     return write_yaml(recipe.model_dump(mode="json"))
 
 
 def difference(there: Recipe, here: Recipe) -> str:
-    """Names the first key at which two recipes differ, with both values."""
+    """Describes the first key that differs between two recipes, with both values."""
 
     def leaf(key: str, a: Any, b: Any) -> str | None:
         if a == b:
@@ -393,7 +399,7 @@ def difference(there: Recipe, here: Recipe) -> str:
 
     exclude = {"name"}
     trees = (recipe.model_dump(mode="json", exclude=exclude) for recipe in (there, here))
-    return leaf("", *trees) or "nothing differs"
+    return leaf("", *trees) or "no difference"
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Study files: variants of a recipe, in several settings, with many seeds."""
+"""Study files: variants of a recipe in several settings, with many seeds."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ MOST_JOBS = 100_000
 
 
 class Variant(Section):
-    """Losses of one variant: the baseline's with more terms, another variant's, or a recipe's."""
+    """Losses of one variant, derived from the baseline, another variant or a recipe."""
 
     add: Terms | None = None
-    """Terms beside those of the baseline, or of the variant that ``of`` names."""
+    """Terms to add to those of the baseline, or of the variant ``of``."""
     of: str | None = None
-    """Variant to start from; the baseline if none is given."""
+    """Variant to start from. Defaults to the baseline."""
     set: dict[str, Any] = {}
     """Changes: ``TERM.key: value`` for a term, any other key for the recipe."""
     recipe: str | None = None
-    """Recipe whose losses are taken, in place of ``of`` and ``add``."""
+    """Recipe whose losses are used, in place of ``of`` and ``add``."""
 
     @model_validator(mode="after")
     def _starts_from_one(self) -> Variant:
         if self.recipe is not None and (self.add is not None or self.of is not None):
-            raise ValueError("recipe stands in place of add and of; give one of them")
+            raise ValueError("recipe replaces add and of; set only one of them")
         return self
 
 
 class Primary(Section):
-    """The endpoint that variants are compared by."""
+    """Primary endpoint of the comparison of variants."""
 
     metric: str = "top1"
     margin: Annotated[float, Field(gt=0)] | None = None
-    """Smallest difference that matters, in the metric's unit."""
+    """Smallest difference that matters, in the unit of the metric."""
 
 
 class StudyFile(Section):
@@ -58,8 +58,8 @@ class StudyFile(Section):
     """Variant that all others are compared with."""
     variants: Annotated[dict[str, Terms | Variant], Field(min_length=1)]
     grid: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
-    """``TERM.key: [values]``: each variant with the term becomes one variant a value; the baseline
-    also stays as it is."""
+    """``TERM.key: [values]``: expands each variant that has the term to one variant per value. The
+    unchanged baseline is kept."""
     settings: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = {"main": {}}
     """Name -> changes to the recipe; variants are compared within a setting."""
     seeds: str | Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...]
@@ -73,7 +73,7 @@ class StudyFile(Section):
         doubled = sorted({seed for seed in seeds if seeds.count(seed) > 1})
         if not seeds or doubled:
             raise ValueError(
-                f"seeds: {doubled[0]} is there twice" if doubled else "there must be one at least"
+                f"{doubled[0]} appears twice" if doubled else "at least one seed is needed"
             )
         return seeds
 
@@ -97,7 +97,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
     """Reads ``0-9`` or ``0,1,5-7``.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If the text has neither form.
 
     Examples:
         >>> read_seeds("0-2,7")
@@ -125,13 +125,13 @@ class Job:
 
     @property
     def title(self) -> str:
-        """Name for people."""
+        """Name for messages."""
         return f"{self.setting}/{self.variant} seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All runs of a study, and the recipe of each variant in each setting."""
+    """All runs of a study, with the recipe of each variant in each setting."""
 
     file: StudyFile
     recipes: Mapping[tuple[str, str], Recipe]
@@ -148,7 +148,7 @@ class Plan:
         return list(dict.fromkeys(variant for _, variant in self.recipes))
 
     def jobs(self) -> list[Job]:
-        """Lists the runs: seed by seed, so that every variant has its first seeds early."""
+        """Lists the runs of each setting seed by seed, so that all variants progress equally."""
         return [
             Job(setting, variant, seed, self.recipes[setting, variant])
             for setting in self.settings
@@ -158,14 +158,14 @@ class Plan:
 
 
 def load(path: str | Path, changes: tuple[str, ...] = ()) -> Plan:
-    """Reads a study file and expands it.
+    """Loads a study file and expands it to a plan.
 
     Args:
-        path: The file.
-        changes: As ``key=value``, such as ``seeds=0-2``.
+        path: The study file.
+        changes: Changes ``key=value``, such as ``seeds=0-2``.
 
     Raises:
-        RecipeError: If the file, a variant or a recipe is invalid; the message says where.
+        RecipeError: If the file, a variant or a recipe is invalid; the message locates the error.
     """
     path = Path(path)
     if not path.is_file():
@@ -184,14 +184,14 @@ def load(path: str | Path, changes: tuple[str, ...] = ()) -> Plan:
 
 
 def expand(file: StudyFile, beside: Path = Path()) -> Plan:
-    """Makes the recipe of every variant in every setting.
+    """Builds the recipe of every variant in every setting.
 
     Args:
         file: The study.
-        beside: Folder of recipes that are named by a relative path.
+        beside: Folder that relative paths of recipes refer to.
 
     Raises:
-        RecipeError: If a variant or a change is invalid; the message says where.
+        RecipeError: If a variant or a change is invalid; the message locates the error.
     """
     base = _tree(file.recipe, beside)
     _change(base, file.set, "set")
@@ -201,10 +201,10 @@ def expand(file: StudyFile, beside: Path = Path()) -> Plan:
     found = {}
     for setting, changes in file.settings.items():
         for name in names:
-            terms, own = variants[name]
+            terms, overrides = variants[name]
             tree = copy.deepcopy(base)
             _change(tree, changes, f"settings.{setting}")
-            _change(tree, own, f"variants.{name}.set")
+            _change(tree, overrides, f"variants.{name}.set")
             tree["losses"] = copy.deepcopy(list(terms))
             tree["name"] = "/".join(map(folder_name, (file.name, setting, name)))
             try:
@@ -217,7 +217,7 @@ def expand(file: StudyFile, beside: Path = Path()) -> Plan:
 
 
 def folder_name(name: str) -> str:
-    """Names the folder of a variant, whose name may hold brackets.
+    """Returns the folder name of a variant, whose name may contain brackets.
 
     Examples:
         >>> folder_name("topkd[share=0.02]")
@@ -249,19 +249,19 @@ Variants = dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]  # name -> ter
 
 def _variants(file: StudyFile, beside: Path) -> Variants:
     """Resolves every variant to its terms, following ``of``."""
-    made: Variants = {}
+    resolved: Variants = {}
 
     def resolve(name: str, above: tuple[str, ...]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if name not in file.variants:
             known = near(name, list(file.variants))
             raise RecipeError(f"variants.{above[-1]}.of: there is no variant {name!r}{known}")
         if name in above:
-            raise RecipeError(f"variants: {' of '.join((*above, name))} is a circle")
-        if name not in made:
-            made[name] = _resolved(name, above)
-        return made[name]
+            raise RecipeError(f"variants: {' of '.join((*above, name))} is a circular reference")
+        if name not in resolved:
+            resolved[name] = from_file(name, above)
+        return resolved[name]
 
-    def _resolved(name: str, above: tuple[str, ...]) -> tuple[list[Any], dict[str, Any]]:
+    def from_file(name: str, above: tuple[str, ...]) -> tuple[list[Any], dict[str, Any]]:
         given = file.variants[name]
         if not isinstance(given, Variant):
             return [dict(term) for term in given], {}
@@ -269,7 +269,7 @@ def _variants(file: StudyFile, beside: Path) -> Variants:
             terms, changes = list(_tree(given.recipe, beside)["losses"]), dict[str, Any]()
         else:
             if name == file.baseline and given.of is None:
-                raise RecipeError(f"variants.{name}: the baseline has to list its terms")
+                raise RecipeError(f"variants.{name}: the baseline must list its terms")
             terms, changes = resolve(given.of or file.baseline, (*above, name))
             terms, changes = copy.deepcopy(terms), dict(changes)
         terms += [dict(term) for term in given.add or ()]
@@ -280,11 +280,11 @@ def _variants(file: StudyFile, beside: Path) -> Variants:
 
     for name in file.variants:
         resolve(name, ())
-    return made
+    return resolved
 
 
 def _set_term(terms: list[dict[str, Any]], key: str, value: Any) -> bool:
-    """Sets ``TERM.option`` of the terms with that title; False if there is none."""
+    """Sets ``TERM.option`` of the terms with this title; returns False if there is none."""
     title, _, option = key.partition(".")
     found = [term for term in terms if title in (term.get("label"), term.get("name"))]
     for term in found:
@@ -295,7 +295,7 @@ def _set_term(terms: list[dict[str, Any]], key: str, value: Any) -> bool:
 
 
 def _in_grid(variants: Variants, file: StudyFile) -> Iterator[tuple[str, Any]]:
-    """Replaces each variant that has terms of the grid by one for each combination of values."""
+    """Expands each variant with terms of the grid to one variant per combination of values."""
     used = set()
     for name, (terms, changes) in variants.items():
         titles = {title for term in terms for title in (term.get("label"), term.get("name"))}
@@ -304,12 +304,12 @@ def _in_grid(variants: Variants, file: StudyFile) -> Iterator[tuple[str, Any]]:
         if keys and name == file.baseline:
             yield name, (terms, changes)
         for values in itertools.product(*(file.grid[key] for key in keys)):
-            own = copy.deepcopy(terms)
+            copied = copy.deepcopy(terms)
             for key, value in zip(keys, values, strict=True):
-                _set_term(own, key, value)
-            told = ",".join(
+                _set_term(copied, key, value)
+            suffix = ",".join(
                 f"{key.partition('.')[2]}={value}" for key, value in zip(keys, values, strict=True)
             )
-            yield (f"{name}[{told}]" if told else name), (own, changes)
+            yield (f"{name}[{suffix}]" if suffix else name), (copied, changes)
     for key in file.grid.keys() - used:
         raise RecipeError(f"grid: no variant has a term {key.partition('.')[0]!r}, from {key}")

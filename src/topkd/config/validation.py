@@ -1,4 +1,4 @@
-"""Settings read strictly: YAML, changes as ``key=value``, and errors that say where."""
+"""Strict validation of settings: YAML, ``key=value`` changes and located errors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Annotated, Any, TypeGuard
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-LARGEST, DEEPEST = 100_000, 100  # parts of a recipe, and levels
+LARGEST, DEEPEST = 100_000, 100  # maximum number of YAML nodes, and of nested levels
 _MERGE = "tag:yaml.org,2002:merge"
 _OTHERWISE = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used; it says where, what was got and what would be right."""
+    """Raised for an invalid recipe; the message gives the key, the value and valid values."""
 
 
 class Section(BaseModel):
-    """Settings that cannot be changed, and take no key and no type that they do not know."""
+    """Immutable settings that reject unknown keys and wrong types."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -38,13 +38,13 @@ def parse_options(
     """Checks options against the keyword-only arguments of a function.
 
     Args:
-        function: What will be called with them.
-        options: From a recipe.
-        where: Their place in the recipe, for messages.
-        siblings: Other valid keys at this place, for suggestions.
+        function: Function that takes the options.
+        options: Options from a recipe.
+        where: Location in the recipe, for messages.
+        siblings: Other valid keys at this location, for suggestions.
 
     Returns:
-        The options as keyword arguments, parsed.
+        The parsed options, as keyword arguments.
 
     Raises:
         RecipeError: If an option is unknown, missing or of the wrong type.
@@ -66,23 +66,23 @@ def parse_options(
 def validated(
     model: type[BaseModel], tree: Mapping[str, Any], where: str, *, siblings: Sequence[str] = ()
 ) -> Any:
-    """Makes a section of plain values.
+    """Validates plain values and returns a section.
 
     Args:
-        model: The section.
-        tree: The values.
-        where: Their place in the recipe, for messages.
-        siblings: Other valid keys at this place, for suggestions.
+        model: Class of the section.
+        tree: Plain values.
+        where: Location in the recipe, for messages.
+        siblings: Other valid keys at this location, for suggestions.
 
     Raises:
         RecipeError: If a key or a value is invalid; the message lists all of them.
     """
     try:
-        # As JSON, strict checking takes lists for tuples and mappings for dataclasses.
+        # In JSON mode, strict validation accepts lists as tuples and mappings as dataclasses.
         return model.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        # A list whose only item is wrong counts as empty: the item's own message is enough.
+        # A list with one invalid item is also reported as too short; the item's error suffices.
         inner = [e for e in errors if e["type"] != "too_short"] or errors
         lines = [_explain(model, tree, where, dict(e), siblings) for e in inner]
         raise RecipeError("\n".join(lines)) from None
@@ -91,7 +91,7 @@ def validated(
 def _explain(
     model: Any, tree: Any, where: str, error: dict[str, Any], siblings: Sequence[str]
 ) -> str:
-    """Says where an error is, what was got and what would be right."""
+    """Formats an error: location, value and valid values."""
     path, known, got = ("" if where == "recipe" else where), _fields(model), tree
     steps = list(error["loc"])
     for number, step in enumerate(steps):
@@ -129,13 +129,13 @@ def _fields(model: Any) -> list[str]:
 
 
 def _is_section(model: Any) -> TypeGuard[type[BaseModel]]:
-    # In Python 3.10 `tuple[int, ...]` is an instance of `type`, too, but no class.
+    # In Python 3.10 `tuple[int, ...]` is an instance of `type` as well, but not a class.
     is_class = isinstance(model, type) and typing.get_origin(model) is None
     return is_class and issubclass(model, BaseModel)
 
 
 def _inside(model: Any, step: Any) -> Any:
-    """Finds the type of one part of a type: of a field, or of the items of a container."""
+    """Returns the type of a field, or of the items of a container."""
     if _is_section(model):
         model = model.model_fields[step].annotation if step in model.model_fields else None
     else:
@@ -148,12 +148,12 @@ def _inside(model: Any, step: Any) -> Any:
 
 
 def near(word: str, words: Sequence[str], otherwise: str | None = None) -> str:
-    """Ends a message about an unknown word with the closest known word, or with all of them.
+    """Returns a suggestion for an unknown word: the closest known word, or all of them.
 
     Args:
         word: The unknown word.
-        words: The known words, which are compared regardless of case.
-        otherwise: Replaces the list of all words.
+        words: The known words; case is ignored.
+        otherwise: Text to use instead of the list of all words.
 
     Examples:
         >>> near("CRD", ["crd", "ctkd"])
@@ -171,10 +171,10 @@ def near(word: str, words: Sequence[str], otherwise: str | None = None) -> str:
 
 
 def change_by(tree: dict[str, Any], change: str) -> None:
-    """Carries out a change ``key=value``, in place.
+    """Applies a change ``key=value`` in place.
 
     Raises:
-        RecipeError: If it is not of that form, or there is no such place.
+        RecipeError: If the change is malformed, or its key does not exist.
     """
     key, equals, value = change.partition("=")
     steps = re.findall(r"[^.\[\]]+", key)
@@ -198,7 +198,7 @@ def change_by(tree: dict[str, Any], change: str) -> None:
 
 
 def _place(items: list[Any], step: str, change: str) -> int:
-    """Finds an item of a list by its number or by its name."""
+    """Finds the position of a list item by index or name."""
     found = [item.get("name") if isinstance(item, dict) else item for item in items]
     if step in found:
         return found.index(step)
@@ -210,15 +210,15 @@ def _place(items: list[Any], step: str, change: str) -> int:
 def read_yaml(text: str, where: str) -> Any:
     """Reads YAML in bounded time and memory.
 
-    Numbers are those of YAML 1.2: ``1e-4`` is one, as people mean it, and ``1:30`` is text.
+    Numbers follow YAML 1.2: ``1e-4`` is a number, and ``1:30`` is text.
 
     Args:
-        text: What is read.
-        where: What it is, for messages.
+        text: The YAML.
+        where: Name of the source, for messages.
 
     Raises:
-        RecipeError: If it is not YAML, has a key twice or a key that is no text, refers to itself,
-            or is larger or nested deeper than any recipe.
+        RecipeError: If the text is not YAML, has a duplicate key or a key that is not text, is
+            recursive, or is too large or nested too deep.
     """
     try:
         loader = _Loader(text)
@@ -241,12 +241,12 @@ def read_yaml(text: str, where: str) -> Any:
 
 
 def _check_size(root: yaml.Node) -> None:
-    """Refuses what would be huge once its aliases are filled in, or would never end."""
+    """Rejects YAML that is too large after its aliases are expanded, or that is recursive."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, above: tuple[int, ...]) -> int:
         if id(node) in above:
-            raise yaml.YAMLError(f"what begins in line {node.start_mark.line + 1} contains itself")
+            raise yaml.YAMLError(f"the node in line {node.start_mark.line + 1} contains itself")
         if len(above) > DEEPEST:
             raise RecursionError
         if id(node) not in sizes:
@@ -264,7 +264,7 @@ def _shortened(text: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose keys are text, each there once, and whose numbers are those of YAML 1.2."""
+    """YAML loader with unique text keys and the numbers of YAML 1.2."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OTHERWISE]
@@ -272,23 +272,23 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = [key for key, _ in node.value if key.tag != _MERGE]
-        keys = [self.construct_object(key, deep=True) for key in own]
-        for number, (key, at) in enumerate(zip(keys, own, strict=True)):
+        nodes = [key for key, _ in node.value if key.tag != _MERGE]
+        keys = [self.construct_object(key, deep=True) for key in nodes]
+        for number, (key, at) in enumerate(zip(keys, nodes, strict=True)):
             line = at.start_mark.line + 1
             if not isinstance(key, str):
-                raise yaml.YAMLError(f"the key {key!r} in line {line} is no text; quote it")
+                raise yaml.YAMLError(f"the key {key!r} in line {line} is not text; quote it")
             if key in keys[:number]:
-                raise yaml.YAMLError(f"the key {key!r} stands twice, again in line {line}")
+                raise yaml.YAMLError(f"the key {key!r} appears twice, again in line {line}")
         return super().construct_mapping(node, deep=deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that this reader or a reader of YAML 1.1 would take for something else."""
+    """YAML dumper that quotes text which this loader or YAML 1.1 would not read as text."""
 
 
 def write_yaml(tree: Any) -> str:
-    """Writes plain values so that this reader and those of YAML 1.1 read the same."""
+    """Writes plain values as YAML that this loader and YAML 1.1 loaders read identically."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

@@ -1,1 +1,1 @@
-"""Studies: many runs that belong together, planned, run on executors, and read again."""
+"""Studies: planning, running and analyzing a grid of runs."""

@@ -1,4 +1,4 @@
-"""Comparisons of a study's variants with its baseline, paired by seed."""
+"""Paired comparisons of the variants of a study with its baseline."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ import numpy as np
 from scipy import stats
 
 Verdict = Literal["better", "worse", "no difference that matters", "undecided"]
-LEVEL = 0.05  # of a family: all comparisons of a setting together
+LEVEL = 0.05  # familywise error rate over the comparisons of a setting
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against the baseline of its setting."""
+    """Comparison of a variant with the baseline of its setting."""
 
     setting: str
     variant: str
     values: Mapping[int, float]
-    """Seed -> the metric of the variant."""
+    """Seed -> metric of the variant."""
     differences: Mapping[int, float]
-    """Seed -> the metric of the variant minus that of the baseline."""
+    """Seed -> metric of the variant minus that of the baseline."""
     low: float
-    """Lower end of the simultaneous interval of the mean difference; NaN below two seeds."""
+    """Lower limit of the simultaneous confidence interval; NaN with fewer than two seeds."""
     high: float
+    """Upper limit of the interval."""
     p: float
-    """Adjusted p-value: below the level exactly where the interval excludes 0."""
+    """Adjusted p-value: below the level if and only if the interval excludes 0."""
     verdict: Verdict
     needed: int | None
-    """Seeds with which the verdict would be expected; None where it stands."""
+    """Estimated number of seeds for a decision; None if the comparison is decided."""
 
     @property
     def mean(self) -> float:
@@ -40,7 +41,7 @@ class Comparison:
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of the metric over seeds; NaN below two."""
+        """Standard deviation of the metric over seeds; NaN with fewer than two."""
         values = list(self.values.values())
         return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
@@ -60,25 +61,25 @@ def compare(
 ) -> list[Comparison]:
     r"""Compares all variants of a setting with its baseline.
 
-    Differences are paired by seed. For m variants, intervals and p-values are those of Student's t
-    with Bonferroni's correction,
+    Differences are paired by seed. For m variants, intervals and p-values are those of a paired
+    t-test with Bonferroni correction,
 
     .. math:: \bar d \pm t_{n-1}(1 - \tfrac{0.05}{2m}) \frac{s}{\sqrt n}, \qquad
         p = \min(1, m\, p_t)
 
-    so that all intervals hold together with 95 % confidence, and an interval excludes 0 exactly
-    where its p-value is below 0.05.
+    so that all intervals hold simultaneously with 95 % confidence, and an interval excludes 0 if
+    and only if its p-value is below 0.05.
 
     Args:
         setting: Name of the setting.
-        values: Variant -> seed -> the metric.
-        baseline: The variant that others are compared with.
-        margin: Smallest difference that matters. An interval inside of it is reported as no
-            difference that matters.
-        higher_is_better: Whether a greater metric is better.
+        values: Variant -> seed -> metric.
+        baseline: Variant that the others are compared with.
+        margin: Smallest difference that matters. An interval within ±margin yields the verdict
+            "no difference that matters".
+        higher_is_better: Whether higher values of the metric are better.
 
     Returns:
-        A comparison for each other variant that shares a seed with the baseline.
+        One comparison for each variant that shares a seed with the baseline.
 
     Examples:
         >>> found, = compare("s", {"kd": {0: 1, 1: 2, 2: 3}, "new": {0: 3, 1: 4, 2: 5.1}}, "kd")
@@ -87,8 +88,8 @@ def compare(
     """
     base = values[baseline]
     pairs = {
-        variant: {seed: own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())}
-        for variant, own in values.items()
+        variant: {seed: runs[seed] - base[seed] for seed in sorted(runs.keys() & base.keys())}
+        for variant, runs in values.items()
         if variant != baseline
     }
     pairs = {variant: differences for variant, differences in pairs.items() if differences}
@@ -112,7 +113,7 @@ def _comparison(
         return Comparison(
             setting, variant, values, differences, math.nan, math.nan, math.nan, "undecided", 2
         )
-    if np.ptp(d) == 0:  # without spread a t-test has no meaning, and the difference is what it is
+    if np.ptp(d) == 0:  # the t-test is undefined at zero variance
         low = high = float(d[0])
         p = 0.0 if d[0] else 1.0
     else:
@@ -134,7 +135,7 @@ def _verdict(low: float, high: float, margin: float | None, higher_is_better: bo
 
 
 def _needed(d: np.ndarray, family: int, margin: float | None) -> int:
-    """Seeds with which an interval of this spread would exclude 0, or lie inside the margin."""
+    """Estimates the seeds needed for the interval to exclude 0 or to lie within the margin."""
     mean, deviation = abs(float(d.mean())), float(d.std(ddof=1))
     half = max(mean, 0.0 if margin is None else margin - mean, 1e-12)
     count = len(d)

@@ -1,4 +1,4 @@
-"""Metrics of a study's finished jobs, from ``result.json`` files alone."""
+"""Metrics of finished jobs, read from ``result.json`` files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Collected:
     """(setting, variant) -> seed -> content of ``result.json``."""
 
     def values(self, setting: str, metric: str) -> dict[str, dict[int, float]]:
-        """Reads a metric: variant -> seed -> value, without variants that have none.
+        """Returns a metric as variant -> seed -> value, without variants that lack it.
 
         Args:
             setting: Name of the setting.
@@ -39,7 +39,7 @@ class Collected:
         return found
 
     def comparisons(self, setting: str, metric: str | None = None) -> list[Comparison]:
-        """Compares variants with the baseline, by the primary metric unless one is given.
+        """Compares variants with the baseline; the default metric is the primary one.
 
         Raises:
             ValueError: If the baseline has no finished run in this setting.
@@ -59,7 +59,7 @@ LOWER_IS_BETTER = frozenset({"nll", "ece", "kl", "topological_distance"})
 
 
 def metric_of(result: dict[str, Any], name: str) -> float | None:
-    """Reads a metric of a result; None if it was not measured."""
+    """Returns a metric of a result; None if it was not measured."""
     for part in ("last", "teacher_similarity"):
         value = (result.get(part) or {}).get(name)
         if value is not None:
@@ -71,7 +71,7 @@ def collect(plan: Plan, place: Place) -> Collected:
     """Reads the results of all finished jobs.
 
     Raises:
-        ValueError: If a result was altered, or is of another recipe.
+        ValueError: If a result was altered or belongs to another recipe.
     """
     found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for job in plan.jobs():

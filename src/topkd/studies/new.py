@@ -1,4 +1,4 @@
-"""A study file to begin with."""
+"""Template of a study file."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ primary: {{metric: top1}}       # margin: the smallest difference that matters
 
 
 def template(recipe: str, methods: Sequence[str], seeds: str) -> str:
-    """Writes a study that adds each method to the labels, with the first as baseline.
+    """Returns a study file that combines each loss with cross-entropy; the first is the baseline.
 
-    Losses on features get a share of the gradient, so that no weight has to be known.
+    Losses on features get a share of the gradient, so that no weight has to be tuned.
 
     Args:
-        recipe: Name or file of a recipe.
+        recipe: Name or path of a recipe.
         methods: Names of losses.
-        seeds: As a study file has them.
+        seeds: Seeds in the format of a study file.
 
     Raises:
-        RecipeError: If there is no such recipe or loss.
+        RecipeError: If the recipe or a loss does not exist.
     """
     recipes.load(recipe)
     for name in methods:

@@ -1,4 +1,4 @@
-"""The pipeline as one Python call."""
+"""The pipeline as a Python function."""
 
 from __future__ import annotations
 
@@ -40,27 +40,27 @@ def distill(
     settings: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Study:
-    """Trains students with a teacher, evaluates them and leaves the folder of a recipe's runs.
+    """Distills a teacher into students, evaluates them and writes a folder of runs.
 
-    Completed stages are skipped: the same call resumes.
+    Completed stages are skipped: repeat the call to resume.
 
     Args:
-        student: A network by name (``topkd list models``), a module, whose weights every seed
-            starts from, or a function that creates a module.
-        teacher: A trained network: a module; a weights file, which names its network or is named
-            after it (``resnet20.pth``); ``(name, file)``; ``torchvision:NAME`` or ``timm:NAME``
-            with published weights; None if no loss needs a teacher.
-        data: A data set by name, a recipe's ``data`` section, or ``(train, test)`` data sets of
-            pairs (picture, label).
+        student: Name of a network (``topkd list models``); a module, whose weights initialize every
+            run; or a function that creates a module.
+        teacher: A trained network: a module; a weights file that records the name of its network or
+            is named after it (``resnet20.pth``); ``(name, file)``; ``torchvision:NAME`` or
+            ``timm:NAME`` for published weights; None if no loss needs a teacher.
+        data: Name of a data set, a recipe's ``data`` section, or ``(train, test)`` data sets of
+            pairs (image, label).
         losses: Losses, or terms such as ``2 * KD()`` and ``TopKD().term(share=0.1)``.
-        controls: Name -> losses of other students, with which the first are compared.
-        epochs: Length of the training of each student.
-        seeds: One run for each seed.
-        out: The folder of the runs. Its last part names the recipe.
-        batch_size: Images in a batch.
-        optimizer: The recipe's ``optimizer``. Defaults to SGD with a cosine schedule.
+        controls: Name -> losses of a control, i.e. of another student to compare with.
+        epochs: Number of training epochs per student.
+        seeds: Seeds, one run each.
+        out: Folder of the runs. Its last part is the name of the recipe.
+        batch_size: Batch size.
+        optimizer: The recipe's ``optimizer`` section. Defaults to SGD with a cosine schedule.
         settings: Other keys of a recipe, such as ``precision`` or ``threads``.
-        quiet: Whether no progress is shown.
+        quiet: Whether to hide progress.
 
     Returns:
         The finished runs.
@@ -82,7 +82,7 @@ def distill(
     """
     terms = {recipes.STUDENT: _terms(losses)}
     terms |= {name: _terms(each) for name, each in (controls or {}).items()}
-    taught, teacher_network = _teacher(teacher)
+    teacher_section, teacher_object = _teacher(teacher)
     data_section, data_object = _data(data)
     student_section, student_object = _student(student)
     folder = Path(out)
@@ -99,13 +99,13 @@ def distill(
         "epochs": epochs,
         "batch_size": batch_size,
         "optimizer": {"schedule": "cosine"} if optimizer is None else dict(optimizer),
-        **({} if taught is None else {"teacher": taught}),
+        **({} if teacher_section is None else {"teacher": teacher_section}),
         **(settings or {}),
     }
     objects = Objects(
         data=data_object,
         student=student_object,
-        teacher=teacher_network,
+        teacher=teacher_object,
         losses={term.title: term.loss for each in terms.values() for term in each},
     )
     recipe = recipes.parse(_plain(tree))
@@ -118,7 +118,7 @@ def _terms(losses: Losses) -> list[LossTerm]:
 
 
 def _plain(tree: Any) -> Any:
-    """Turns sections into plain values, with no setting that was left to its default."""
+    """Converts sections to plain values, without settings left at their defaults."""
     if isinstance(tree, Mapping):
         return {key: _plain(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -128,9 +128,9 @@ def _plain(tree: Any) -> Any:
     return tree
 
 
-def _object(thing: object) -> str:
-    """Names an object in a recipe, which cannot find it again."""
-    name = getattr(thing, "__name__", type(thing).__name__)
+def _object(value: object) -> str:
+    """Returns the placeholder name of an object in a recipe."""
+    name = getattr(value, "__name__", type(value).__name__)
     return f"object:{name.strip('<>')}"
 
 
@@ -161,8 +161,8 @@ def _teacher(
     model = checkpoint.read_about(path).get("model") or path.name.partition(".")[0]
     if model not in MODELS:
         raise ValueError(
-            f"teacher: {path} does not name its network; give (name, {str(path)!r}), with a name "
-            "from `topkd list models`"
+            f"teacher: {path} does not record the name of its network; pass "
+            f"(name, {str(path)!r}), with a name from `topkd list models`"
         )
     return {"model": model, "checkpoint": str(path)}, None
 
@@ -180,12 +180,12 @@ def _data(
     return {"name": _object(train)}, from_dataset(train, test, size=_side(train[0][0]))
 
 
-def _side(picture: Any) -> int:
-    """Side of the images that networks get: the shorter side of a picture, at most 224 pixels."""
-    if isinstance(picture, Tensor):  # (channels, height, width)
-        sides = picture.shape[-2:]
-    elif isinstance(picture, np.ndarray):  # (height, width, channels)
-        sides = picture.shape[:2]
-    else:  # an image of PIL
-        sides = picture.size
+def _side(image: Any) -> int:
+    """Returns the input size of the networks: the shorter side of an image, at most 224 pixels."""
+    if isinstance(image, Tensor):  # (channels, height, width)
+        sides = image.shape[-2:]
+    elif isinstance(image, np.ndarray):  # (height, width, channels)
+        sides = image.shape[:2]
+    else:  # PIL image
+        sides = image.size
     return min(*sides, 224)

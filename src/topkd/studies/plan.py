@@ -1,4 +1,4 @@
-"""Which jobs of a study are done, and where."""
+"""Location and completion of the jobs of a study."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Place:
     """Folders of a study's runs.
 
     Args:
-        out: Parent of the runs that are made here.
-        results: Folders of the same layout that hold finished results alone, such as committed
+        out: Parent folder of new runs.
+        results: Folders of the same layout with finished results only, such as committed
             ``result.json`` files without weights.
     """
 
@@ -25,14 +25,14 @@ class Place:
     results: Sequence[Path] = ()
 
     def run(self, job: Job, root: Path | None = None) -> Path:
-        """Folder of a job's run."""
+        """Returns the folder of a job's run."""
         return (root or self.out) / job.recipe.name / STUDENT / f"seed{job.seed}"
 
     def result(self, job: Job) -> Path | None:
-        """Finds the result of a job, wherever it was made; None if it is not done.
+        """Finds the result of a job in any of the folders; None if the job is not done.
 
         Raises:
-            ValueError: If a result was altered, or is of another recipe.
+            ValueError: If a result was altered or belongs to another recipe.
         """
         for root in (self.out, *self.results):
             path = self.run(job, root) / "result.json"
@@ -40,8 +40,8 @@ class Place:
                 found = files.read_sealed(path).get("recipe_hash")
                 if found != job.recipe.hash:
                     raise ValueError(
-                        f"{path} is of another recipe ({found}, the study's is {job.recipe.hash}); "
-                        "give the study another name, or the runs another --out"
+                        f"{path} belongs to another recipe ({found}, not {job.recipe.hash}); "
+                        "rename the study, or choose another --out"
                     )
                 return path
         return None
@@ -50,6 +50,6 @@ class Place:
         """Lists the jobs that are not done.
 
         Raises:
-            ValueError: If a result was altered, or is of another recipe.
+            ValueError: If a result was altered or belongs to another recipe.
         """
         return [job for job in jobs if self.result(job) is None]

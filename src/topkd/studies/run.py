@@ -1,4 +1,4 @@
-"""Runs a study: plans it, starts what is missing, and reports what failed."""
+"""Runs the pending jobs of a study and reports failures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from topkd.studies.plan import Place
 
 @dataclass
 class Outcome:
-    """What a call of :func:`run` did."""
+    """Result of :func:`run`."""
 
     jobs: int
     done_before: int
@@ -42,17 +42,17 @@ def run(
     progress: Progress,
     results: Sequence[Path] = (),
 ) -> Outcome:
-    """Runs the jobs of a study that are not done, setting by setting.
+    """Runs the pending jobs of a study, setting by setting.
 
     Args:
         plan: The study.
         out: Parent of the folders of all runs.
-        executor: Starts the jobs.
+        executor: Runs the jobs.
         progress: Shows progress and messages.
-        results: Folders with results of other machines, which count as done.
+        results: Folders with results from other machines, whose jobs count as done.
 
     Raises:
-        ValueError: If a result was altered, or belongs to another recipe.
+        ValueError: If a result was altered or belongs to another recipe.
     """
     place, jobs = Place(out, results), plan.jobs()
     pending = place.pending(jobs)
@@ -62,10 +62,10 @@ def run(
     with progress.bar(plan.file.name, len(jobs), "jobs") as advance:
         advance(outcome.done_before, "")
         for setting in plan.settings:
-            own = [job for job in pending if job.setting == setting]
-            if not own:
+            jobs_here = [job for job in pending if job.setting == setting]
+            if not jobs_here:
                 continue
-            for ended in executor.run(own, out):
+            for ended in executor.run(jobs_here, out):
                 outcome.ended.append(ended)
                 how = f"{ended.seconds:.0f} s" if ended.error is None else "failed"
                 advance(1, f"{ended.job.title}, {how}")
@@ -75,15 +75,15 @@ def run(
 
 
 def _record(plan: Plan, out: Path) -> None:
-    """Writes the study beside its runs, for readers."""
+    """Writes the study file beside the runs, for documentation."""
     tree = plan.file.model_dump(mode="json", exclude_unset=True)
     files.write(out / folder_name(plan.file.name) / "study.yaml", write_yaml(tree))
 
 
 def estimate(plan: Plan, place: Place) -> str:
-    """Describes a plan in a line: jobs, what is done, and how long the rest takes.
+    """Summarizes a plan in a line: number of jobs, finished jobs and remaining time.
 
-    Seconds are those of finished jobs of the same setting.
+    The remaining time is estimated from finished jobs of the same setting.
     """
     jobs = plan.jobs()
     seconds: dict[str, list[float]] = {}
@@ -102,5 +102,5 @@ def estimate(plan: Plan, place: Place) -> str:
     )
     if pending and len(known) == len(pending):
         rest = sum(sum(each) / len(each) for each in known)
-        line += f"; about {time.strftime('%H:%M', time.gmtime(rest))} hours of one process are left"
+        line += f"; about {time.strftime('%H:%M', time.gmtime(rest))} h left in one process"
     return line

@@ -1,4 +1,4 @@
-"""The runs in a folder as one object: results, table, report and trained networks."""
+"""The ``Study`` class: results, table, report and trained networks of finished runs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from topkd.reporting import page
 
 @dataclass(frozen=True)
 class Study:
-    """Finished runs of one recipe, below one folder.
+    """Finished runs of one recipe.
 
     Args:
-        folder: The folder that is named after the recipe, e.g. ``runs/digits``.
+        folder: Folder of the runs, named after the recipe, e.g. ``runs/digits``.
 
     Examples:
         >>> study = Study(Path("runs/digits"))
@@ -34,14 +34,14 @@ class Study:
             ValueError: If there is no finished run, or a file was altered.
         """
         paths = sorted(self.folder.glob("*/seed*"))
-        found = [results.finished(path) for path in paths]
-        done = [each for each in found if each is not None]
+        loaded = [results.finished(path) for path in paths]
+        done = [each for each in loaded if each is not None]
         if not done:
             raise ValueError(f"{self.folder} has no finished run")
         return done
 
     def table(self) -> str:
-        """Returns all runs as a Markdown table, with means, deviations and comparisons.
+        """Returns all runs as a Markdown table with means, standard deviations and comparisons.
 
         Raises:
             ValueError: If there is no finished run, or a file was altered.
@@ -52,7 +52,7 @@ class Study:
         """Writes a self-contained HTML page with tables and plots.
 
         Args:
-            path: The file to write.
+            path: Path of the file.
 
         Raises:
             ValueError: If there is no finished run, or a file was altered.
@@ -64,8 +64,8 @@ class Study:
         """Loads a trained student.
 
         Args:
-            seed: Seed of its run.
-            variant: Name of its run.
+            seed: Seed of the run.
+            variant: Variant of the run.
 
         Raises:
             FileNotFoundError: If there is no such run.

@@ -24,7 +24,7 @@ HEADINGS = (
 
 
 def rows(study: Collected) -> list[dict[str, Any]]:
-    """Lists all variants of all settings, the baseline of each first, as plain values."""
+    """Returns a row per variant and setting, as plain values; the baseline comes first."""
     metric, baseline = study.plan.file.primary.metric, study.plan.file.baseline
     found = []
     for setting in study.plan.settings:
@@ -95,7 +95,7 @@ def latex(study: Collected) -> str:
 
 
 def as_csv(study: Collected) -> str:
-    """Writes comma-separated values, one row a variant."""
+    """Writes CSV, one row per variant."""
     found = rows(study)
     names = list(dict.fromkeys(name for row in found for name in row))
     file = io.StringIO()
@@ -106,7 +106,7 @@ def as_csv(study: Collected) -> str:
 
 
 def as_json(study: Collected) -> str:
-    """Writes JSON, with the value of every seed."""
+    """Writes JSON with the values of all seeds."""
     metric = study.plan.file.primary.metric
     found = rows(study)
     for row in found:
@@ -121,7 +121,7 @@ FORMATS: Mapping[str, Callable[[Collected], str]] = {
     "csv": as_csv,
     "json": as_json,
 }
-"""Name -> how a table is written."""
+"""Name -> function that writes a table."""
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""Training: the stages of an experiment, the loop, the terms of the loss, checks beforehand."""
+"""Training: stages of an experiment, training loop, objective and preflight checks."""

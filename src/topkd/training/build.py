@@ -1,4 +1,4 @@
-"""What the sections of a recipe stand for: images, and networks for them."""
+"""Builds the data and the networks of a recipe."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from topkd.models import factory
 
 @dataclass(frozen=True)
 class Objects:
-    """Python objects that stand in for names in a recipe."""
+    """Python objects in place of names in a recipe."""
 
     data: Data | None = None
     student: Callable[[int], nn.Module] | None = None
     """Number of classes -> a new student."""
     teacher: nn.Module | None = None
     losses: Mapping[str, Loss] = field(default_factory=dict)
-    """Title of a term -> its loss, configured; every run binds a copy."""
+    """Title of a term -> configured loss; every run uses a copy."""
 
 
 NO_OBJECTS = Objects()
 
 
 def network_of(section: StudentSection, data: Data, size: int | None = None) -> FeatureExtractor:
-    """Builds a network for the images of a data set, or for those of another size.
+    """Builds a network for a data set; ``size`` overrides the image size.
 
     Raises:
-        ValueError: If the network is unknown, or cannot take images of this size.
+        ValueError: If the network is unknown or does not accept images of this size.
     """
     shown = side(data) if size is None else size
-    with taking(section.model, shown):
+    with locating_size_errors(section.model, shown):
         network = factory.build(
             section.model, len(data.classes), shown, pretrained=section.pretrained, **section.taps
         )
@@ -49,52 +49,56 @@ def network_of(section: StudentSection, data: Data, size: int | None = None) -> 
 
 
 @contextmanager
-def taking(model: str, size: int) -> Iterator[None]:
-    """Names network and size in an error of a network that cannot take images of this size."""
+def locating_size_errors(model: str, size: int) -> Iterator[None]:
+    """Adds network and image size to errors of a network that does not accept the size."""
     try:
         yield
-    except (RuntimeError, AssertionError) as error:  # torch's, and those of networks of others
+    except (RuntimeError, AssertionError) as error:  # raised by torch or by third-party networks
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{model} cannot take images of {size} px: {reason}") from error
+        raise ValueError(f"{model} does not accept images of {size} px: {reason}") from error
 
 
 def evaluate_once(network: FeatureExtractor, size: int, model: str, data: Data) -> None:
     """Evaluates a network on a black image.
 
     Raises:
-        RuntimeError: If it cannot take images of this size.
-        ValueError: If it answers with another number of logits than there are classes.
+        RuntimeError: If the network does not accept images of this size.
+        ValueError: If the number of logits differs from the number of classes.
     """
     training = network.training
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        answer = network.eval().network(torch.zeros(1, 3, size, size))
+        output = network.eval().network(torch.zeros(1, 3, size, size))
     network.train(training)
-    logits = answer[0] if isinstance(answer, tuple) else answer
+    logits = output[0] if isinstance(output, tuple) else output
     if isinstance(logits, Tensor) and logits.shape != (1, len(data.classes)):
         width = " x ".join(map(str, logits.shape[1:]))
         raise ValueError(
-            f"{model} answers with {width} logits, {data.name} has {len(data.classes)} classes"
+            f"{model} returns {width} logits, {data.name} has {len(data.classes)} classes"
         )
 
 
 def published_for(section: TeacherSection, data: Data) -> factory.Published:
-    """What is known of the weights of a teacher that nobody here trains."""
-    told = factory.published(section.model)
-    if told.classes != len(data.classes):
+    """Returns the metadata of a pretrained teacher's weights.
+
+    Raises:
+        RecipeError: If their classes or image size do not match the data.
+    """
+    published = factory.published(section.model)
+    if published.classes != len(data.classes):
         raise RecipeError(
-            f"teacher.pretrained: {section.model} tells {told.classes} classes apart, "
-            f"{data.name} has {len(data.classes)}; train it on them, and give the checkpoint"
+            f"teacher.pretrained: {section.model} has {published.classes} classes, "
+            f"{data.name} has {len(data.classes)}; train it on them and set teacher.checkpoint"
         )
-    if section.size is None and told.size != side(data):
+    if section.size is None and published.size != side(data):
         raise RecipeError(
-            f"teacher.size: {section.model} was trained on images of {told.size} px, {data.name} "
-            f"has {side(data)}; say which size it shall see, such as {told.size}"
+            f"teacher.size: {section.model} was trained on images of {published.size} px, "
+            f"{data.name} has {side(data)}; set teacher.size, e.g. to {published.size}"
         )
-    return told
+    return published
 
 
 def side(data: Data) -> int:
-    """Pixels on a side of what networks are shown."""
+    """Returns the image size in pixels."""
     return data.test.read(torch.arange(1), None).shape[-1]
 
 
@@ -104,7 +108,7 @@ def refuse_large_batches(recipe: Recipe, data: Data) -> None:
 
 
 def load_source(section: DataSection) -> Data:
-    """Loads the source that a section names, complete and without augmentation settings.
+    """Loads the complete data set of a section, without augmentation settings.
 
     Raises:
         FileNotFoundError: If a file or folder is missing.
@@ -119,7 +123,7 @@ def load_data(section: DataSection, given: Data | None = None) -> Data:
 
     Args:
         section: The recipe's ``data``.
-        given: Data in place of the source that the section names; its own options still apply.
+        given: Data in place of the named data set; the other settings still apply.
 
     Raises:
         FileNotFoundError: If a file or folder is missing.

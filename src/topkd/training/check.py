@@ -1,4 +1,4 @@
-"""Recipes checked against what there is, before any work is done."""
+"""Validation of the names and options in a recipe before training."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from topkd.training.build import NO_OBJECTS, Objects
 
 
 def check(recipe: Recipe, objects: Objects = NO_OBJECTS) -> None:
-    """Checks every name and option of a recipe before any work is done.
+    """Checks every name and option of a recipe.
 
     Args:
         recipe: The recipe.
-        objects: Objects that stand in for names, which are then not looked up.
+        objects: Objects in place of names, which are then not looked up.
 
     Raises:
-        RecipeError: If one is wrong; the message says where, what was got and what would be right.
+        RecipeError: If a name or an option is invalid; the message gives the key, the value and
+            valid values.
     """
     if objects.data is None:
-        named(DATA, recipe.data.name, "data.name")
+        check_name(DATA, recipe.data.name, "data.name")
         parse_options(DATA[recipe.data.name], recipe.data.options, "data")
     if objects.student is None:
         _check_network(recipe.student, "student")
@@ -38,14 +39,14 @@ def check(recipe: Recipe, objects: Objects = NO_OBJECTS) -> None:
         for number, term in enumerate(terms):
             _check_term(term, f"{place}[{number}]", recipe, objects.losses.get(term.title))
     if recipe.teacher is None and recipe.student.classifier == "teacher":
-        raise RecipeError("student.classifier: there is no teacher to take it from")
+        raise RecipeError("student.classifier: reusing the teacher's classifier needs a teacher")
     if recipe.teacher is not None:
         if recipe.teacher.cache and (
             recipe.data.views == 2 or recipe.data.mixup or recipe.data.cutmix
         ):
             raise RecipeError(
-                "teacher.cache: answers are kept image by image, which mixed images and two views "
-                "are not; leave out data.mixup, data.cutmix and data.views, or the cache"
+                "teacher.cache: the cache stores features per image, which excludes mixed images "
+                "and two views; disable data.mixup, data.cutmix and data.views=2, or the cache"
             )
         if objects.teacher is None:
             _check_network(recipe.teacher, "teacher")
@@ -54,27 +55,27 @@ def check(recipe: Recipe, objects: Objects = NO_OBJECTS) -> None:
 
 
 def check_batches(recipe: Recipe) -> None:
-    """Raises ``ValueError`` if the training images, as far as they are known, fill no batch."""
+    """Raises ``ValueError`` if the training set is known to be smaller than a batch."""
     for count in (recipe.data.limit, TRAINING_IMAGES.get(recipe.data.name)):
         if count is not None:
             refuse_few(count, recipe.batch_size)
 
 
 def _check_network(section: StudentSection, where: str) -> None:
-    with torch.random.fork_rng(devices=[]), told(where):
-        with told("model"):
+    with torch.random.fork_rng(devices=[]), locating_errors(where):
+        with locating_errors("model"):
             factory.find(section.model)
         if section.pretrained:
             factory.published(section.model)
         if section.taps:
-            factory.build(section.model, 2, **section.taps)  # finds names that are not there
+            factory.build(section.model, 2, **section.taps)  # detects unknown modules
 
 
 def found_taps(recipe: Recipe) -> list[str]:
-    """Says where networks are read of which that is not known, a line each.
+    """Describes the automatically detected taps of user networks, one line per network.
 
     Raises:
-        RecipeError: If it cannot be found, or a network cannot take the images.
+        RecipeError: If taps cannot be detected, or a network does not accept the images.
     """
     sections: dict[str, StudentSection | None] = {
         "student": recipe.student,
@@ -85,27 +86,30 @@ def found_taps(recipe: Recipe) -> list[str]:
         if section is None or not factory.is_own(section.model):
             continue
         size = getattr(section, "size", None) or pixels(recipe)
-        with torch.random.fork_rng(devices=[]), told(role):
+        with torch.random.fork_rng(devices=[]), locating_errors(role):
             try:
                 network = factory.build(section.model, 2, size, **section.taps)
-            except (RuntimeError, AssertionError) as error:  # of torch, and of transformers
+            except (
+                RuntimeError,
+                AssertionError,
+            ) as error:  # raised by torch, and by vision transformers
                 reason = str(error).strip().partition("\n")[0]
-                raise ValueError(f"cannot take images of {size} px: {reason}") from error
+                raise ValueError(f"does not accept images of {size} px: {reason}") from error
         if network.found:
-            lines.append(f"{network.found}; {role}.head and {role}.maps overrule it")
+            lines.append(f"{network.found}; {role}.head and {role}.maps override it")
     return lines
 
 
 def pixels(recipe: Recipe) -> int | None:
-    """Pixels on a side of the images, as far as a recipe tells."""
+    """Returns the image size in pixels; None if the recipe does not determine it."""
     takes = inspect.signature(DATA[recipe.data.name]).parameters
-    told = recipe.data.options.get("size", takes["size"].default if "size" in takes else None)
-    return told if isinstance(told, int) else None
+    size = recipe.data.options.get("size", takes["size"].default if "size" in takes else None)
+    return size if isinstance(size, int) else None
 
 
 @contextmanager
-def told(where: str) -> Iterator[None]:
-    """Says in an error where in the recipe it comes from."""
+def locating_errors(where: str) -> Iterator[None]:
+    """Adds a location in the recipe to error messages."""
     try:
         yield
     except RecipeError as error:
@@ -116,7 +120,7 @@ def told(where: str) -> Iterator[None]:
 
 def _check_term(term: Term, where: str, recipe: Recipe, given: Loss | None) -> None:
     if given is None:
-        named(LOSSES, term.name, f"{where}.name")
+        check_name(LOSSES, term.name, f"{where}.name")
     loss = given or LOSSES[term.name]
     if loss.needs_teacher and recipe.teacher is None:
         raise RecipeError(f"{where}: {term.name} cannot be computed without a teacher")
@@ -125,8 +129,8 @@ def _check_term(term: Term, where: str, recipe: Recipe, given: Loss | None) -> N
     cached = recipe.teacher is not None and recipe.teacher.cache
     if cached and (loss.reads_maps or term.taps.teacher != View()):
         raise RecipeError(
-            f"{where}: {term.title} reads more of the teacher than the logits and embeddings that "
-            "teacher.cache keeps"
+            f"{where}: {term.title} reads feature maps or taps of the teacher, but teacher.cache "
+            "stores only logits and embeddings"
         )
     if loss.replaces_classifier and recipe.student.classifier != "teacher":
         raise RecipeError(f"{where}: {term.name} needs student.classifier=teacher")
@@ -136,8 +140,8 @@ def configured(term: Term, where: str) -> Loss:
     """Constructs the loss of a term, which validates its options.
 
     Args:
-        term: Of a recipe.
-        where: Its place in the recipe, for messages.
+        term: Term of a recipe.
+        where: Location in the recipe, for messages.
 
     Raises:
         RecipeError: If an option is unknown or invalid.
@@ -150,18 +154,18 @@ def configured(term: Term, where: str) -> Loss:
         raise RecipeError(f"{where}: {error}") from error
 
 
-def named(catalog: Mapping[str, Any], name: str, where: str) -> None:
-    """Makes sure that a catalog has a name.
+def check_name(catalog: Mapping[str, Any], name: str, where: str) -> None:
+    """Checks that a catalog has a name.
 
     Raises:
-        RecipeError: If it has not; the message tells the nearest one.
+        RecipeError: If the name is unknown; the message suggests the closest one.
     """
     if name not in catalog:
         raise RecipeError(f"{where}: there is no {name!r}{near(name, list(catalog))}")
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
-    """The recipe that trains the teacher, on the student's images."""
+    """Returns the recipe that trains the teacher, with the data of the student's recipe."""
     section = recipe.teacher
     assert section is not None
     assert section.recipe is not None

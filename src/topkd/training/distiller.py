@@ -1,4 +1,4 @@
-"""A student, its teacher and their losses as one module, for anybody's own training loop."""
+"""The ``Distiller``: student, teacher and losses as a module for custom training loops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from topkd.models import checkpoint, factory
 from topkd.training.objective import GradientBalancer
 
 Sample = Tensor | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
-MEASURED_EVERY = 16  # steps, where a term has a share of the gradient
+MEASURED_EVERY = 16  # steps between gradient measurements, if a term has a share
 
 
 @dataclass(frozen=True)
@@ -30,29 +30,29 @@ class Distilled:
     logits: Tensor
     """The student's logits, (n, classes)."""
     values: dict[str, Tensor]
-    """Title of each active term -> its value at weight 1."""
+    """Title of each active term -> unweighted value."""
     weights: dict[str, float]
-    """Title of each term -> its weight in this step."""
+    """Title of each term -> weight in this step."""
 
 
 class Distiller(nn.Module):
-    r"""Computes distillation losses of a student for images in anybody's training loop.
+    r"""Computes the distillation losses of a student in a custom training loop.
 
     .. math:: L = \sum_i w_i(e)\, L_i(f^s, f^t, y)
 
     with the features f of both networks, the labels y and weights that may depend on the epoch e.
-    Parameters are those of the student and of the losses' adapters; the teacher is frozen, in eval
-    mode, and not in the state dict.
+    The parameters are those of the student and of the adapters. The teacher is frozen, in eval mode
+    and excluded from the state dict.
 
     Args:
-        student: A classifier, any :class:`torch.nn.Module`. :meth:`setup` finds its embedding and
-            maps, as :func:`topkd.models.wrap` does; wrap it yourself to choose them.
+        student: A classifier, any :class:`torch.nn.Module`. :meth:`setup` detects its embedding and
+            feature maps; use :func:`topkd.models.wrap` to select them.
         teacher: A trained classifier; None if no loss needs one.
         losses: Losses, or terms such as ``2 * KD()`` and ``TopKD().term(share=0.1)``.
-        epochs: Length of the training, for terms whose weight decays at its end.
+        epochs: Total number of epochs, for terms whose weight decays at the end of training.
 
     Raises:
-        ValueError: If a loss needs a teacher and there is none, or two terms have the same title.
+        ValueError: If a loss needs a teacher but there is none, or two terms have the same title.
 
     Examples:
         >>> from topkd.losses import CE, KD
@@ -85,13 +85,13 @@ class Distiller(nn.Module):
             raise ValueError(f"{', '.join(needing)} cannot be computed without a teacher")
         self.student = student
         self.losses = nn.ModuleList(term.loss for term in self.terms)
-        self._teacher = [teacher]  # in a list: not a submodule
+        self._teacher = [teacher]  # in a list, so that it is not a submodule
         self.epoch, self.epochs = 1, epochs
         self._balancer, self._steps, self._is_bound = GradientBalancer(), 0, False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         super()._apply(fn, recurse)
-        if self.teacher is not None:  # so that .to() reaches it too
+        if self.teacher is not None:  # .to() also moves the teacher
             self.teacher._apply(fn, recurse)
         return self
 
@@ -106,11 +106,11 @@ class Distiller(nn.Module):
         """Binds the losses to both networks. Call it once, before the optimizer is created.
 
         Args:
-            sample: Images as in training, (n, 3, h, w), with labels or without, or an iterable of
-                ``(images, labels)`` such as a data loader. Losses that are fitted to the teacher,
-                such as RipsNet, need the training set; adapters need one batch.
-            labels: Labels of all training images, for losses that keep a memory of them (CRD).
-            folder: Where fitted networks are stored, to be reused. Defaults to a temporary folder.
+            sample: A batch of training images (n, 3, h, w), with or without labels, or an iterable
+                of ``(images, labels)`` such as a data loader. Losses that are fitted to the
+                teacher, such as RipsNet, need the training set; adapters need one batch.
+            labels: Labels of all training images, for losses with a memory bank (CRD).
+            folder: Folder that stores fitted networks for reuse. Defaults to a temporary one.
 
         Raises:
             ValueError: If a loss cannot compare these networks; the message names the term.
@@ -124,8 +124,8 @@ class Distiller(nn.Module):
                 teacher.network.also(needed_taps(term.settings.taps.teacher))
         images, was_training = batches.first.images.to(device), student.training
         with torch.no_grad():
-            made = student.eval()(images)
-            answer = made if teacher is None else teacher(images)
+            student_output = student.eval()(images)
+            teacher_output = student_output if teacher is None else teacher(images)
         self.student, self._teacher = student.train(was_training), [teacher]
         context = LossContext(
             lambda epoch: batches.features(teacher, device),
@@ -137,13 +137,13 @@ class Distiller(nn.Module):
             Progress(),
         )
         for term in self.terms:
-            term.setup(made, answer, context)
+            term.setup(student_output, teacher_output, context)
         self.losses.to(device)
         self._is_bound = True
         return self
 
     def on_epoch_start(self, epoch: int) -> None:
-        """Tells the terms the number of the epoch, counted from 1, for schedules and memories."""
+        """Sets the epoch, counted from 1, for schedules and memory banks."""
         self.epoch = epoch
         for term in self.terms:
             term.on_epoch_start(epoch)
@@ -152,9 +152,9 @@ class Distiller(nn.Module):
         """Computes the losses of a batch.
 
         Args:
-            images: (n, 3, h, w), as both networks take them.
+            images: Input images, (n, 3, h, w).
             target: Labels, (n,).
-            index: Numbers of the images in the training set, (n,), for losses that keep a memory.
+            index: Indices of the images in the training set, (n,), for losses with a memory bank.
                 Defaults to a running count.
 
         Raises:
@@ -165,37 +165,37 @@ class Distiller(nn.Module):
         if index is None:
             start = self._steps * len(images)
             index = torch.arange(start, start + len(images), device=images.device)
-        made = self.student(images)
-        answer = made if self.teacher is None else self.teacher(images)
+        student_output = self.student(images)
+        teacher_output = student_output if self.teacher is None else self.teacher(images)
         batch = Batch(images, target, index)
         values = {
-            term.title: term.value(_float(made), _float(answer), batch)
+            term.title: term.value(_float(student_output), _float(teacher_output), batch)
             for term in self.terms
             if term.is_active(self.epoch, self._last_epoch)
         }
-        weights = self._weights(values, made)
+        weights = self._weights(values, student_output)
         self._steps += self.training
         total = torch.stack([weights[title] * value for title, value in values.items()]).sum()
-        return Distilled(total, made.logits, values, weights)
+        return Distilled(total, student_output.logits, values, weights)
 
     @property
     def _last_epoch(self) -> int:
         return self.epoch if self.epochs is None else self.epochs
 
-    def _weights(self, values: dict[str, Tensor], made: Features) -> dict[str, float]:
-        """Weights of all terms; gradients are measured where a term has a share of them."""
+    def _weights(self, values: dict[str, Tensor], student_output: Features) -> dict[str, float]:
+        """Returns the weights of all terms; measures gradients if a term has a share."""
         settings = [term.settings for term in self.terms]
         is_shared = any(each.share for each in settings)
         if is_shared and torch.is_grad_enabled() and self._steps % MEASURED_EVERY == 0:
             found = {
                 title: torch.autograd.grad(
-                    value, made.embedding, retain_graph=True, allow_unused=True
+                    value, student_output.embedding, retain_graph=True, allow_unused=True
                 )[0]
                 for title, value in values.items()
             }
             norms = {title: g.norm().item() for title, g in found.items() if g is not None}
             self._balancer.update(norms)
-        if not torch.is_grad_enabled():  # nothing may have been measured before an evaluation
+        if not torch.is_grad_enabled():  # gradients may not have been measured yet
             known = self._balancer.norms
             settings = [each for each in settings if not each.share or each.title in known]
             unknown = dict.fromkeys(values, 0.0)
@@ -204,19 +204,19 @@ class Distiller(nn.Module):
 
 
 def _frozen(network: nn.Module | None, shape: Sequence[int]) -> Teacher | None:
-    """Wraps a teacher, which is then in eval mode and without gradients."""
+    """Wraps a network as a frozen teacher."""
     if network is None or isinstance(network, Teacher):
         return network
     return Teacher(factory.wrap(network, shape=shape))
 
 
 def _float(features: Features) -> Features:
-    """Features in float32 at least, in which losses are computed under autocast too."""
+    """Converts half-precision features to float32, the precision of the losses under autocast."""
     return features.apply(lambda t: t.float() if t.dtype in (torch.half, torch.bfloat16) else t)
 
 
 class _Batches:
-    """Sample batches for setup, numbered in order."""
+    """Sample batches for setup, with consecutive indices."""
 
     def __init__(self, sample: Sample) -> None:
         if isinstance(sample, Tensor):

@@ -1,4 +1,4 @@
-"""Evaluation of a weights file, of a run or of anybody else."""
+"""Evaluation of a weights file from a run or another source."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from topkd.data.trust import changed
 from topkd.evaluation import metrics
 from topkd.evaluation.loading import build_network
 from topkd.models import checkpoint, factory
-from topkd.training.build import evaluate_once, load_data, side, taking
-from topkd.training.check import named, told
+from topkd.training.build import evaluate_once, load_data, locating_size_errors, side
+from topkd.training.check import check_name, locating_errors
 
 
 def evaluate_file(
@@ -29,21 +29,21 @@ def evaluate_file(
     head: str | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates the network in a file on test images, in float32.
+    """Evaluates the network of a weights file on test images, in float32.
 
     Args:
-        target: The folder of a run, a file of ours, or a checkpoint of others.
-        model: Which network it is; a file of ours tells by itself.
+        target: Folder of a run, a weights file of topkd, or another checkpoint.
+        model: Name of the network. Weights files of topkd record it.
         data: Name of a data set, or changes ``key=value`` to the section in the file.
-        progress: Tells the user.
-        weights: Which to take of a file with plain and averaged ones.
-        head: Name of the classifier, where it is neither known nor found.
-        trust: Whether the file may name code, paths and addresses.
+        progress: Shows progress and messages.
+        weights: Which weights to load from a file with plain and averaged ones.
+        head: Name of the classifier, if it is neither known nor detected.
+        trust: Whether the file may specify code, paths and URLs.
 
     Raises:
-        FileNotFoundError: If there is no such run or file.
+        FileNotFoundError: If the run or file does not exist.
         RecipeError: If a name is missing or unknown.
-        ValueError: If the weights do not fit the network, or the file asks for code.
+        ValueError: If the weights do not fit the network, or the file requires code to run.
     """
     path = checkpoint.weights_file(target)
     about = checkpoint.read_about(path)
@@ -52,15 +52,15 @@ def evaluate_file(
     model = model or about.get("model")
     tree = changed(about.get("data") or {}, data, str(path), trust=trust)
     if model is None or "name" not in tree:
-        raise RecipeError(f"{path} does not tell which network it is: give --model and --data")
-    with told("--model"):
+        raise RecipeError(f"{path} does not record network and data set: pass --model and --data")
+    with locating_errors("--model"):
         factory.find(model)
-    named(DATA, tree["name"], "--data")
+    check_name(DATA, tree["name"], "--data")
     section = DataSection.model_validate(tree)
     loaded = checkpoint.load_weights(path)
     images = load_data(section)
-    own = about if about.get("model") == model else {}
-    size, taps = own.get("size", side(images)), dict(own.get("taps", {}))
+    recorded = about if about.get("model") == model else {}
+    size, taps = recorded.get("size", side(images)), dict(recorded.get("taps", {}))
     if head is not None:
         taps["head"] = head
     described = {
@@ -68,9 +68,9 @@ def evaluate_file(
         "classes": images.classes,
         "size": size,
         "taps": taps,
-        "reused": own.get("reused"),
+        "reused": recorded.get("reused"),
     }
-    with taking(model, side(images)):
+    with locating_size_errors(model, side(images)):
         network = build_network(described)
         evaluate_once(network, side(images), model, images)
     note = checkpoint.fill(network.network, loaded, str(path), weights)

@@ -1,4 +1,4 @@
-"""Recipes carried out: teacher, RipsNet, student, evaluation, each skipped when it is done."""
+"""Runs the stages of a recipe: teacher, fitted losses, students, evaluation."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from topkd.training.build import (
     refuse_large_batches,
     side,
 )
-from topkd.training.check import check, configured, named, teacher_recipe
-from topkd.training.outcome import Outcome, TaughtBy
+from topkd.training.check import check, check_name, configured, teacher_recipe
+from topkd.training.outcome import Outcome, TeacherOfRun
 from topkd.training.precision import Runtime
 from topkd.training.teacher_cache import TeacherCache
 from topkd.training.tracking import check_trackers
@@ -49,12 +49,12 @@ from topkd.training.trial import try_losses
 class Experiment:
     """The stages of a recipe: teacher, fitted losses, students. Completed stages are skipped.
 
-    Nothing is computed by the constructor: call :meth:`train_teacher`, :meth:`fit_losses`,
+    The constructor computes nothing: call :meth:`train_teacher`, :meth:`fit_losses`,
     :meth:`train_student`, or :meth:`run` for all of them in order.
 
     Args:
         recipe: The recipe.
-        out: Parent of the folder of the runs, which is named after the recipe.
+        out: Parent folder. Runs are written to a subfolder named after the recipe.
         progress: Shows progress and messages.
         objects: Objects in place of names in the recipe.
         trackers: Names of experiment trackers, see :class:`~topkd.training.tracking.Trackers`.
@@ -97,10 +97,10 @@ class Experiment:
         section = self.recipe.teacher
         if section is None:
             return None
-        own = shown = self.data.mean, self.data.std
+        of_teacher = of_data = self.data.mean, self.data.std
         if section.pretrained:
-            known = published_for(section, self.data)
-            own = known.mean, known.std
+            published = published_for(section, self.data)
+            of_teacher = published.mean, published.std
         if self.objects.teacher is not None:
             pixels = section.size or side(self.data)
             shape = (3, pixels, pixels)
@@ -108,38 +108,38 @@ class Experiment:
         else:
             network = network_of(section, self.data, section.size)
         if self.objects.teacher is None and not section.pretrained:
-            noted = self._fill_teacher(network)
-            own = noted.get("mean", shown[0]), noted.get("std", shown[1])
-        own = section.mean or own[0], section.std or own[1]
-        self._say_where(network, "teacher")
-        teacher = Teacher(network, *own, *shown, size=section.size)
+            about = self._fill_teacher(network)
+            of_teacher = about.get("mean", of_data[0]), about.get("std", of_data[1])
+        of_teacher = section.mean or of_teacher[0], section.std or of_teacher[1]
+        self._report_taps(network, "teacher")
+        teacher = Teacher(network, *of_teacher, *of_data, size=section.size)
         return teacher.to(self.device.device)
 
     def _fill_teacher(self, network: FeatureExtractor) -> dict[str, Any]:
-        """Fills a teacher with the weights in its file, and returns the file's metadata."""
+        """Loads the weights of the teacher and returns the metadata of their file."""
         section, path = self.recipe.teacher, self.teacher_file
         assert section is not None
-        weights, noted = processes.by_first(
+        weights, about = processes.by_first(
             lambda: (checkpoint.load_weights(path), checkpoint.read_about(path))
         )
-        said = checkpoint.fill(network.network, weights, str(path), section.weights)
-        if said:
-            self.progress.say(f"teacher: {said} (teacher.weights)")
-        same_order(self.data.classes, noted.get("classes", self.data.classes), str(path))
-        return noted
+        note = checkpoint.fill(network.network, weights, str(path), section.weights)
+        if note:
+            self.progress.say(f"teacher: {note} (teacher.weights)")
+        same_order(self.data.classes, about.get("classes", self.data.classes), str(path))
+        return about
 
-    def _say_where(self, network: FeatureExtractor, role: str) -> None:
-        """Says where a network is read if that was found by a trial."""
+    def _report_taps(self, network: FeatureExtractor, role: str) -> None:
+        """Prints the taps of a network if they were detected automatically."""
         if network.found:
-            self.progress.say(f"{network.found}; {role}.head and {role}.maps overrule it")
+            self.progress.say(f"{network.found}; {role}.head and {role}.maps override it")
 
     @property
     def teacher_file(self) -> Path:
-        """Where the teacher's weights are, or will be once it is trained."""
+        """Path of the teacher's weights, which may not be trained yet."""
         section = self.recipe.teacher
         assert section is not None
         if section.pretrained:
-            raise RecipeError(f"teacher: {section.model} is pretrained, no file here is it")
+            raise RecipeError(f"teacher: {section.model} is pretrained and has no weights file")
         if section.checkpoint is not None:
             return Path(section.checkpoint).expanduser()
         name = teacher_recipe(self.recipe).name
@@ -165,7 +165,7 @@ class Experiment:
         return predictions
 
     def _predictions_file(self) -> Path | None:
-        """Where the teacher's predictions on evaluation images are kept, if the recipe says so."""
+        """Returns the file of the teacher's cached predictions; None if the cache is disabled."""
         section = self.recipe.teacher
         if section is None or not section.cache:
             return None
@@ -173,22 +173,22 @@ class Experiment:
         return self.out / "answers" / f"predictions-{files.sha256(about)[:12]}.safetensors"
 
     def cache_teacher(self) -> None:
-        """Computes the teacher's predictions on evaluation images, which all runs then share."""
+        """Computes the teacher's predictions on evaluation images, which all runs share."""
         with cpu_threads(self.recipe.threads):
             assert self.teacher is None or self._teacher_predictions is not None
 
     def train_teacher(self) -> Path | None:
-        """Trains the teacher by its recipe, unless that is done or its weights are given.
+        """Trains the teacher with its recipe, unless it is trained or its weights are given.
 
         Returns:
-            The file of its weights; None if there is no teacher, or it comes without a file.
+            The weights file; None if there is no teacher or it has no file.
         """
         section = self.recipe.teacher
         if section is None or section.pretrained or self.objects.teacher is not None:
             return None
         if section.recipe is not None and section.checkpoint is None:
             if self.objects == NO_OBJECTS:
-                try_losses(self.recipe)  # an invalid option should not cost a teacher
+                try_losses(self.recipe)  # finds invalid options before the teacher is trained
             recipe, objects = teacher_recipe(self.recipe), Objects(data=self.objects.data)
             is_new = not self.teacher_file.exists()
             training = Experiment(recipe, self.out, self.progress, objects, self.trackers)
@@ -198,19 +198,19 @@ class Experiment:
         return self.teacher_file
 
     def losses(self, variant: str, student: FeatureExtractor, seed: int) -> list[LossTerm]:
-        """Builds the losses of one run, learning from the teacher what they need.
+        """Builds the losses of one run and fits them to the teacher where necessary.
 
         Args:
-            variant: Which of the recipe's runs.
-            student: The network that will learn.
-            seed: Of the weights that losses bring; they do not touch the student's random numbers.
+            variant: Variant of the recipe.
+            student: The student.
+            seed: Seed of adapter weights. It does not affect the student's random numbers.
         """
         return self.build(self.recipe.variants[variant], self.context(student), seed)
 
     def build(self, terms: Sequence[Term], context: LossContext, seed: int) -> list[LossTerm]:
-        """Configures some losses and binds them to the networks; see :meth:`losses`."""
-        shown = torch.arange(self.recipe.batch_size).repeat(self.recipe.data.views)
-        images = self.data.train.read(shown, None)  # as many as a batch of training has
+        """Builds losses and sets them up with the networks; see :meth:`losses`."""
+        index = torch.arange(self.recipe.batch_size).repeat(self.recipe.data.views)
+        images = self.data.train.read(index, None)  # size of a training batch
         images = images.to(self.device.device)
         student, teacher = context.student, context.teacher
         for term in terms:
@@ -218,8 +218,8 @@ class Experiment:
             if teacher is not None:
                 teacher.network.also(needed_taps(term.taps.teacher))
         with torch.no_grad():
-            made = student.to(self.device.device).eval()(images)
-            answer = made if teacher is None else teacher(images)
+            student_output = student.to(self.device.device).eval()(images)
+            teacher_output = student_output if teacher is None else teacher(images)
         built = []
         with torch.random.fork_rng():
             torch.manual_seed(seed + 1)
@@ -227,13 +227,13 @@ class Experiment:
                 given = self.objects.losses.get(term.title)
                 loss = deepcopy(given) or configured(term, located(term.title))
                 built.append(LossTerm(term, loss))
-                built[-1].setup(made, answer, context)
+                built[-1].setup(student_output, teacher_output, context)
         return built
 
     def context(self, student: FeatureExtractor) -> LossContext:
-        """Gathers what losses may ask for before a student is trained."""
+        """Returns the context that losses may use in their setup."""
         return LossContext(
-            self.answers,
+            self.teacher_features,
             self.data.train.target,
             student,
             self.teacher,
@@ -242,40 +242,40 @@ class Experiment:
             self.progress,
         )
 
-    def answers(self, epoch: int) -> Iterator[tuple[Batch, Features]]:
-        """Computes what the teacher makes of the augmented training images, batch by batch."""
+    def teacher_features(self, epoch: int) -> Iterator[tuple[Batch, Features]]:
+        """Computes the teacher's features of the augmented training images, batch by batch."""
         assert self.teacher is not None
         for batch in training_batches(self.data.train, self.recipe.batch_size, 0, epoch):
             with self.device.autocast():
-                answer = self.teacher(batch.images.to(self.device.device))
-            yield batch, answer.apply(lambda t: t.float().cpu())
+                teacher_output = self.teacher(batch.images.to(self.device.device))
+            yield batch, teacher_output.apply(lambda t: t.float().cpu())
 
     def new_student(self) -> FeatureExtractor:
-        """Builds the student, untrained."""
-        learner = self.recipe.student
+        """Builds a new student."""
+        described = self.recipe.student
         if self.objects.student is None:
-            student = network_of(learner, self.data)
+            student = network_of(described, self.data)
         else:
             network = self.objects.student(len(self.data.classes))
             shape = (3, side(self.data), side(self.data))
-            student = factory.wrap(network, learner.model, shape, **learner.taps)
-        if learner.classifier == "own":
+            student = factory.wrap(network, described.model, shape, **described.taps)
+        if described.classifier == "own":
             return student
         assert self.teacher is not None
         images = self.data.test.read(torch.arange(2), None).to(self.device.device)
-        section, taught_by = self.recipe.teacher, self.teacher.network
-        named = section.maps if section else None
-        if not named and taught_by.found:  # nothing says that it has a module avgpool
-            named = taught_by.maps
-        tap = named[-1] if named else "avgpool:in"
+        section, teacher_network = self.recipe.teacher, self.teacher.network
+        maps = section.maps if section else None
+        if not maps and teacher_network.found:  # may lack a module named avgpool
+            maps = teacher_network.maps
+        tap = maps[-1] if maps else "avgpool:in"
         return reuse(student.to(self.device.device), self.teacher, images, teacher_tap=tap)
 
     def fit_losses(self) -> None:
-        """Fits every loss that needs it to the teacher, such as a RipsNet.
+        """Fits losses such as RipsNet to the teacher.
 
         Raises:
-            ValueError: If the folder holds runs of another recipe, or a batch has more images than
-                the training set.
+            ValueError: If the folder has runs of another recipe, or a batch is larger than the
+                training set.
         """
         with cpu_threads(self.recipe.threads):
             self.train_teacher()
@@ -285,37 +285,37 @@ class Experiment:
                 self.losses(variant, self.new_student(), 0)
 
     def train_student(self, variant: str, seed: int) -> dict[str, Any]:
-        """Trains and evaluates one student, or reads its result if that is done.
+        """Trains and evaluates one student, or returns its result if it is finished.
 
-        The teacher is trained first, where its recipe has not been run.
+        The teacher is trained first if its recipe has not been run.
 
         Args:
-            variant: Name of the run: a control, or ``"student"`` for the recipe's own losses.
-            seed: Of the weights, the order of the images and their augmentation.
+            variant: Name of a control, or ``"student"`` for the recipe's ``losses``.
+            seed: Seed of the weights, of the order of the images and of their augmentation.
 
         Returns:
             The content of ``result.json``.
 
         Raises:
-            RecipeError: If the recipe has no such run.
-            ValueError: If the folder holds runs of another recipe.
+            RecipeError: If the recipe has no such variant.
+            ValueError: If the folder has runs of another recipe.
         """
-        named(self.recipe.variants, variant, "variant")
+        check_name(self.recipe.variants, variant, "variant")
         self._claim_folder()
         folder = self.folder / variant / f"seed{seed}"
-        with self._working_alone(folder), cpu_threads(self.recipe.threads):
+        with self._locked(folder), cpu_threads(self.recipe.threads):
             done = processes.by_first(lambda: finished(folder))
             return self._train_student(variant, seed, folder) if done is None else done
 
     def run(self, seeds: Iterable[int]) -> list[dict[str, Any]]:
-        """Carries out all stages: the teacher, fitted losses, and every run with every seed."""
+        """Runs all stages: the teacher, fitted losses, and every variant with every seed."""
         return [
             self.train_student(variant, seed) for seed in seeds for variant in self.recipe.variants
         ]
 
     @contextmanager
-    def _working_alone(self, folder: Path) -> Iterator[None]:
-        """Locks the folder of a run, and deletes what killed processes have left in it."""
+    def _locked(self, folder: Path) -> Iterator[None]:
+        """Locks the folder of a run and deletes temporary files of killed processes."""
         if processes.rank() != 0:
             yield
             return
@@ -326,11 +326,11 @@ class Experiment:
     def _train_student(self, variant: str, seed: int, folder: Path) -> dict[str, Any]:
         refuse_large_batches(self.recipe, self.data)
         self.train_teacher()
-        teacher = self.teacher  # loaded before the student's random numbers begin
+        teacher = self.teacher  # loaded before the random numbers of the student are seeded
         torch.manual_seed(seed)
         student = self.new_student()
         losses = self.losses(variant, student, seed)
-        self._say_where(student, "student")
+        self._report_taps(student, "student")
         trainer = Trainer(
             student,
             teacher,
@@ -340,7 +340,7 @@ class Experiment:
             seed,
             self.device,
             self.progress,
-            self._kept_answers(seed),
+            self._teacher_cache(seed),
             self._identity(),
             self.trackers,
         )
@@ -348,10 +348,10 @@ class Experiment:
         history = trainer.run(folder)
         predictions = metrics.predict(student.eval(), self.data.test, self.device.device)
         processes.merge(self.data.faults.unreadable)
-        taught_by = None
+        trained_by = None
         if self.recipe.teacher is not None and self._teacher_predictions is not None:
-            taught_by = TaughtBy(self._teacher_hash, self._teacher_predictions)
-        outcome = Outcome(self.recipe, self.data, student, losses, predictions, history, taught_by)
+            trained_by = TeacherOfRun(self._teacher_hash, self._teacher_predictions)
+        outcome = Outcome(self.recipe, self.data, student, losses, predictions, history, trained_by)
         result = outcome.result(variant, seed, self.device)
         if processes.rank() == 0:
             files.refuse_deleted(folder)
@@ -360,20 +360,20 @@ class Experiment:
         return result
 
     def _identity(self) -> dict[str, str]:
-        """What a run depends on and must find again when it is resumed."""
-        taught = {} if self.teacher is None else {"teacher": self._teacher_hash[:12]}
-        return {"recipe": self.recipe.hash} | taught
+        """Returns the dependencies that must be unchanged to resume a run."""
+        teacher = {} if self.teacher is None else {"teacher": self._teacher_hash[:12]}
+        return {"recipe": self.recipe.hash} | teacher
 
-    def _kept_answers(self, seed: int) -> TeacherCache | None:
-        """Where the teacher's answers are kept, if the recipe says so."""
+    def _teacher_cache(self, seed: int) -> TeacherCache | None:
+        """Returns the cache of the teacher's features; None if it is disabled."""
         section, data = self.recipe.teacher, self.recipe.data
         if section is None or not section.cache:
             return None
         assert self.teacher is not None
         assert self._teacher_predictions is not None
-        drawn = seed if data.augmentation_seed is None else data.augmentation_seed
+        augmentation_seed = seed if data.augmentation_seed is None else data.augmentation_seed
         about = self._cache_key() | {
-            "augmentation_seed": drawn,
+            "augmentation_seed": augmentation_seed,
             "precision": str(self.device.dtype),
         }
         return TeacherCache(
@@ -385,7 +385,7 @@ class Experiment:
         )
 
     def _cache_key(self) -> dict[str, Any]:
-        """What a teacher's features of these images depend on."""
+        """Returns everything that the teacher's features depend on."""
         section, data = self.recipe.teacher, self.recipe.data
         assert section is not None
         assert self.teacher is not None
@@ -397,7 +397,7 @@ class Experiment:
         }
 
     def _claim_folder(self) -> None:
-        """Writes the recipe into an empty folder, and refuses one with runs of another recipe."""
+        """Writes the recipe to the folder; rejects a folder with runs of another recipe."""
         processes.by_first(self._claim)
 
     def _claim(self) -> None:
@@ -411,12 +411,12 @@ class Experiment:
                 differs = recipes.difference(there, self.recipe)
                 raise ValueError(
                     f"{self.folder} holds runs of another recipe: {differs}; "
-                    "give this one another name with name=NAME, or another place with --out"
+                    "choose another name with name=NAME, or another folder with --out"
                 )
         else:
             files.write(path, recipes.write(self.recipe))
 
     def _has_runs(self) -> bool:
-        """Tests whether a run has a result or a state; a command that failed early leaves none."""
-        kept = ("*/seed*/result.json", "*/seed*/checkpoint/latest.json")
-        return any(True for pattern in kept for _ in self.folder.glob(pattern))
+        """Tests whether a run has a result or a state."""
+        patterns = ("*/seed*/result.json", "*/seed*/checkpoint/latest.json")
+        return any(True for pattern in patterns for _ in self.folder.glob(pattern))

@@ -1,4 +1,4 @@
-"""The summands of a loss: what each sees, what it weighs, and what of the gradient is its own."""
+"""Weights of the terms of an objective, and their shares of the gradient."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from topkd.config.recipe import Term
 from topkd.features import FeatureExtractor, Features
 from topkd.losses.base import MIN_GRADIENT_SHARE, located
 
-SMOOTHING = 0.9  # share of the old in the running mean of a gradient's norm
-SAME = 0.99  # cosine of two gradients above which two terms ask for the same
+SMOOTHING = 0.9  # decay of the moving average of gradient norms
+SAME = 0.99  # cosine of two gradients above which two terms count as redundant
 
 
 @dataclass
 class GradientBalancer:
-    r"""What the terms weigh, where some are to carry a share of the gradient.
+    r"""Computes the weights of terms that have a share of the gradient.
 
-    With :math:`g_i` the norm of the gradient of term i at the student's embedding, F the sum of
-    :math:`w_i g_i` over the terms that have a weight and S the sum of the shares, a term with the
-    share s weighs :math:`s F / ((1 - S) g)`. The norms are running means, so that weights change
+    Let :math:`g_i` be the gradient norm of term i at the student's embedding, F the sum of
+    :math:`w_i g_i` over the terms with a weight, and S the sum of the shares. A term with share s
+    has the weight :math:`s F / ((1 - S) g)`. The norms are moving averages, so that weights change
     slowly.
     """
 
     norms: dict[str, float] = field(default_factory=dict)
-    """Title of a term -> running mean of the norm of its gradient, at weight 1."""
+    """Title of a term -> moving average of its unweighted gradient norm."""
 
     def update(self, norms: Mapping[str, float]) -> None:
-        """Takes in what was measured at one step."""
+        """Updates the moving averages with the norms of one step."""
         for title, norm in norms.items():
             old = self.norms.get(title, norm)
             self.norms[title] = SMOOTHING * old + (1 - SMOOTHING) * norm
 
     def weights(self, terms: Sequence[Term], epoch: int, epochs: int) -> dict[str, float]:
-        """Computes what every term weighs in an epoch.
+        """Computes the weight of every term in an epoch.
 
         Raises:
-            ValueError: If a term should carry a share of a gradient that it has no part in.
+            ValueError: If a term with a share has no gradient at the student's embedding.
         """
         schedule = {term.title: term.schedule(epoch, epochs) for term in terms}
         weights = {t.title: t.weight * schedule[t.title] for t in terms if t.share is None}
@@ -51,10 +51,10 @@ class GradientBalancer:
             if term.title not in self.norms:
                 raise ValueError(
                     f"{located(term.title)}: its gradient does not pass the student's embedding, "
-                    "so that it cannot have a share of it; give it a weight"
+                    "so it cannot have a share; set a weight"
                 )
-            own = max(self.norms[term.title], 1e-12)
-            weights[term.title] = schedule[term.title] * (term.share or 0) * fixed / (rest * own)
+            norm = max(self.norms[term.title], 1e-12)
+            weights[term.title] = schedule[term.title] * (term.share or 0) * fixed / (rest * norm)
         return {term.title: weights.get(term.title, 0.0) for term in terms}
 
 
@@ -64,12 +64,12 @@ def gradients(
     """Computes the gradient of every term at the student's embedding.
 
     Args:
-        values: Title of a term -> its value, at weight 1.
-        features: What the values were computed from.
-        student: The network, through whose classifier gradients at the logits are carried back.
+        values: Title of a term -> unweighted value.
+        features: Features that the values were computed from.
+        student: The student, whose classifier backpropagates gradients at the logits.
 
     Returns:
-        Title -> (n, d), without the terms that only look at feature maps.
+        Title -> gradient (n, d), without terms that only read feature maps.
     """
     found = {}
     for title, value in values.items():
@@ -78,17 +78,17 @@ def gradients(
         )
         if at_logits is None and at_embedding is None:
             continue
-        whole = torch.zeros_like(features.embedding) if at_embedding is None else at_embedding
+        gradient = torch.zeros_like(features.embedding) if at_embedding is None else at_embedding
         if at_logits is not None:
             embedding = features.embedding.detach().requires_grad_()
             (through,) = torch.autograd.grad(student.head(embedding), embedding, at_logits)
-            whole = whole + through
-        found[title] = whole
+            gradient = gradient + through
+        found[title] = gradient
     return found
 
 
 def cosines(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Computes how alike the gradients of every two terms are, by their titles with ``|``."""
+    """Computes the cosine similarity of the gradients of every two terms, keyed ``a|b``."""
     return {
         f"{a}|{b}": torch.cosine_similarity(gradients[a].flatten(), gradients[b].flatten(), dim=0)
         for a, b in combinations(gradients, 2)
@@ -96,21 +96,21 @@ def cosines(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def warnings(shares: Mapping[str, float], cosines: Mapping[str, float]) -> list[str]:
-    """Tells which terms of an epoch were not worth their time, a line each.
+    """Lists ineffective or redundant terms of an epoch, one line each.
 
     Args:
-        shares: Title of a term -> its mean share of the gradient.
-        cosines: Two titles with ``|`` -> mean cosine of their gradients.
+        shares: Title of a term -> mean share of the gradient.
+        cosines: Two titles ``a|b`` -> mean cosine of their gradients.
     """
     silent = [
-        f"{title} carries {share:.2%} of the gradient at the embedding: nobody would notice if it "
-        "were not there; give it more weight, or a share"
+        f"{title} carries {share:.2%} of the gradient at the embedding: it has no measurable "
+        "effect on training; give it more weight, or a share"
         for title, share in shares.items()
         if share < MIN_GRADIENT_SHARE
     ]
     same = [
-        f"{pair.replace('|', ' and ')} ask for the same (cosine of their gradients {cosine:.3f}); "
-        "one of them would do"
+        f"{pair.replace('|', ' and ')} are redundant (cosine of their gradients {cosine:.3f}); "
+        "remove one of them"
         for pair, cosine in cosines.items()
         if cosine > SAME
     ]

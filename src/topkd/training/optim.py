@@ -1,4 +1,4 @@
-"""What changes the weights: the optimizer of a recipe, and its rate over the epochs."""
+"""Optimizer and learning rate schedule of a recipe."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from topkd.config.recipe import Optimizer
 
 
 def build(settings: Optimizer, weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Makes the optimizer of a recipe; its weight decay shrinks all weights alike.
+    """Builds the optimizer of a recipe, with the same weight decay for all parameters.
 
     References:
         Decoupled Weight Decay Regularization (Loshchilov & Hutter, ICLR 2019), for AdamW
@@ -35,11 +35,11 @@ def build(settings: Optimizer, weights: Iterable[nn.Parameter]) -> torch.optim.O
 
 
 def learning_rate(optimizer: Optimizer, done: float, epochs: int) -> float:
-    r"""Computes the rate after so many epochs, which may be a fraction.
+    r"""Computes the learning rate after ``done`` epochs, which may be fractional.
 
-    ``milestones`` multiplies by ``factor`` at each; ``cosine`` falls as
-    :math:`\frac{1}{2}(1 + \cos \pi t)`; ``one-cycle`` rises linearly over the share ``rise`` and
-    then falls as the cosine.
+    ``milestones`` multiplies the rate by ``factor`` at each milestone; ``cosine`` decreases it as
+    :math:`\frac{1}{2}(1 + \cos \pi t)`; ``one-cycle`` increases it linearly over the fraction
+    ``rise`` and then decreases it as a cosine.
 
     References:
         SGDR (Loshchilov & Hutter, ICLR 2017) https://arxiv.org/abs/1608.03983

@@ -1,4 +1,4 @@
-"""What a finished run leaves: its result, its weights and some embeddings."""
+"""Output of a finished run: result, weights and example embeddings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN = 1000  # evaluation images whose embeddings are kept for plots
 
 
 @dataclass(frozen=True)
-class TaughtBy:
+class TeacherOfRun:
     """The teacher of a run."""
 
     hash: str
@@ -45,7 +45,7 @@ class Outcome:
     terms: Sequence[LossTerm]
     predictions: metrics.Predictions
     history: Sequence[Mapping[str, Any]]
-    teacher: TaughtBy | None
+    teacher: TeacherOfRun | None
 
     def result(self, variant: str, seed: int, runtime: Runtime) -> dict[str, Any]:
         """Computes the content of ``result.json``, without the hashes of files."""
@@ -80,7 +80,7 @@ class Outcome:
         ).as_json()
 
     def _comparison(self) -> dict[str, Any]:
-        """Metrics of the teacher, and of the student's similarity to it."""
+        """Returns the metrics of the teacher and the student's similarity to it."""
         if self.teacher is None or self.recipe.teacher is None:
             return {}
         described = {"model": self.recipe.teacher.model, "hash": self.teacher.hash}
@@ -92,10 +92,10 @@ class Outcome:
         }
 
     def write(self, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes all files of the run, the result last: it says that the run is finished.
+        """Writes the files of the run. ``result.json`` comes last and marks the run as finished.
 
         Returns:
-            The result with the hashes of the run's files.
+            The result, with the hashes of the run's files.
         """
         files.write(folder / "examples.safetensors", self._examples())
         path, network = folder / "student.safetensors", self.student.network
@@ -111,7 +111,7 @@ class Outcome:
         return save_safetensors({name: t[:SHOWN].contiguous() for name, t in tensors.items()})
 
     def _metadata(self) -> dict[str, Any]:
-        """What is needed to use the weights."""
+        """Returns the metadata for loading the weights."""
         network = self.student.network
         reused = network.description if isinstance(network, ReusedClassifierStudent) else None
         return {

@@ -12,7 +12,7 @@ from topkd._runtime import processes, processor
 from topkd._runtime.memory_format import BLOCK
 from topkd.config.recipe import Recipe
 
-LONG = 500_000  # training images from which compiling pays for itself
+LONG = 500_000  # number of training images above which compilation saves time
 
 
 @dataclass(frozen=True)
@@ -20,35 +20,35 @@ class Runtime:
     """Device, precision and compilation of networks."""
 
     device: torch.device
-    dtype: torch.dtype  # of the networks; losses are always float32
+    dtype: torch.dtype  # autocast dtype of the networks; losses are always float32
     compile: bool
 
     @classmethod
     def of(cls, recipe: Recipe, images: int) -> Runtime:
-        """Chooses what the recipe leaves open.
+        """Resolves the ``auto`` settings of a recipe.
 
         Args:
-            recipe: May ask for a precision and for compiling.
-            images: In the training set.
+            recipe: Recipe with settings for precision and compilation.
+            images: Number of training images.
 
         Raises:
-            ValueError: If several processes were started and do not find each other.
+            ValueError: If several processes were started but do not form one group.
         """
         device = processes.accelerator().device
         dtype = getattr(torch, recipe.precision, None) or fastest_dtype(device)
-        # Measured on CPUs: what compiling gains on a network it loses to the convolutions around.
+        # On CPUs, compilation showed no net speedup: fused operations gain what convolutions lose.
         pays = device.type == "cuda" and images * recipe.epochs >= LONG
         compile = pays if recipe.compile == "auto" else recipe.compile
         return cls(device, dtype, compile)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Computes networks in :attr:`dtype` inside the ``with``."""
+        """Returns an autocast context with :attr:`dtype`."""
         half = self.dtype is not torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=half)
 
 
 def choices() -> dict[str, str]:
-    """Describes what is chosen for this machine where a recipe leaves it open."""
+    """Describes the values that ``auto`` settings take on this machine."""
     device = processes.accelerator().device
     return {
         "device": str(device),
@@ -59,9 +59,9 @@ def choices() -> dict[str, str]:
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """Chooses bfloat16 where a device has instructions for it, else float32."""
+    """Returns bfloat16 if the device has instructions for it, else float32."""
     if device.type == "cuda":
-        gains = torch.cuda.is_bf16_supported(including_emulation=False)
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        gains = device.type == "cpu" and processor.computes_bfloat16()
-    return torch.bfloat16 if gains else torch.float32
+        has_bfloat16 = device.type == "cpu" and processor.computes_bfloat16()
+    return torch.bfloat16 if has_bfloat16 else torch.float32

@@ -1,4 +1,4 @@
-"""What would go wrong with a recipe, found in a minute, before hours are spent on it."""
+"""Preflight checks: tests a recipe for a minute before training."""
 
 from __future__ import annotations
 
@@ -31,62 +31,62 @@ from topkd.training.optim import learning_rate
 from topkd.training.tracking import Sums
 from topkd.training.trainer import Trainer
 
-JUDGED = 2000  # test images that a teacher is tried on
-WARM = 3  # steps of training in which the terms are weighed, and nothing is timed
-TIMED = 20  # steps that are timed
-PATIENCE = 30.0  # seconds after which no further step is timed
-USUAL = {  # mean and standard deviation with which networks are commonly trained
+TEACHER_IMAGES = 2000  # evaluation images for the teacher
+WARM = 3  # untimed training steps, in which gradients are measured
+TIMED = 20  # timed training steps
+PATIENCE = 30.0  # time limit of the timed steps, in seconds
+USUAL = {  # common normalizations: mean and standard deviation
     "as for ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "as for CIFAR-100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "as for CIFAR-10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "to -1 ... 1": ((0.5,) * 3, (0.5,) * 3),
     "to 0 ... 1": ((0.0,) * 3, (1.0,) * 3),
 }
-CROPS = (0.875, 0.9, 0.95, 1.0)  # of the shorter side, as networks are commonly evaluated
+CROPS = (0.875, 0.9, 0.95, 1.0)  # common evaluation crops, as fractions of the shorter side
 
-Verdict = Literal["good", "look", "wrong"]
+Verdict = Literal["ok", "warning", "error"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of what the doctor says."""
+    """One line of the report of ``topkd doctor``."""
 
     part: str
     found: str
-    verdict: Verdict = "good"
+    verdict: Verdict = "ok"
     advice: str = ""
-    """What to change."""
+    """Suggested change."""
 
 
 def examine(experiment: Experiment) -> list[Finding]:
-    """Tries every part of a recipe that can be tried in a minute.
+    """Tests every part of a recipe that can be tested in a minute.
 
-    Nothing is trained to the end and nothing is written: an approximator that has not been trained
-    is told, and a teacher that has not been trained ends the examination.
+    No training is completed and no file is written. An untrained approximator is reported; an
+    untrained teacher ends the checks.
 
     Args:
-        experiment: The recipe, and where its runs are kept.
+        experiment: The experiment.
 
     Returns:
-        What was found, part by part. What cannot be used is a finding too, but for the data.
+        Findings, part by part. Errors are findings as well, except errors in reading the data.
 
     Raises:
-        FileNotFoundError: If files of the data are missing.
+        FileNotFoundError: If data files are missing.
         ValueError: If the data cannot be read.
     """
     torch.manual_seed(0)
     recipe, seconds = experiment.recipe, dict[str, float]()
     with experiment.progress.bar("Doctor", 2 + len(recipe.variants), "parts") as advance:
-        advance(0, "looks at the data")
+        advance(0, "checking the data")
         findings = [*_data(experiment)]
-        advance(1, "asks the teacher")
+        advance(1, "evaluating the teacher")
         found, is_there = _teacher(experiment)
         findings += found
         if not is_there:
             return findings
         variants = recipe.variants if len(experiment.data.train.target) >= recipe.batch_size else ()
         for variant in variants:
-            advance(1, f"tries a few steps of {variant}")
+            advance(1, f"training a few steps of {variant}")
             found, epoch = _run(experiment, variant)
             findings += found
             if epoch is not None:
@@ -94,7 +94,7 @@ def examine(experiment: Experiment) -> list[Finding]:
     if seconds:
         findings += [_time(recipe, seconds), Finding("memory", _memory(experiment.device.device))]
     faults = experiment.data.faults.lines()
-    return findings + [Finding("data", line, "look", "mend the files") for line in faults]
+    return findings + [Finding("data", line, "warning", "repair the files") for line in faults]
 
 
 def _data(experiment: Experiment) -> Iterator[Finding]:
@@ -103,32 +103,32 @@ def _data(experiment: Experiment) -> Iterator[Finding]:
     counts = torch.bincount(data.train.target, minlength=len(data.classes))
     absent = [data.classes[label] for label in (counts == 0).nonzero().flatten().tolist()]
     each = "" if counts.min() == counts.max() else f"{int(counts.min())} to "
-    named = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+    listed = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
     yield Finding(
         "data",
         f"{images:,} training and {len(data.test.target):,} {data.eval_split} images of "
         f"{len(data.classes)} classes, {each}{int(counts.max())} each",
-        "wrong" if absent else "good",
-        f"no student learns {named}: add training images, or take the name away" if absent else "",
+        "error" if absent else "ok",
+        f"no training images of {listed}: add images, or remove the class" if absent else "",
     )
     steps = images // size
     yield Finding(
         "batches",
-        f"{steps} of {size} images an epoch, {images - steps * size} images left over",
-        "good" if steps >= 10 else "look" if steps else "wrong",
-        "" if steps >= 10 else "make batch_size smaller: an epoch has few steps",
+        f"{steps} of {size} images per epoch, {images - steps * size} images dropped",
+        "ok" if steps >= 10 else "warning" if steps else "error",
+        "" if steps >= 10 else "reduce batch_size: an epoch has few steps",
     )
     order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
-    shown = data.train.read(order[: 4 * size], None)
-    mean, std = shown.mean((0, 2, 3)), shown.std((0, 2, 3))
+    sample = data.train.read(order[: 4 * size], None)
+    mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3))
     usual = bool((mean.abs() < 1).all() and (std > 1 / 3).all() and (std < 3).all())
-    own_mean, own_std = torch.tensor(data.mean), torch.tensor(data.std)
-    right = _settings("data", (mean * own_std + own_mean).tolist(), (std * own_std).tolist())
+    data_mean, data_std = torch.tensor(data.mean), torch.tensor(data.std)
+    measured = (mean * data_std + data_mean).tolist(), (std * data_std).tolist()
     yield Finding(
         "normalization",
-        f"normalized images have mean {_spaced(mean)} and deviation {_spaced(std)}",
-        "good" if usual else "look",
-        "" if usual else f"they should be near 0 and 1, which they are by {right}",
+        f"normalized images have mean {_spaced(mean)} and std {_spaced(std)}",
+        "ok" if usual else "warning",
+        "" if usual else f"for mean 0 and std 1, set {_settings('data', *measured)}",
     )
 
 
@@ -136,59 +136,60 @@ def _data(experiment: Experiment) -> Iterator[Finding]:
 
 
 def _teacher(experiment: Experiment) -> tuple[list[Finding], bool]:
-    """Tries the teacher, and tells whether what needs it can be tried."""
-    section, advice = experiment.recipe.teacher, "this first: all else needs the teacher"
+    """Evaluates the teacher; the second value is False if it cannot be used."""
+    section, advice = experiment.recipe.teacher, "fix this first: the other checks need the teacher"
     if section is None:
         return [], True
     if section.recipe is not None and section.checkpoint is None:
-        done = experiment.teacher_file.parent / "result.json"  # what its training writes last
+        done = experiment.teacher_file.parent / "result.json"  # written last
         if not done.exists():
-            advice = "`topkd teacher` does it; then ask again, for all else needs it"
-            return [Finding("teacher", f"{section.recipe} trains it first", "look", advice)], False
+            advice = "run `topkd teacher`, then repeat: the other checks need the teacher"
+            found = f"not trained yet, by {section.recipe}"
+            return [Finding("teacher", found, "warning", advice)], False
     try:
         teacher = experiment.teacher
         assert teacher is not None
-        return [*_judge(experiment, teacher)], True
+        return [*_evaluated(experiment, teacher)], True
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         found = f"{where}{error.strerror or error}"
-    except (ValueError, RuntimeError) as error:  # torch's own, of images that it cannot be shown
+    except (ValueError, RuntimeError) as error:  # raised by torch for unsupported images
         found = str(error)
-    return [Finding("teacher", found, "wrong", advice)], False
+    return [Finding("teacher", found, "error", advice)], False
 
 
-def _judge(experiment: Experiment, teacher: Teacher) -> Iterator[Finding]:
-    """Compares the teacher's accuracy with the recorded one, and looks for what lowers it."""
-    data, images = experiment.data, _some(experiment.data.test, JUDGED)
+def _evaluated(experiment: Experiment, teacher: Teacher) -> Iterator[Finding]:
+    """Compares the teacher's accuracy with the recorded one and searches for causes of a loss."""
+    data, images = experiment.data, _some(experiment.data.test, TEACHER_IMAGES)
     predictions = metrics.predict(teacher, images, experiment.device.device)
     top1, recorded = metrics.top_k(predictions, 1), _recorded(experiment)
     chance = 100 / len(data.classes)
-    said, least = f"none is recorded, guessing gives {chance:.2f} %", chance + _noise(predictions)
+    expected, least = f"none is recorded, chance is {chance:.2f} %", chance + _noise(predictions)
     if recorded is not None:
-        said, least = f"recorded is {recorded:.2f} %", recorded - _noise(predictions)
+        expected, least = f"recorded is {recorded:.2f} %", recorded - _noise(predictions)
     causes: list[Finding] = []
     if recorded is None or top1 < least:
         causes, teacher, best = _normalizations(experiment, teacher, images, predictions)
         found, best = _crops(experiment, teacher, images, best)
         causes += [*found, *_class_order(best, data.classes)]
-    verdict: Verdict = "wrong" if top1 < least else "good" if recorded is not None else "look"
+    verdict: Verdict = "error" if top1 < least else "ok" if recorded is not None else "warning"
     advice = {
-        "good": "",
-        "look": "is that what it should reach?",
-        "wrong": "no other mean, std, crop or order of classes helps: is it this network, are "
-        "these the images it was trained for?",
+        "ok": "",
+        "warning": "check that this is the expected accuracy",
+        "error": "no other mean, std, crop or order of classes helps: check that network and "
+        "images are those of its training",
     }
     yield Finding(
         "teacher",
-        f"right on {top1:.2f} % of {len(images.target):,} {data.eval_split} images; {said}",
+        f"top-1 {top1:.2f} % on {len(images.target):,} {data.eval_split} images; {expected}",
         verdict,
-        "what the next lines say" if causes else advice[verdict],
+        "see the next lines" if causes else advice[verdict],
     )
     yield from causes
 
 
 def _recorded(experiment: Experiment) -> float | None:
-    """Finds the accuracy that the teacher had when it was saved, in percent."""
+    """Returns the recorded top-1 accuracy of the teacher in percent; None if unknown."""
     section = experiment.recipe.teacher
     if section is None or section.pretrained:
         return None
@@ -202,16 +203,16 @@ def _recorded(experiment: Experiment) -> float | None:
 def _normalizations(
     experiment: Experiment, teacher: Teacher, images: Images, predictions: Predictions
 ) -> tuple[list[Finding], Teacher, Predictions]:
-    """Tries a teacher with other means and deviations, and tells if one suits it better.
+    """Evaluates the teacher with other normalizations.
 
     Returns:
-        The finding, if there is one, and the teacher and its predictions with the best of them.
+        A finding if one is better, and the teacher and its predictions with the best one.
     """
     data, section = experiment.data, experiment.recipe.teacher
     assert section is not None
     about = {} if section.pretrained else checkpoint.read_about(experiment.teacher_file)
-    told = {"as its file says": (about["mean"], about["std"])} if "mean" in about else {}
-    known = {**told, "as the data": (data.mean, data.std), **USUAL}
+    recorded = {"as in its file": (about["mean"], about["std"])} if "mean" in about else {}
+    known = {**recorded, "as the data": (data.mean, data.std), **USUAL}
     others, tried = {}, {}
     for name, (mean, std) in known.items():
         other = Teacher(teacher.network, mean, std, data.mean, data.std, section.size)
@@ -222,19 +223,19 @@ def _normalizations(
     top1 = metrics.top_k(tried[best], 1)
     if top1 <= metrics.top_k(predictions, 1) + _noise(predictions):
         return [], teacher, predictions
-    found = f"of images normalized {best} it is right on {top1:.2f} %"
+    found = f"top-1 {top1:.2f} % on images normalized {best}"
     advice = f"set {_settings('teacher', *known[best])}"
-    finding = Finding("teacher's normalization", found, "wrong", advice)
+    finding = Finding("teacher's normalization", found, "error", advice)
     return [finding], others[best], tried[best]
 
 
 def _crops(
     experiment: Experiment, teacher: Teacher, images: Images, predictions: Predictions
 ) -> tuple[list[Finding], Predictions]:
-    """Tries a teacher on other crops of the images, and tells if one suits it better.
+    """Evaluates the teacher with other crops of the images.
 
     Returns:
-        The finding, if there is one, and the predictions of the best of them.
+        A finding if one is better, and the predictions with the best one.
     """
     tried = {}
     for crop in CROPS:
@@ -247,133 +248,134 @@ def _crops(
     top1 = metrics.top_k(tried[best], 1)
     if top1 <= metrics.top_k(predictions, 1) + _noise(predictions):
         return [], predictions
-    found = f"of the middle {best:g} of each picture it is right on {top1:.2f} %"
-    return [Finding("crop", found, "wrong", f"set data.crop={best:g}")], tried[best]
+    found = f"top-1 {top1:.2f} % on center crops of {best:g}"
+    return [Finding("crop", found, "error", f"set data.crop={best:g}")], tried[best]
 
 
 def _class_order(predictions: Predictions, classes: Sequence[str]) -> Iterator[Finding]:
-    """Tells if a teacher would be right had the classes another order.
+    """Tests whether the teacher was trained with another order of classes.
 
-    The best order for one half of the images is tried on the other half: a fit of chance fails
-    there. It has to mend a third of all errors.
+    The best permutation for one half of the images is evaluated on the other half, to exclude
+    chance. It is reported if it corrects a third of all errors.
     """
-    fitted, judged = (
+    fitted, held_out = (
         Predictions(*(t[half::2] for t in vars(predictions).values())) for half in (0, 1)
     )
-    labels, guesses = linear_sum_assignment(-_confusion(fitted, len(classes)).numpy())
-    counts = _confusion(judged, len(classes))
+    labels, predicted = linear_sum_assignment(-_confusion(fitted, len(classes)).numpy())
+    counts = _confusion(held_out, len(classes))
     here = 100 * (counts.trace() / counts.sum()).item()
-    there = 100 * (counts[labels, guesses].sum() / counts.sum()).item()
-    if there - here <= max((100 - here) / 3, _noise(judged)):
+    there = 100 * (counts[labels, predicted].sum() / counts.sum()).item()
+    if there - here <= max((100 - here) / 3, _noise(held_out)):
         return
-    moved = [(int(counts[a, b]), a, b) for a, b in zip(labels, guesses, strict=True) if a != b]
-    _, label, guess = max(moved)
+    moved = [(int(counts[a, b]), a, b) for a, b in zip(labels, predicted, strict=True) if a != b]
+    _, label, output = max(moved)
     yield Finding(
         "class order",
-        f"with its classes in another order it is right on {there:.2f} %: class {label}, "
-        f"{classes[label]!r}, is number {guess} to the teacher",
-        "wrong",
-        "number the classes of the data as the teacher's training did",
+        f"top-1 {there:.2f} % with its classes in another order: class {label}, "
+        f"{classes[label]!r}, is output {output} of the teacher",
+        "error",
+        "order the classes of the data as in the teacher's training",
     )
 
 
 def _confusion(predictions: Predictions, classes: int) -> Tensor:
-    """Counts how often an image of class i is taken for class j, (classes, classes)."""
+    """Computes the confusion matrix, (classes, classes), with targets as rows."""
     pairs = predictions.target * classes + predictions.logits.argmax(1)
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
 def _noise(predictions: Predictions) -> float:
-    """Three standard deviations of an accuracy on so many images, in percent."""
-    right, images = metrics.top_k(predictions, 1) / 100, len(predictions.target)
-    return 300 * max(right * (1 - right) / images, 1 / images**2) ** 0.5
+    """Returns three standard errors of the accuracy, in percent."""
+    accuracy, images = metrics.top_k(predictions, 1) / 100, len(predictions.target)
+    return 300 * max(accuracy * (1 - accuracy) / images, 1 / images**2) ** 0.5
 
 
 # --- The runs ------------------------------------------------------------------------------------
 
 
-class _LearnsFirstError(Exception):
-    """A loss began to learn from the teacher."""
+class _NeedsFitError(Exception):
+    """Raised when a loss starts to fit to the teacher."""
 
 
-class _NoLearning(Progress):
-    """Stops a loss where it would begin to learn, or would show how far it is."""
+class _NoFit(Progress):
+    """Raises when a loss starts to fit, which acquires a lock or shows a bar."""
 
     def alone(self, path: Path) -> NoReturn:
-        raise _LearnsFirstError
+        raise _NeedsFitError
 
     def bar(self, title: str, total: int, unit: str) -> NoReturn:
-        raise _LearnsFirstError
+        raise _NeedsFitError
 
 
 def _run(experiment: Experiment, variant: str) -> tuple[list[Finding], float | None]:
-    """Tries one run, and tells the seconds of an epoch if it can be trained."""
-    part, other = f"losses of {variant}", "other taps or options, or another loss"
+    """Tests one run; the second value is the seconds per epoch if it can be trained."""
+    part, other = f"losses of {variant}", "use other taps or options, or another loss"
     try:
         student = experiment.new_student()
         findings, losses = _losses(experiment, variant, student)
-        if any(finding.verdict == "wrong" for finding in findings):
+        if any(finding.verdict == "error" for finding in findings):
             return findings, None
         tried = _train(experiment, student, losses)
     except torch.OutOfMemoryError:
-        advice = f"make batch_size smaller than {experiment.recipe.batch_size}"
-        return [Finding("memory", f"a step of {variant} does not fit", "wrong", advice)], None
-    except (ValueError, RuntimeError) as error:  # torch's own, of shapes that do not go together
-        return [Finding(part, str(error), "wrong", other)], None
+        advice = f"reduce batch_size below {experiment.recipe.batch_size}"
+        return [Finding("memory", f"a step of {variant} does not fit", "error", advice)], None
+    except (ValueError, RuntimeError) as error:  # raised by torch for incompatible shapes
+        return [Finding(part, str(error), "error", other)], None
     if tried is None:
         return findings, None
     sums, seconds = tried
     names = ", ".join(weighted.title for weighted in losses)
-    findings.append(Finding(part, f"{names}: the taps give what they need"))
-    weighing = {w.title for w in losses if w.settings.weight or w.settings.share}
-    shares = {t: share for t, share in sums.means("share/").items() if t in weighing}
+    findings.append(Finding(part, f"{names}: all required features are available"))
+    weighted_titles = {w.title for w in losses if w.settings.weight or w.settings.share}
+    shares = {t: share for t, share in sums.means("share/").items() if t in weighted_titles}
     for line in warnings(shares, sums.means("cosine/")):
         found, _, advice = line.rpartition("; ")
-        findings.append(Finding(part, f"at the beginning {found}", "look", advice))
+        findings.append(Finding(part, f"in the first steps, {found}", "warning", advice))
     return findings, seconds
 
 
 def _losses(
     experiment: Experiment, variant: str, student: FeatureExtractor
 ) -> tuple[list[Finding], list[LossTerm]]:
-    """Builds the losses of a run, as far as that takes no learning."""
+    """Builds the losses of a run that do not need fitting."""
     part, findings, built = f"losses of {variant}", list[Finding](), list[LossTerm]()
-    source = replace(experiment.context(student), progress=_NoLearning(quiet=True))
+    context = replace(experiment.context(student), progress=_NoFit(quiet=True))
     for term in experiment.recipe.variants[variant]:
         try:
-            built += experiment.build([term], source, 0)
-        except _LearnsFirstError:
-            found = f"{term.title} has to learn from the teacher first, once for all runs"
-            advice = "`topkd run` does that"
+            built += experiment.build([term], context, 0)
+        except _NeedsFitError:
+            found = f"{term.title} must first be fitted to the teacher, once for all runs"
+            advice = "`topkd run` does this"
             if "via" in term.options:
-                advice = "`topkd ripsnet` does that, then ask again; `via: exact` needs none"
-            findings.append(Finding(part, found, "look", advice))
+                advice = "run `topkd ripsnet`, then repeat; `via: exact` needs no fitting"
+            findings.append(Finding(part, found, "warning", advice))
             continue
         except (OSError, ValueError) as error:
             found = str(error) if isinstance(error, ValueError) else f"{term.title}: {error}"
-            findings.append(Finding(part, found, "wrong", "other taps or options, or another loss"))
+            advice = "use other taps or options, or another loss"
+            findings.append(Finding(part, found, "error", advice))
             continue
         fidelity = built[-1].loss.metadata().get("fidelity")
         if fidelity is not None:
             poor = fidelity["r2"] < MIN_R2
             found = (
-                f"the approximator of {term.title} explains {max(fidelity['r2'], 0):.0%} of what "
-                "differs between clouds; cosine of its gradient with the exact one "
+                f"the approximator of {term.title} explains {max(fidelity['r2'], 0):.0%} of the "
+                "variance between clouds; cosine of its gradient with the exact one: "
                 f"{fidelity['gradient_cosine']:.2f}"
             )
-            advice = "`via: exact` explains all of it and is faster" if poor else ""
-            findings.append(Finding(part, found, "look" if poor else "good", advice))
+            advice = "use `via: exact`, which has no error and is faster" if poor else ""
+            findings.append(Finding(part, found, "warning" if poor else "ok", advice))
     return findings, built
 
 
 def _train(
     experiment: Experiment, student: FeatureExtractor, losses: Sequence[LossTerm]
 ) -> tuple[Sums, float] | None:
-    """Trains a few steps of a run, with each term in one of them at least.
+    """Trains a few steps of a run, such that each term is active in at least one step.
 
     Returns:
-        What was measured, and the seconds of the epoch in which most terms count; None if there is
-        no term with a weight.
+        Metrics, and the seconds of the epoch with most active terms; None if no term has a
+        weight.
     """
     recipe, data, device = experiment.recipe, experiment.data, experiment.device
     terms = [weighted.settings for weighted in losses]
@@ -400,23 +402,23 @@ def _train(
         if step >= untimed and stamps[-1] - stamps[0] > PATIENCE:
             break
     steps = [after - before for before, after in pairwise(stamps)]
-    judged = _some(data.test, 500)
+    sample = _some(data.test, 500)
     start = time.perf_counter()
     with device.autocast():
-        metrics.predict(student.eval(), judged, device.device)
-    judging = (time.perf_counter() - start) * len(data.test.target) / len(judged.target)
-    return sums, statistics.median(steps[untimed:] or steps[-1:]) * trainer.steps + judging
+        metrics.predict(student.eval(), sample, device.device)
+    evaluation = (time.perf_counter() - start) * len(data.test.target) / len(sample.target)
+    return sums, statistics.median(steps[untimed:] or steps[-1:]) * trainer.steps + evaluation
 
 
 def _counting(terms: Sequence[Term], epoch: int, epochs: int) -> float:
-    """How many terms with a weight count in an epoch, those that rise or fall in part."""
+    """Sums the schedules of the terms with a weight, i.e. counts the active terms."""
     return sum(term.schedule(epoch, epochs) for term in terms if term.share is None)
 
 
 def _fullest(terms: Sequence[Term], epochs: int) -> int:
-    """Finds the first epoch in which most terms count.
+    """Finds the first epoch with the most active terms.
 
-    Schedules are straight lines between a few epochs, beside one of which it is.
+    Schedules are piecewise linear, so the maximum lies next to one of their breakpoints.
     """
     turns = {1}
     for term in terms:
@@ -433,9 +435,9 @@ def _fullest(terms: Sequence[Term], epochs: int) -> int:
 
 def _time(recipe: Recipe, seconds: Mapping[str, float]) -> Finding:
     each = ", ".join(f"{_duration(epoch)} ({variant})" for variant, epoch in seconds.items())
-    whole = _duration(recipe.epochs * sum(seconds.values()))
+    per_seed = _duration(recipe.epochs * sum(seconds.values()))
     return Finding(
-        "time", f"an epoch takes about {each} here; {recipe.epochs} epochs of each: {whole} a seed"
+        "time", f"about {each} per epoch; {recipe.epochs} epochs of all runs: {per_seed} per seed"
     )
 
 
@@ -449,8 +451,8 @@ def _duration(seconds: float) -> str:
 def _memory(device: torch.device) -> str:
     if device.type == "cuda":
         used = torch.cuda.max_memory_reserved(device)
-        whole = torch.cuda.get_device_properties(device).total_memory
-        return f"{used / 2**30:.1f} of {whole / 2**30:.0f} GB of the GPU"
+        total = torch.cuda.get_device_properties(device).total_memory
+        return f"{used / 2**30:.1f} of {total / 2**30:.0f} GB of the GPU"
     try:
         import resource
     except ImportError:  # Windows
@@ -460,7 +462,7 @@ def _memory(device: torch.device) -> str:
 
 
 def _some(images: Images, count: int) -> Images:
-    """Some images, always the same, chosen by chance."""
+    """Returns a fixed random subset of images."""
     order = torch.randperm(len(images.target), generator=torch.Generator().manual_seed(0))
     return Subset(images, order[:count].sort().values)
 
@@ -470,7 +472,7 @@ def _spaced(values: Tensor) -> str:
 
 
 def _settings(section: str, mean: Sequence[float], std: Sequence[float]) -> str:
-    """How mean and std are given on the command line."""
+    """Formats mean and std as changes on the command line."""
     return f"'{section}.mean={_listed(mean)}' '{section}.std={_listed(std)}'"
 
 

@@ -1,4 +1,4 @@
-"""What is measured in training: means over an epoch, and how they are told."""
+"""Training metrics: means over an epoch, summaries and experiment trackers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Sums:
         self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self, prefix: str) -> dict[str, float]:
-        """Computes the means of the names that begin with ``prefix``, which is taken off."""
+        """Computes the means of names that start with ``prefix``, and strips the prefix."""
         return {
             name.removeprefix(prefix): (total / self.counts[name]).item()
             for name, total in self.totals.items()
@@ -35,7 +35,7 @@ class Sums:
 
 
 def summary(entry: Mapping[str, Any]) -> str:
-    """Tells an epoch in a line."""
+    """Summarizes an epoch in a line."""
     losses = ", ".join(f"{name} {value:.4g}" for name, value in entry["losses"].items())
     accuracies = ", ".join(
         f"{key.removesuffix('_top1')} {entry[key]:.2f} %"
@@ -49,12 +49,12 @@ class Trackers:
     """Experiment trackers of Accelerate: TensorBoard, W&B, MLflow, Trackio and others.
 
     Args:
-        names: Names of trackers. ``auto`` is TensorBoard where it is installed.
-        folder: Folder of the run, ``RECIPE/VARIANT/seedN``, after which it is named. Trackers that
-            write files write them there.
+        names: Names of trackers. ``auto`` is TensorBoard if it is installed.
+        folder: Folder of the run, ``RECIPE/VARIANT/seedN``, which also names the run. Trackers
+            write their files there.
 
     Raises:
-        ValueError: If there is no such tracker.
+        ValueError: If a tracker does not exist.
         ModuleNotFoundError: If its package is not installed.
 
     References:
@@ -66,12 +66,12 @@ class Trackers:
         self._open = [_start(name, folder) for name in dict.fromkeys(wanted) if name is not None]
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        """Logs the numbers of an epoch."""
+        """Logs the metrics of an epoch."""
         values: dict[str, float] = {}
         for key, value in entry.items():
             if isinstance(value, Mapping):
                 values |= {f"{key}/{name}": number for name, number in value.items()}
-            elif not isinstance(value, list):  # of warnings
+            elif not isinstance(value, list):  # list of warnings
                 values[key] = value
         for tracker in self._open:
             tracker.log(values, step=entry["epoch"])
@@ -86,7 +86,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Checks the names of trackers.
 
     Raises:
-        ValueError: If there is no tracker of one of the names.
+        ValueError: If a tracker does not exist.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -113,7 +113,7 @@ def _start(name: str, folder: Path) -> Any:
             tracker = kind(title, logging_dir=folder)
         else:
             tracker = kind(title)
-        if hasattr(tracker, "start"):  # older versions start when they are made
+        if hasattr(tracker, "start"):  # older versions start in the constructor
             tracker.start()
     except ImportError as error:
         raise ModuleNotFoundError(

@@ -1,4 +1,4 @@
-"""The training loop; it knows no method and no network by name."""
+"""The training loop, independent of losses and networks."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ from topkd.training.precision import Runtime
 from topkd.training.teacher_cache import TeacherCache
 from topkd.training.tracking import Sums, Trackers, summary
 
-MEASURED = 8  # steps of an epoch at which the gradient of each term is measured
-BALANCED = 32  # the same where shares depend on it
+MEASURED = 8  # steps per epoch at which the gradient of each term is measured
+BALANCED = 32  # the same, if terms have a share of the gradient
 
 
 class Diverged(ValueError):
-    """Training that has left the numbers; the message names the term."""
+    """Raised when a loss term becomes NaN or infinite; the message names the term."""
 
 
 class Trainer:
     """Trains one student.
 
     Args:
-        student: The network that learns.
-        teacher: The network that it learns from; None if no loss needs one.
-        losses: The summands.
-        data: What to train on and to judge by.
-        recipe: Length, batch size and optimizer.
-        seed: Of the order of the images and of their augmentation.
-        device: Where and in which numbers.
-        progress: Tells the user.
-        answers: Of the teacher, where they are kept.
-        identity: Name -> what the outcome depends on beyond these, e.g. a hash of the teacher's
-            weights. A run is not resumed with another one.
+        student: The student.
+        teacher: The teacher; None if no loss needs one.
+        losses: Terms of the objective.
+        data: Training and evaluation data.
+        recipe: The recipe, with number of epochs, batch size and optimizer.
+        seed: Seed of the order of the images and of their augmentation.
+        device: Device, autocast dtype and compilation settings.
+        progress: Shows progress and messages.
+        teacher_cache: Cache of the teacher's features, if enabled.
+        identity: Name -> other dependency of the result, e.g. a hash of the teacher's weights. A
+            run is not resumed if one of them has changed.
         trackers: Names of experiment trackers, see :class:`~topkd.training.tracking.Trackers`.
     """
 
@@ -66,12 +66,12 @@ class Trainer:
         seed: int,
         device: Runtime,
         progress: Progress,
-        answers: TeacherCache | None = None,
+        teacher_cache: TeacherCache | None = None,
         identity: Mapping[str, str] = MappingProxyType({}),
         trackers: Sequence[str] = ("auto",),
     ) -> None:
         self.trackers = trackers
-        self.answers = answers
+        self.teacher_cache = teacher_cache
         self.identity = dict(identity)
         self.accelerator = processes.accelerator()
         self.student = student.to(device.device)
@@ -90,30 +90,31 @@ class Trainer:
         self.steps = len(data.train.target) // (recipe.batch_size * self.accelerator.num_processes)
         self.history: list[dict[str, Any]] = []
         self.balance = GradientBalancer()
-        learner = self.accelerator.prepare(student)  # data parallel where there are processes
-        self.learner: Callable[[Tensor], Features] = self._compiled(learner)
-        self.answerer = None if teacher is None else self._compiled(teacher)
+        parallel = self.accelerator.prepare(student)  # data parallel with several processes
+        self.run_student: Callable[[Tensor], Features] = self._compiled(parallel)
+        self.run_teacher = None if teacher is None else self._compiled(teacher)
 
     def run(self, folder: Path) -> list[dict[str, Any]]:
-        """Trains to the last epoch, going on from what is in the folder.
+        """Trains to the last epoch, resuming from the state in the folder.
 
         Args:
-            folder: Where the state and ``metrics.jsonl`` are kept.
+            folder: Folder of the state and of ``metrics.jsonl``.
 
         Returns:
-            What was measured, an entry for each epoch.
+            Metrics, one entry per epoch.
 
         Raises:
             Diverged: If a loss or a feature becomes NaN or infinite.
-            FileNotFoundError: If the folder is deleted meanwhile.
-            ValueError: If the state in the folder is damaged, or is of another number of processes.
+            FileNotFoundError: If the folder is deleted during training.
+            ValueError: If the state in the folder is damaged or belongs to another number of
+                processes.
         """
         state = processes.by_first(lambda: states.load(folder / "checkpoint"))
         self._resume(state, folder / "checkpoint")
         if self.history and self.accelerator.is_main_process:
-            # A kill may have come between the state and the metrics of the same epoch.
+            # The process may have been killed between writing the state and the metrics.
             files.write(folder / "metrics.jsonl", files.json_lines(self.history))
-        told = self._say_faults([])
+        reported = self._report_issues([])
         if self.accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
         trackers = Trackers(self.trackers if self.accelerator.is_main_process else (), folder)
@@ -125,26 +126,26 @@ class Trainer:
             for epoch in left:
                 entry = self._epoch(epoch, advance)
                 self.history.append(entry)
-                # Each process has, say, its own memory of the images that it has seen.
+                # Buffers such as memory banks differ between processes.
                 buffers = processes.of_all(dict(self.adapters.named_buffers()))
                 if self.accelerator.is_main_process:
                     self._save(folder, buffers[1:])
                 trackers.log(entry)
-                told = self._say_faults(told)
+                reported = self._report_issues(reported)
                 advance(0, f"epoch {epoch}/{self.recipe.epochs}, {summary(entry)}")
         trackers.finish()
         return self.history
 
-    def _say_faults(self, told: list[str]) -> list[str]:
-        """Says what of the data could not be used, when there is more of it than was told."""
+    def _report_issues(self, reported: list[str]) -> list[str]:
+        """Prints a warning about unusable samples if there are new ones."""
         lines = self.data.faults.lines()
-        for line in lines if lines != told else []:
+        for line in lines if lines != reported else []:
             self.progress.say(f"warning: {line}")
         return lines
 
     def _epoch(self, epoch: int, advance: Callable[[int, str], None]) -> dict[str, Any]:
         start, sums = time.perf_counter(), Sums()
-        torch.manual_seed(self.seed * 1_000_003 + epoch)  # for networks that draw, as by dropout
+        torch.manual_seed(self.seed * 1_000_003 + epoch)  # for random layers such as dropout
         self.student.train()
         for weighted in self.losses:
             weighted.on_epoch_start(epoch)
@@ -167,9 +168,9 @@ class Trainer:
             self.step(batch, epoch, sums, measure=step in measured)
             advance(self.recipe.batch_size, "")
         for name, total in sums.totals.items():
-            sums.totals[name] = self.accelerator.reduce(total, "mean")  # over processes
+            sums.totals[name] = self.accelerator.reduce(total, "mean")  # mean over processes
         seconds = time.perf_counter() - start
-        # Running means and variances are of each process's own images; those of the first are kept.
+        # Running statistics differ between processes; those of rank 0 are kept.
         processes.copy_from_first(list(self.student.buffers()))
         processes.merge(self.data.faults.unreadable)
         return {
@@ -186,7 +187,7 @@ class Trainer:
         }
 
     def _evaluation(self, epoch: int) -> dict[str, float]:
-        """Evaluates the student, in the epochs in which the recipe says so."""
+        """Evaluates the student if the recipe schedules it for this epoch."""
         if epoch % self.recipe.evaluate_every and epoch != self.recipe.epochs:
             return {}
         self.student.eval()
@@ -198,16 +199,18 @@ class Trainer:
         device = self.device.device
         batch = batch.apply(lambda t: t.to(device, non_blocking=True))
         with self.device.autocast():
-            made = self.learner(batch.images)
-            # Without a teacher a student stands in for it: its losses do not look.
-            answer = made if self.answerer is None else self._answer(batch, epoch)
-        if not self.reads_maps:  # they are large, and each would be copied
-            made = replace(made, maps=[], preactivations=[])
-            answer = replace(answer, maps=[], preactivations=[])
-        # The losses see copies, so that the gradient of each can be measured at the features.
-        features = made.apply(lambda t: t.detach().float().requires_grad_())
-        answer = answer.apply(lambda t: t.detach().float())
-        values = self._values(features, answer, batch, epoch)
+            student_output = self.run_student(batch.images)
+            # Without a teacher, the student's features are a placeholder; losses ignore them.
+            teacher_output = (
+                student_output if self.run_teacher is None else self._teacher_features(batch, epoch)
+            )
+        if not self.reads_maps:  # avoids copies of large tensors
+            student_output = replace(student_output, maps=[], preactivations=[])
+            teacher_output = replace(teacher_output, maps=[], preactivations=[])
+        # Detached copies, so that the gradient of each term can be measured at the features.
+        features = student_output.apply(lambda t: t.detach().float().requires_grad_())
+        teacher_output = teacher_output.apply(lambda t: t.detach().float())
+        values = self._values(features, teacher_output, batch, epoch)
         if measure:
             self._measure(values, features, epoch, sums)
         weights = self._weights(epoch)
@@ -216,10 +219,10 @@ class Trainer:
         direct = self._pull_back(total, features)
         if features.distilled is not None and features.distilled.grad is None:
             raise ValueError(
-                "the student has a distillation head, which judges along, and no term trains it; "
-                "add the loss deit, or take a network without that head"
+                "the student has a distillation head, which contributes to predictions, but no "
+                "term trains it; add the loss deit, or use a network without this head"
             )
-        _carry_back(made, features)
+        _carry_back(student_output, features)
         self._share_among_processes(direct)
         if self.recipe.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.weights, self.recipe.gradient_clip)
@@ -229,32 +232,36 @@ class Trainer:
             sums.add(f"weight/{title}", torch.tensor(weights[title]))
         sums.add("right", (features.logits.argmax(1) == batch.target).float().mean())
 
-    def _answer(self, batch: Batch, epoch: int) -> Features:
-        assert self.answerer is not None
-        if self.answers is None:
-            return self.answerer(batch.images)
-        return self.answers(batch, epoch, self.answerer)
+    def _teacher_features(self, batch: Batch, epoch: int) -> Features:
+        assert self.run_teacher is not None
+        if self.teacher_cache is None:
+            return self.run_teacher(batch.images)
+        return self.teacher_cache(batch, epoch, self.run_teacher)
 
     def _values(
-        self, features: Features, answer: Features, batch: Batch, epoch: int
+        self, features: Features, teacher_output: Features, batch: Batch, epoch: int
     ) -> dict[str, Tensor]:
-        """Computes every term that counts in this epoch, at weight 1."""
-        values, own = {}, (features, answer, batch)
-        gathered = own
+        """Computes the unweighted value of every active term."""
+        values, local = {}, (features, teacher_output, batch)
+        gathered = local
         if processes.count() > 1 and any(w.settings.batch == "gathered" for w in self.losses):
             soft = None if batch.soft is None else processes.gather(batch.soft)
-            # The pixels stay where they are: no loss looks at them, and they are many.
+            # Images are not gathered: no loss reads them.
             labels = Batch(
                 batch.images, processes.gather(batch.target), processes.gather(batch.index), soft
             )
-            gathered = features.apply(processes.gather), answer.apply(processes.gather), labels
+            gathered = (
+                features.apply(processes.gather),
+                teacher_output.apply(processes.gather),
+                labels,
+            )
         for weighted in self.losses:
             title = weighted.title
             if not weighted.is_active(epoch, self.recipe.epochs):
                 continue
             try:
                 value = weighted.value(
-                    *(gathered if weighted.settings.batch == "gathered" else own)
+                    *(gathered if weighted.settings.batch == "gathered" else local)
                 )
             except ValueError as error:
                 raise Diverged(f"epoch {epoch}, {error}") from error
@@ -273,7 +280,7 @@ class Trainer:
     def _measure(
         self, values: Mapping[str, Tensor], features: Features, epoch: int, sums: Sums
     ) -> None:
-        """Measures how much of the gradient at the embedding comes from each term."""
+        """Measures the share of each term in the gradient at the embedding."""
         found = gradients(values, features, self.student)
         if not found:
             return
@@ -287,20 +294,20 @@ class Trainer:
             sums.add(f"cosine/{pair}", cosine)
 
     def _warnings(self, epoch: int, sums: Sums) -> list[str]:
-        """Finds terms that do nothing, and says so when they are first found."""
-        told = {line.split()[0] for entry in self.history for line in entry["warnings"]}
+        """Returns warnings about ineffective terms, and prints each one once per term."""
+        known = {line.split()[0] for entry in self.history for line in entry["warnings"]}
         lines = warnings(sums.means("share/"), sums.means("cosine/"))
         for line in lines:
-            if line.split()[0] not in told:
+            if line.split()[0] not in known:
                 self.progress.say(f"warning: epoch {epoch}: {line}")
         return lines
 
     def _pull_back(self, total: Tensor, features: Features) -> list[tuple[nn.Parameter, Tensor]]:
-        """Leaves gradients at the features and at the losses' own weights.
+        """Stores gradients at the features and at the weights of the losses.
 
         Returns:
-            Weights of the student that a loss used by itself, beside its features, with their
-            gradients: where processes share a student, its weights take one gradient a step.
+            Weights of the student that a loss uses directly, with their gradients. They are
+            added later: data-parallel weights accept one backward pass per step.
         """
         leaves = [*features.tensors(), *self.adapters.parameters()]
         leaves = [leaf for leaf in leaves if leaf.requires_grad]
@@ -312,20 +319,20 @@ class Trainer:
         return [(weight, grad) for weight, grad in used if grad is not None]
 
     def _share_among_processes(self, direct: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-        """Averages the gradients that have not passed through the student."""
-        reduce = self.accelerator.reduce  # does nothing where there is one process
+        """Averages over processes the gradients that bypass the data-parallel student."""
+        reduce = self.accelerator.reduce  # no-op with one process
         for weight in self.adapters.parameters():
-            if weight.requires_grad and weight.grad is not None:  # frozen ones may keep an old one
+            if weight.requires_grad and weight.grad is not None:  # frozen weights may be stale
                 weight.grad = reduce(weight.grad, "mean")
         for weight, grad in direct:
             averaged = reduce(grad, "mean")
             weight.grad = averaged if weight.grad is None else weight.grad + averaged
 
     def _compiled(self, network: nn.Module) -> Callable[[Tensor], Features]:
-        """Compiles a network, or says in a line why it is used as it is."""
+        """Compiles a network; falls back to eager mode with a message."""
         if not self.device.compile:
             return network
-        # Inductor lays convolutions out channels-last by itself, whatever their inputs are.
+        # By default, Inductor converts convolutions to channels-last.
         contiguous = memory_format(network) is torch.contiguous_format
         compiled = torch.compile(
             network, options={"layout_optimization": False} if contiguous else None
@@ -337,7 +344,7 @@ class Trainer:
                 return compiled(images)
             except torch._dynamo.exc.TorchDynamoException as error:
                 reason = str(error).strip().splitlines()[0]
-                self.progress.say(f"not compiled, which costs some speed: {reason}")
+                self.progress.say(f"compilation failed, continuing uncompiled: {reason}")
                 compiled = network
                 return network(images)
 
@@ -364,37 +371,37 @@ class Trainer:
             return
         if state["processes"] != processes.count():
             raise ValueError(
-                f"{folder} was trained by {state['processes']} processes, and now there are "
-                f"{processes.count()}; start as many again, or delete it to begin anew"
+                f"{folder} was trained with {state['processes']} processes, now there are "
+                f"{processes.count()}; use the same number, or delete it to start again"
             )
         for name, now in self.identity.items():
             there = state["identity"].get(name)
             if there != now:
                 raise ValueError(
                     f"{folder} was trained with another {name}: {there} there and {now} here; "
-                    "bring the first back, or delete the folder to begin anew"
+                    "restore the first, or delete the folder to start again"
                 )
         if state["topkd"] != topkd.__version__:
             self.progress.say(
                 f"warning: {folder} was trained by topkd {state['topkd']}, this is "
-                f"{topkd.__version__}; the result may differ from that of either"
+                f"{topkd.__version__}; results may differ from both versions"
             )
         self.student.network.load_state_dict(state["student"])
         self.adapters.load_state_dict(state["losses"])
-        own = state["buffers_of_others"][processes.rank() - 1] if processes.rank() > 0 else {}
-        self.adapters.load_state_dict(own, strict=False)
+        buffers = state["buffers_of_others"][processes.rank() - 1] if processes.rank() > 0 else {}
+        self.adapters.load_state_dict(buffers, strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = list(state["history"])
         self.balance = GradientBalancer(dict(state["norms"]))
 
 
-def _carry_back(made: Features, features: Features) -> None:
-    """Sends the gradients that the losses left at the copies on through the network."""
-    if features.logits.grad is None:  # every weight gets a gradient, which processes wait for
+def _carry_back(student_output: Features, features: Features) -> None:
+    """Backpropagates the gradients at the detached copies through the network."""
+    if features.logits.grad is None:  # data parallel needs a gradient for every weight
         features.logits.grad = torch.zeros_like(features.logits)
     reached = [
         (output, copy.grad.to(output.dtype))
-        for output, copy in zip(made.tensors(), features.tensors(), strict=True)
+        for output, copy in zip(student_output.tensors(), features.tensors(), strict=True)
         if copy.grad is not None
     ]
     torch.autograd.backward([output for output, _ in reached], [grad for _, grad in reached])

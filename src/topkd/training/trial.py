@@ -1,4 +1,4 @@
-"""Losses bound on trial, before any work is done: to new networks and black images."""
+"""Trial setup of all losses with new networks and black images, before training."""
 
 from __future__ import annotations
 
@@ -15,43 +15,46 @@ from topkd.losses.base import LossContext, LossTerm, needed_taps
 from topkd.models import factory
 from topkd.training.check import configured, pixels
 
-CLASSES = 10  # any number: no loss depends on it
+CLASSES = 10  # arbitrary: no loss depends on it
 
 
 class _NeedsDataError(Exception):
-    """Raised where a loss needs the training set to be bound."""
+    """Raised if the setup of a loss needs the training set."""
 
 
 def try_losses(recipe: Recipe) -> None:
-    """Binds every loss to both networks, as far as that takes neither data nor training.
+    """Sets up every loss that needs neither data nor training with both networks.
 
-    Options whose limits depend on the networks, such as a number of maps to skip, are found so
-    before the teacher is trained. Networks that cannot be built without the data are left out.
+    This validates options whose limits depend on the networks, such as the number of maps to skip,
+    before the teacher is trained. Networks that cannot be built without the data are skipped.
 
     Args:
         recipe: A recipe that :func:`~topkd.training.check.check` has accepted.
 
     Raises:
-        RecipeError: If a loss cannot compare the networks; the message says which.
+        RecipeError: If a loss cannot compare the networks; the message names the term.
     """
     if recipe.teacher is None or recipe.student.classifier == "teacher":
         return
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        student, taught_by = _network(recipe.student, recipe), _network(recipe.teacher, recipe)
-        if student is None or taught_by is None:
+        student, teacher_network = (
+            _network(recipe.student, recipe),
+            _network(recipe.teacher, recipe),
+        )
+        if student is None or teacher_network is None:
             return
-        teacher = Teacher(taught_by)
+        teacher = Teacher(teacher_network)
         for variant, terms in recipe.variants.items():
             place = "losses" if variant == STUDENT else f"controls.{variant}"
             for number, term in enumerate(terms):
                 where = f"{place}[{number}]"
                 student.also(needed_taps(term.taps.student))
-                taught_by.also(needed_taps(term.taps.teacher))
+                teacher_network.also(needed_taps(term.taps.teacher))
                 _bind(LossTerm(term, configured(term, where)), where, student, teacher, recipe)
 
 
 def _network(section: StudentSection, recipe: Recipe) -> FeatureExtractor | None:
-    """Builds a network, new; None if that or its first batch fails, which is reported later."""
+    """Builds an untrained network; None if it fails, which is reported later."""
     size = _side(section, recipe)
     try:
         network = factory.build(section.model, CLASSES, size, **section.taps).eval()
@@ -70,7 +73,7 @@ def _bind(
 ) -> None:
     assert recipe.teacher is not None
     sides = _side(recipe.student, recipe), _side(recipe.teacher, recipe)
-    made, answer = (
+    student_output, teacher_output = (
         network(torch.zeros(2, 3, side, side))
         for network, side in zip((student, teacher), sides, strict=True)
     )
@@ -85,7 +88,7 @@ def _bind(
     )
     try:
         with torch.enable_grad():
-            term.setup(made, answer, context)
+            term.setup(student_output, teacher_output, context)
     except _NeedsDataError:
         pass
     except ValueError as error:

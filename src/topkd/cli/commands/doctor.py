@@ -26,9 +26,8 @@ def doctor(
     order match, that every loss gets the features it needs and has a measurable gradient, and how
     accurate an approximator is. It estimates time per epoch and memory.
 
-    `good` passes, `look` deserves attention, `wrong` invalidates the runs and sets the exit
-    status to 1. Nothing is written. `topkd check` validates the
-    recipe alone and needs no data.
+    `ok` passes, `warning` deserves attention, `error` invalidates the runs and sets the exit
+    status to 1. Nothing is written. `topkd check` only validates the recipe and needs no data.
 
     Example: `topkd doctor cifar100/resnet20-resnet8 data.root=~/data/cifar100
     teacher.checkpoint=resnet20.pth`
@@ -38,10 +37,10 @@ def doctor(
     from topkd.training.preflight import examine
 
     findings = [asdict(finding) for finding in examine(experiment_of(recipe, changes, out, quiet))]
-    wrong = sum(finding["verdict"] == "wrong" for finding in findings)
+    errors = sum(finding["verdict"] == "error" for finding in findings)
     if as_json:
         typer.echo(json.dumps(findings, indent=2))
     else:
         print_findings(findings)
-        typer.echo(f"{wrong} wrong: fix before training" if wrong else "no problems found")
-    raise typer.Exit(1 if wrong else 0)
+        typer.echo(f"errors to fix before training: {errors}" if errors else "no errors found")
+    raise typer.Exit(1 if errors else 0)

@@ -1,4 +1,4 @@
-"""Executors: each starts the jobs of a study in its own way."""
+"""Executors, which run the jobs of a study."""
 
 from topkd.studies.executors.base import Ended, Executor
 from topkd.studies.executors.local import Local

@@ -1,4 +1,4 @@
-"""What an executor does, and the work of one job."""
+"""Executor protocol, and the work of one job."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from topkd.data import Data
 from topkd.training.build import Objects
 from topkd.training.experiment import Experiment
 
-ATTEMPTS = 2  # of a job that fails
+ATTEMPTS = 2  # attempts per job
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended."""
+    """Outcome of a job."""
 
     job: Job
     seconds: float
     error: str | None = None
-    """Last lines of its output if it failed."""
+    """Last lines of the output if the job failed."""
 
 
 class Executor(Protocol):
-    """Starts jobs. Runs resume and finished runs are skipped, so a job may be started again."""
+    """Runs jobs. A job can be restarted: runs resume, and finished runs are skipped."""
 
     def run(self, jobs: Sequence[Job], out: Path) -> Iterator[Ended]:
-        """Runs jobs of one setting and yields each when it has ended.
+        """Runs the jobs of one setting and yields each one when it ends.
 
         Args:
-            jobs: Jobs whose recipes share data and teacher.
+            jobs: Jobs whose recipes share data set and teacher.
             out: Parent of the folders of all runs.
         """
 
 
 def prepare(recipes: Sequence[Recipe], out: Path) -> None:
-    """Makes what the jobs of a setting share: the teacher, its predictions and fitted losses."""
+    """Prepares the shared parts of a setting: teacher, its predictions and fitted losses."""
     for recipe in recipes:
         experiment = Experiment(recipe, out, Progress(quiet=True))
         experiment.fit_losses()
@@ -48,7 +48,7 @@ def prepare(recipes: Sequence[Recipe], out: Path) -> None:
 
 
 def work(job: Job, out: Path, data: Data | None = None) -> None:
-    """Carries out one job in this process."""
+    """Runs one job in this process."""
     objects, quiet = Objects(data=data), Progress(quiet=True)
     experiment = Experiment(job.recipe, out, quiet, objects, trackers=())
     experiment.train_student(STUDENT, job.seed)

@@ -1,4 +1,4 @@
-"""Jobs as processes on this machine."""
+"""Executor that runs jobs as local processes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from topkd.config.study import Job
 from topkd.studies.executors.base import ATTEMPTS, Ended, prepare, work
 from topkd.training.build import load_source
 
-INVALID = 2  # exit status for what a user can cause
-SHOWN = 6  # last lines of a failed job
-TERMINATION = 20.0  # seconds that jobs get to stop
+INVALID = 2  # exit status for user errors
+SHOWN = 6  # last lines of the log of a failed job
+TERMINATION = 20.0  # seconds between SIGTERM and SIGKILL
 
 
 @dataclass
@@ -35,14 +35,14 @@ class _Running:
 
 
 class Local:
-    """Runs jobs as processes, several at a time.
+    """Runs jobs as parallel processes.
 
-    Where processes can be forked, the data of a setting are loaded once and shared by all jobs.
+    If processes can be forked, the data set of a setting is loaded once and shared by all jobs.
 
     Args:
-        jobs: Processes at a time.
-        threads: CPU threads of each. Defaults to an equal part of the machine.
-        until: Time, as of :func:`time.monotonic`, after which no job is started.
+        jobs: Number of parallel processes.
+        threads: CPU threads per process. Defaults to the number of CPUs divided by ``jobs``.
+        until: Value of :func:`time.monotonic` after which no job is started.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Local:
         self.jobs = jobs
         self.threads = threads or max(1, (os.cpu_count() or 1) // jobs)
         self.until = until
-        # Neither an accelerator nor a pool of threads survives a fork.
+        # Neither an accelerator context nor a thread pool survives a fork.
         forks = sys.platform == "linux" and not torch.accelerator.is_available()
         self._context: Any = multiprocessing.get_context("fork" if forks else "spawn")
 
@@ -112,7 +112,7 @@ class Local:
 
 
 def _child(target: Callable[..., None], arguments: tuple[Any, ...], log: str, threads: int) -> None:
-    """Runs in the process of a job: its output goes to a file, and Ctrl-C is its parent's."""
+    """Entry point of a job's process: logs to a file and leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
     with open(log, "ab", buffering=0) as file:
@@ -121,7 +121,7 @@ def _child(target: Callable[..., None], arguments: tuple[Any, ...], log: str, th
     torch.set_num_threads(threads)
     try:
         target(*arguments)
-    except (ValueError, OSError, ImportError) as error:  # what a user can cause
+    except (ValueError, OSError, ImportError) as error:  # errors caused by the user
         print(error, file=sys.stderr, flush=True)
         os._exit(INVALID)
     except BaseException:
@@ -141,7 +141,7 @@ def _why(process: Any, log: Path) -> str:
 
 
 def _stop(processes: Sequence[Any]) -> None:
-    """Terminates jobs; their runs resume from the last epoch."""
+    """Terminates jobs, whose runs can be resumed from the last epoch."""
     for process in processes:
         process.terminate()
     end = time.monotonic() + TERMINATION
