@@ -372,7 +372,7 @@ def test_a_student_with_its_teachers_classifier_is_evaluated_from_its_file(taugh
         ({"losses": [{"name": "simkd"}]}, r"losses\[0\]: simkd needs student.classifier=teacher"),
         (
             {"student": {"model": "resnet8", "classifier": "teacher"}, "teacher": None},
-            "student.classifier: there is no teacher",
+            "student.classifier: reusing the teacher's classifier needs a teacher",
         ),
         (
             {"teacher": {"model": "resnet8", "checkpoint": "x", "classifier": "teacher"}},

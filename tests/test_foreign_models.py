@@ -654,7 +654,7 @@ def test_a_pretrained_teacher_must_know_the_classes_and_the_size(tmp_path, monke
 
     half = (0.5,) * 3
     monkeypatch.setattr(factory, "published", lambda name: factory.Published(10, 160, half, half))
-    message = "timm:test_vit was trained on images of 160 px, digits has 8; say which"
+    message = "timm:test_vit was trained on images of 160 px, digits has 8; set teacher.size"
     with pytest.raises(RecipeError, match=f"teacher.size: {message}"):
         _ = Experiment(recipe.parse(tree), tmp_path, QUIET).teacher
 
