@@ -7,7 +7,7 @@ is listed in :data:`LOSSES` under the name that recipes use, and can be imported
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from topkd.losses.base import Group, Loss, LossContext, LossInfo, LossTerm
 
@@ -22,7 +22,9 @@ def _find() -> dict[str, type[Loss]]:
         value
         for module in modules
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Loss) and "info" in vars(value)
+        # In Python 3.10 an alias such as `tuple[int, ...]` is an instance of `type`, too.
+        if isinstance(value, type) and get_origin(value) is None and issubclass(value, Loss)
+        if "info" in vars(value)
         if value.__module__ == module.__name__
     ]
     groups = get_args(Group)
