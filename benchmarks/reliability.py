@@ -514,7 +514,7 @@ def main() -> None:
     print({name: sum(counts[name] for counts in found.values()) for name in wrong})
     if asked.page:
         text = __doc__.split("\n\n", 2)[2].strip()
-        words = f"python benchmarks/reliability.py --kills {asked.kills}"
+        words = f"python benchmarks/reliability.py --kills {asked.kills} --parts '{asked.parts}'"
         page = PAGE.format(command=words, rows=table(found), about=text)
         asked.page.write_text(page, encoding="utf-8")
 
