@@ -19,6 +19,8 @@ from topkd.evaluation.metrics import Predictions
 from topkd.models import MODELS, checkpoint, factory
 from topkd.training import preflight
 from topkd.training.experiment import Experiment
+from topkd.training.preflight import runs
+from topkd.training.preflight import teacher as teacher_checks
 
 QUIET = Progress(quiet=True)
 RIPSNET = {"name": "topkd", "via": "ripsnet", "training": {"passes": 1, "epochs": 1}}
@@ -91,8 +93,8 @@ def test_the_epoch_in_which_most_terms_count_is_found():
         for start, length, warmup, decay, ends in generator.integers(0, 20, (3, 5)).tolist():
             stop = start + length + 1 if ends % 2 else None
             terms.append(Term(name="ce", start=start + 1, stop=stop, warmup=warmup, decay=decay))
-        counts = [preflight._counting(terms, epoch, epochs) for epoch in range(1, epochs + 1)]
-        assert counts[preflight._fullest(terms, epochs) - 1] == pytest.approx(max(counts))
+        counts = [runs._counting(terms, epoch, epochs) for epoch in range(1, epochs + 1)]
+        assert counts[runs._fullest(terms, epochs) - 1] == pytest.approx(max(counts))
 
 
 def test_the_doctor_is_as_fast_with_any_number_of_epochs(tmp_path, monkeypatch):
@@ -152,9 +154,9 @@ def test_another_order_of_the_classes_is_found():
     right = torch.rand(500, generator=generator) < 0.7
     guess = torch.where(right, target, torch.randint(0, 10, (500,), generator=generator))
     classes = [f"name {number}" for number in range(10)]
-    assert not [*preflight._class_order(predictions(target, guess, 10), classes)]
+    assert not [*teacher_checks._class_order(predictions(target, guess, 10), classes)]
     order = torch.tensor([1, 2, 3, 4, 0, 5, 6, 7, 8, 9])  # what class i is called by the teacher
-    (finding,) = preflight._class_order(predictions(target, order[guess], 10), classes)
+    (finding,) = teacher_checks._class_order(predictions(target, order[guess], 10), classes)
     there = 100 * (guess == target)[1::2].double().mean().item()
     assert finding.found.startswith(f"top-1 {there:.2f} % with its classes in another order")
     named = [
@@ -169,7 +171,7 @@ def test_what_chance_would_mend_is_no_other_order():
     generator = torch.Generator().manual_seed(0)
     target = torch.arange(1000).repeat(2)[torch.randperm(2000, generator=generator)]
     guess = torch.randint(0, 1000, (2000,), generator=generator)
-    assert not [*preflight._class_order(predictions(target, guess, 1000), [""] * 1000)]
+    assert not [*teacher_checks._class_order(predictions(target, guess, 1000), [""] * 1000)]
 
 
 def test_a_poor_teacher_without_a_record_is_told(tmp_path):
@@ -394,16 +396,25 @@ def test_a_step_that_fails_is_told(taught, tmp_path, monkeypatch, error, found, 
 # --- Time ----------------------------------------------------------------------------------------
 
 
-def test_an_epoch_takes_its_steps_and_its_judging(taught, tmp_path, monkeypatch):
-    """A step takes a second, but for the first three, and to judge 500 of 540 images another."""
+@pytest.mark.parametrize(
+    ("every", "found"),
+    [
+        # 1257 images are 39 batches of 32: 39 + 1.08 seconds, and four times that
+        (1, "about 40.1 seconds (student) per epoch; 4 epochs of all runs: 2.7 minutes per seed"),
+        (3, "about 39.5 seconds (student) per epoch; 4 epochs of all runs: 2.6 minutes per seed"),
+        (9, "about 39.3 seconds (student) per epoch; 4 epochs of all runs: 2.6 minutes per seed"),
+    ],
+)
+def test_an_epoch_takes_its_steps_and_its_evaluation(taught, tmp_path, monkeypatch, every, found):
+    """A step takes a second but for the first three; evaluating 500 of 540 images another.
+
+    The last epoch is always evaluated.
+    """
     clock = SimpleNamespace(perf_counter=chain([0, 10, 20], count(30)).__next__)
-    monkeypatch.setattr(preflight, "time", clock)
-    findings = preflight.examine(tiny(tmp_path, taught))
+    monkeypatch.setattr(runs, "time", clock)
+    findings = preflight.examine(tiny(tmp_path, taught, evaluate_every=every))
     (finding,) = [finding for finding in findings if finding.part == "time"]
-    # 1257 images are 39 batches of 32: 39 + 1.08 seconds, and four times that
-    assert finding.found == (
-        "about 40.1 seconds (student) per epoch; 4 epochs of all runs: 2.7 minutes per seed"
-    )
+    assert finding.found == found
 
 
 @pytest.mark.parametrize(

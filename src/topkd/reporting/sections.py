@@ -18,6 +18,7 @@ from topkd.evaluation.statistics import Sample
 from topkd.losses.base import MIN_GRADIENT_SHARE
 from topkd.models import checkpoint
 from topkd.reporting import plots
+from topkd.reporting.plots import style
 from topkd.topology.approximation import MIN_R2, Approximation, cut_clouds
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def shape(study: Study) -> Section | None:
         cloud = _clouds(embedding, size)[0]
         deaths[name] = metrics.relative_diagrams(cloud, size).deaths[0].numpy()
     end = max(float(values.max()) for values in deaths.values())
-    colors = dict(zip(deaths, (plots.TEACHER, *plots.COLORS), strict=False))
+    colors = dict(zip(deaths, (style.TEACHER, *plots.COLORS), strict=False))
     unit = "mean = 1"
     pictures = [
         Picture(
@@ -332,7 +333,7 @@ def maps(study: Study) -> Section | None:
         for number, color in colors.items()
     }
     if len(set(classes)) > len(colors):
-        legend["other classes"] = plots.OTHERS
+        legend["other classes"] = style.OTHERS
     return Section("maps", pictures=pictures, legend=legend)
 
 
