@@ -203,6 +203,10 @@ class Evil:
         (("check", "tiny.yaml", "losses.4=1"), "there is no '4'; there are ce, kd, topkd"),
         (("run", "digits", "--seeds", "a"), "--seeds: expected numbers such as 0,1,2 or 0-2"),
         (("run", "digits", "--seeds", "2-0"), "--seeds: '2-0' is empty; give the smaller number"),
+        (("run", "digits", "--seeds", "5,2-0"), "--seeds: '2-0' is empty; give the smaller number"),
+        (("run", "digits", "--seeds", "0-2,1"), "--seeds: seed 1 appears twice"),
+        (("run", "digits", "--seeds", "-1"), "--seeds: expected numbers such as 0,1,2 or 0-2"),
+        (("run", "digits", "--seeds", "0-" + "9" * 30), "--seeds: expected at most 10,000 numbers"),
         (("run", "digits", "--seeds", "0-9999999999"), "--seeds: expected at most 10,000 numbers"),
         (("evaluate", "."), "there is no run .: student.safetensors is missing"),
         (("report", "."), "no result.json"),
@@ -318,8 +322,8 @@ def test_seeds_are_read_in_every_form():
     assert app._join_seeds(["run", "x", "--seeds", "0", "1", "2", "a=1"]) == [
         *("run", "x", "--seeds", "0,1,2", "a=1")
     ]
-    assert options.numbers("0,2") == [0, 2]
-    assert options.numbers("1-3") == [1, 2, 3]
+    assert options.numbers("0,2") == (0, 2)
+    assert options.numbers("1-3") == (1, 2, 3)
 
 
 def test_help_loads_neither_torch_nor_pydantic():

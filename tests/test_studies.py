@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,9 @@ from scipy import stats
 from topkd._io.progress import Progress
 from topkd.config import study as studies
 from topkd.config.validation import RecipeError
+from topkd.evaluation.metrics import METRICS
 from topkd.studies.analysis import compare
-from topkd.studies.collect import collect
+from topkd.studies.collect import Collected, collect
 from topkd.studies.executors import Local
 from topkd.studies.plan import Place
 from topkd.studies.run import run
@@ -103,14 +105,22 @@ def test_changes_replace_what_the_file_says(file):
     ("changes", "message"),
     [
         ({"baseline": "kdd"}, "baseline: there is no variant 'kdd'; did you mean 'kd'"),
-        ({"seeds": [1, 1]}, "seeds: 1 appears twice"),
-        ({"seeds": "0-x"}, "expected numbers such as 0,1,2 or 0-9, got '0-x'"),
+        ({"seeds": [1, 1]}, "seeds: .*seed 1 appears twice"),
+        ({"seeds": "0,1,0"}, "seeds: .*seed 0 appears twice"),
+        ({"seeds": "3-1"}, "'3-1' is empty; give the smaller number first"),
+        ({"seeds": "0-x"}, "expected numbers such as 0,1,2 or 0-2, got '0-x'"),
         ({"grid": {"dkd.beta": [1, 2]}}, "grid: no variant has a term 'dkd'"),
         ({"variants": STUDY["variants"] | {"new": {"of": "topk"}}}, "no variant 'topk'; did you"),
         ({"variants": {"kd": {"of": "b"}, "b": {"of": "kd"}}}, "is a circular reference"),
         ({"variants": STUDY["variants"] | {"new": {"addd": []}}}, "addd"),
         ({"settings": {"few": {"data.limit": 0}}}, "few, variant kd: .*limit"),
         ({"recipe": "nowhere"}, "there is no recipe 'nowhere'"),
+        ({"settings": {"Few": {}, "few": {}}}, "settings: 'Few' and 'few' would share the folder"),
+        ({"settings": {"--": {}}}, "settings: '--' has no letter or digit to name a folder by"),
+        (
+            {"variants": STUDY["variants"] | {"top kd": {}, "top-kd": {}}},
+            "variants: 'top kd' and 'top-kd' would share the folder top-kd; rename one",
+        ),
         ({"variants": {"kd": [{"name": "kdd"}]}}, None),
     ],
 )
@@ -219,8 +229,8 @@ def test_an_interval_is_students_t_by_the_textbook():
     mean = sum(d) / 12
     deviation = math.sqrt(sum((x - mean) ** 2 for x in d) / 11)
     half = stats.t.ppf(0.975, 11) * deviation / math.sqrt(12)
-    assert found.difference == pytest.approx(mean)
-    assert (found.low, found.high) == pytest.approx((mean - half, mean + half))
+    assert found.differences.mean == pytest.approx(mean)
+    assert found.interval == pytest.approx((mean - half, mean + half))
     assert found.p == pytest.approx(2 * stats.t.sf(abs(mean) / deviation * math.sqrt(12), 11))
 
 
@@ -233,7 +243,8 @@ def test_intervals_and_p_values_never_contradict_each_other(seed):
         for number in range(5)
     }
     for found in compare("s", values, "kd"):
-        assert (found.low > 0 or found.high < 0) == (found.p < 0.05)
+        low, high = found.interval
+        assert (low > 0 or high < 0) == (found.p < 0.05)
 
 
 def test_the_family_covers_all_its_differences_at_once():
@@ -245,7 +256,7 @@ def test_the_family_covers_all_its_differences_at_once():
             f"v{number}": {k: v + generator.normal(0, 1) for k, v in base.items()}
             for number in range(6)
         }
-        missed += any(f.low > 0 or f.high < 0 for f in compare("s", values, "kd"))
+        missed += any(f.interval[0] > 0 or f.interval[1] < 0 for f in compare("s", values, "kd"))
     assert missed / 400 <= 0.075  # 0.05, and twice the standard error of 400 trials
 
 
@@ -272,49 +283,98 @@ def test_where_less_is_better_a_smaller_value_is_better():
 def test_the_needed_seeds_would_decide():
     values = drawn(0.2, n=6, seed=3)
     (found,) = compare("s", values, "kd", margin=0.3)
-    d = np.array(list(found.differences.values()))
+    d = np.array(found.differences.values)
     half = stats.t.ppf(0.975, found.needed - 1) * d.std(ddof=1) / math.sqrt(found.needed)
     assert half < max(abs(d.mean()), 0.3 - abs(d.mean()))
     before = found.needed - 1
     assert stats.t.ppf(0.975, before - 1) * d.std(ddof=1) / math.sqrt(before) > half
 
 
-def test_one_seed_decides_nothing():
-    (found,) = compare("s", {"kd": {0: 1.0}, "new": {0: 9.0}}, "kd")
-    assert found.verdict == "undecided"
-    assert math.isnan(found.low)
+@pytest.mark.parametrize(
+    ("base", "new"),
+    [({0: 1.0}, {0: 9.0}), ({0: 1.0, 1: 2.0}, {0: 9.0, 1: 10.0}), ({0: 1.0, 1: 2.0},) * 2],
+)
+def test_without_a_known_spread_nothing_is_decided(base, new):
+    """Accuracies on few images have equal differences by chance."""
+    (found,) = compare("s", {"kd": base, "new": new}, "kd", margin=0.5)
+    assert (found.verdict, found.interval, found.p) == ("undecided", None, None)
+    assert found.needed == len(base) + 1
 
 
 # --- Tables --------------------------------------------------------------------------------------
 
 
-class Fixed:
-    """Values in place of collected runs."""
-
-    def __init__(self, plan, values):
-        self.plan, self._values = plan, values
-
-    def values(self, setting, metric):
-        return self._values
-
-    def comparisons(self, setting):
-        return compare(setting, self._values, "kd", margin=self.plan.file.primary.margin)
+def collected(file, values, metric="top1"):
+    """Results of a study with these values, without training."""
+    plan = studies.load(file, (f"primary={{metric: {metric}, margin: 0.3}}",))
+    part = "teacher_similarity" if METRICS[metric].needs_teacher else "last"
+    other = "last" if part == "teacher_similarity" else "teacher_similarity"
+    return Collected(
+        plan,
+        {
+            ("main", variant): {
+                seed: {part: {metric: value}, other: {metric: -1.0}} for seed, value in runs.items()
+            }
+            for variant, runs in values.items()
+        },
+    )
 
 
 def test_every_format_has_the_same_numbers(file):
-    study = Fixed(studies.load(file), drawn(5.0))
+    values = drawn(5.0)
+    study = collected(file, {"kd": values["kd"], "topkd": values["new"]})
     rows = json.loads(FORMATS["json"](study))
-    assert [row["variant"] for row in rows] == ["kd", "new"]
+    assert [row["variant"] for row in rows] == ["kd", "topkd"]
     assert rows[1]["verdict"] == "better"
-    assert rows[1]["values"].keys() == {str(seed) for seed in range(12)}
+    assert rows[1]["values"] == {str(seed): value for seed, value in values["new"].items()}
     (_, again) = csv.DictReader(io.StringIO(FORMATS["csv"](study)))
     assert float(again["low"]) == rows[1]["low"]
     markdown, latex = FORMATS["markdown"](study), FORMATS["latex"](study)
-    shown = f"{rows[1]['difference']:+.2f} [{rows[1]['low']:+.2f}, {rows[1]['high']:+.2f}]"
-    assert shown in markdown
-    assert shown in latex
+    mean = sum(values["new"].values()) / 12
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in values["new"].values()) / 11)
+    for shown in (
+        f"{rows[1]['difference']:+.2f} [{rows[1]['low']:+.2f}, {rows[1]['high']:+.2f}]",
+        f"{mean:.2f} ± {deviation:.2f} (12)",
+    ):
+        assert shown in markdown
+        assert shown.replace("±", r"$\pm$") in latex
+    assert "| top-1 ↑, %: mean ± std (n) |" in markdown
     assert r"\textbf{" in latex
     assert latex.count(r"\\") == 3
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_of_the_table_of_metrics_can_be_primary(file, metric):
+    values = drawn(5.0)
+    study = collected(file, {"kd": values["kd"], "topkd": values["new"]}, metric)
+    _, row = json.loads(FORMATS["json"](study))
+    assert row["verdict"] == ("better" if METRICS[metric].higher_is_better else "worse")
+    mean = sum(values["new"].values()) / 12
+    assert f"| {mean:.{METRICS[metric].digits}f} ± " in FORMATS["markdown"](study)
+
+
+def test_an_unknown_metric_is_refused_before_any_job_runs(file, tmp_path):
+    plan = studies.load(file, ("primary={metric: top_1}",))
+    message = "study: primary.metric: there is no metric 'top_1'; did you mean 'top1'"
+    with pytest.raises(RecipeError, match=message):
+        run(plan, tmp_path / "runs", Local(1), QUIET)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_seeds_that_the_baseline_lacks_are_in_the_mean_and_not_in_the_difference(file):
+    study = collected(file, {"kd": {0: 1.0, 1: 2.0}, "topkd": {0: 2.0, 1: 3.5, 2: 9.5}})
+    _, row = json.loads(FORMATS["json"](study))
+    assert (row["n"], row["mean"], row["pairs"], row["difference"]) == (3, 5.0, 2, 1.25)
+
+
+def test_names_do_not_break_a_table(file, tmp_path):
+    name = r"a|b_c & 50% {x} $y$ ~^\\#*"
+    path = written(tmp_path, variants={"kd": [{"name": "ce"}], name: {}})
+    study = collected(path, {"kd": {0: 1.0}, name: {0: 2.0}})
+    line = FORMATS["markdown"](study).splitlines()[-1]
+    assert len(re.findall(r"(?<!\\)\|", line)) == 8
+    latex = FORMATS["latex"](study)
+    assert r"a|b\_c \& 50\% \{x\} \$y\$ \textasciitilde{}\textasciicircum{}" in latex
 
 
 def test_the_command_line(file, tmp_path, monkeypatch):
@@ -338,7 +398,7 @@ def test_the_command_line(file, tmp_path, monkeypatch):
     commands = [entry["command"] for entry in json.loads(out)]
     assert len(commands) == 3
     status, out, err = call("table", "study.yaml", "--out", "runs", "--format", "csv")
-    assert out.startswith("setting,variant,n,mean,std,verdict")
+    assert out.startswith("setting,variant,n,mean,std,pairs,difference,low,high,p,verdict")
     status, out, err = call("new", "digits", "mine.yaml", "--methods", "kd,dkd,rkd,topkd")
     assert status == 0, err
     assert studies.load(Path("mine.yaml")).variants == ["kd", "dkd", "rkd", "topkd"]

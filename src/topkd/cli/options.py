@@ -12,8 +12,6 @@ import typer
 if TYPE_CHECKING:
     from topkd.training.experiment import Experiment
 
-MOST_SEEDS = 10_000
-
 RecipeName = Annotated[
     str,
     typer.Argument(metavar="RECIPE", help="A file, or a name from `topkd list recipes`."),
@@ -65,18 +63,11 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def numbers(seeds: str) -> list[int]:
-    """Parses seeds such as `0,1,2` or `0-2`."""
-    ranges: list[range] = []
+def numbers(seeds: str) -> tuple[int, ...]:
+    """Parses the value of ``--seeds``."""
+    from topkd.config.seeds import read_seeds
+
     try:
-        for part in seeds.split(","):
-            first, _, last = part.partition("-")
-            ranges.append(range(int(first), int(last or first) + 1))
-    except ValueError:
-        raise ValueError(f"--seeds: expected numbers such as 0,1,2 or 0-2, got {seeds!r}") from None
-    if sum(max(0, each.stop - each.start) for each in ranges) > MOST_SEEDS:
-        raise ValueError(f"--seeds: expected at most {MOST_SEEDS:,} numbers, got {seeds!r}")
-    found = [number for each in ranges for number in each]
-    if not found:
-        raise ValueError(f"--seeds: {seeds!r} is empty; give the smaller number first")
-    return found
+        return read_seeds(seeds)
+    except ValueError as error:
+        raise ValueError(f"--seeds: {error}") from None

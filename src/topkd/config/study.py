@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +13,10 @@ from pydantic import Field, field_validator, model_validator
 
 from topkd.config import recipe as recipes
 from topkd.config.recipe import Recipe
+from topkd.config.seeds import distinct, read_seeds
 from topkd.config.validation import RecipeError, Section, change_by, near, read_yaml, validated
 
 Terms = tuple[dict[str, Any], ...]
-_NAME = r"^[A-Za-z0-9][\w.+-]*$"
 MOST_JOBS = 100_000
 
 
@@ -68,14 +68,9 @@ class StudyFile(Section):
     @field_validator("seeds")
     @classmethod
     def _reads_ranges(cls, value: str | int | tuple[int, ...]) -> tuple[int, ...]:
-        given = (value,) if isinstance(value, int) else value
-        seeds = read_seeds(given) if isinstance(given, str) else given
-        doubled = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-        if not seeds or doubled:
-            raise ValueError(
-                f"{doubled[0]} appears twice" if doubled else "at least one seed is needed"
-            )
-        return seeds
+        if isinstance(value, str):
+            return read_seeds(value)
+        return distinct((value,) if isinstance(value, int) else value)
 
     @property
     def all_seeds(self) -> tuple[int, ...]:
@@ -84,34 +79,13 @@ class StudyFile(Section):
         return self.seeds
 
     @model_validator(mode="after")
-    def _names_are_folders(self) -> StudyFile:
+    def _has_its_baseline(self) -> StudyFile:
         if self.baseline not in self.variants:
             raise ValueError(
                 f"baseline: there is no variant {self.baseline!r}"
                 f"{near(self.baseline, list(self.variants))}"
             )
         return self
-
-
-def read_seeds(text: str) -> tuple[int, ...]:
-    """Reads ``0-9`` or ``0,1,5-7``.
-
-    Raises:
-        ValueError: If the text has neither form.
-
-    Examples:
-        >>> read_seeds("0-2,7")
-        (0, 1, 2, 7)
-    """
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
-            raise ValueError(f"expected numbers such as 0,1,2 or 0-9, got {text!r}")
-        if int(last or first) - int(first) > MOST_JOBS:
-            raise ValueError(f"{text!r} is more than {MOST_JOBS:,} seeds")
-        seeds.extend(range(int(first), int(last or first) + 1))
-    return tuple(seeds)
 
 
 @dataclass(frozen=True)
@@ -198,6 +172,8 @@ def expand(file: StudyFile, beside: Path = Path()) -> Plan:
     base["controls"] = {}
     variants = dict(_in_grid(_variants(file, beside), file))
     names = [file.baseline, *(name for name in variants if name != file.baseline)]
+    _have_own_folders("variants", names)
+    _have_own_folders("settings", list(file.settings))
     found = {}
     for setting, changes in file.settings.items():
         for name in names:
@@ -214,6 +190,21 @@ def expand(file: StudyFile, beside: Path = Path()) -> Plan:
     if len(found) * len(file.all_seeds) > MOST_JOBS:
         raise RecipeError(f"{len(found) * len(file.all_seeds):,} jobs are more than {MOST_JOBS:,}")
     return Plan(file, found)
+
+
+def _have_own_folders(where: str, names: Sequence[str]) -> None:
+    """Refuses names without a folder name, and two names with the same one in any case."""
+    owners: dict[str, str] = {}
+    for name in names:
+        folder = folder_name(name).casefold()
+        if not folder:
+            raise RecipeError(f"{where}: {name!r} has no letter or digit to name a folder by")
+        if folder in owners:
+            raise RecipeError(
+                f"{where}: {owners[folder]!r} and {name!r} would share the folder {folder}; "
+                "rename one"
+            )
+        owners[folder] = name
 
 
 def folder_name(name: str) -> str:

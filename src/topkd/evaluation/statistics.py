@@ -65,25 +65,33 @@ class Sample:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        r"""The 95 % confidence interval of the mean, from Student's t distribution.
+        """The 95 % confidence interval of the mean; see :meth:`confidence_interval`."""
+        return self.confidence_interval(LEVEL)
 
-        .. math:: \bar x \pm t_{n - 1,\, 0.975} \, \frac{s}{\sqrt n}
+    def confidence_interval(self, level: float) -> tuple[float, float] | None:
+        r"""Computes a confidence interval of the mean, from Student's t distribution.
 
-        None for a single value and for equal values, whose spread is unknown.
+        .. math:: \bar x \pm t_{n - 1,\, (1 + \text{level}) / 2} \, \frac{s}{\sqrt n}
+
+        Args:
+            level: Confidence level, between 0 and 1.
+
+        Returns:
+            The limits; None for a single value and for equal values, whose spread is unknown.
 
         References:
             The Probable Error of a Mean (Student, Biometrika 1908)
             https://doi.org/10.2307/2331554
 
         Examples:
-            >>> low, high = Sample((1.0, 2.0, 3.0)).interval
+            >>> low, high = Sample((1.0, 2.0, 3.0)).confidence_interval(0.95)
             >>> round(low, 3), round(high, 3)
             (-0.484, 4.484)
         """
         test = self._t_test()
         if test is None:
             return None
-        low, high = test.confidence_interval(LEVEL)
+        low, high = test.confidence_interval(level)
         return float(low), float(high)
 
     @property

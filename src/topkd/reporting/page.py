@@ -19,6 +19,7 @@ from topkd.evaluation.results import Study, TeacherResult, collect
 from topkd.evaluation.statistics import Paired, Sample, holm
 from topkd.models import checkpoint
 from topkd.reporting import plots, sections
+from topkd.reporting.escaping import for_markdown
 from topkd.reporting.sections import Picture, Section, count, fixed
 
 __all__ = ["collect", "formula", "html", "markdown", "rows", "write_report"]
@@ -258,10 +259,10 @@ def markdown(folder: Path) -> str:
     """
     parts = []
     for study in collect(folder):
-        lines = [f"### {_plain(study.recipe)}", ""]
+        lines = [f"### {for_markdown(study.recipe)}", ""]
         titles = headings()
         cells = [[row[column] for column in titles] for row in (titles, *rows(study))]
-        table = [f"| {' | '.join(map(_plain, row))} |" for row in cells]
+        table = [f"| {' | '.join(map(for_markdown, row))} |" for row in cells]
         lines += [table[0], "|---|---" + "|--:" * (len(titles) - 2) + "|", *table[1:]]
         sentences = [*statements(study), *setting(study)]
         warnings = [
@@ -269,17 +270,12 @@ def markdown(folder: Path) -> str:
             *sections.faint_terms(study),
             *sections.poor_approximators(study),
         ]
-        lines += ["", *(f"- {_plain(text)}" for text in sentences)]
-        lines += [line for text in warnings for line in ("", f"> **Warning:** {_plain(text)}")]
+        lines += ["", *(f"- {for_markdown(text)}" for text in sentences)]
+        lines += [
+            line for text in warnings for line in ("", f"> **Warning:** {for_markdown(text)}")
+        ]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
-
-
-def _plain(text: str) -> str:
-    """Escapes Markdown and HTML."""
-    for mark in ("\\", "|", "*", "`"):
-        text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())
 
 
 @dataclass(frozen=True)

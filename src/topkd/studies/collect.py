@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from topkd._io import files
 from topkd.config.study import Plan
+from topkd.config.validation import RecipeError, near
+from topkd.evaluation.metrics import METRICS, Metric
 from topkd.studies.analysis import Comparison, compare
 from topkd.studies.plan import Place
 
@@ -19,52 +22,58 @@ class Collected:
     results: dict[tuple[str, str], dict[int, dict[str, Any]]]
     """(setting, variant) -> seed -> content of ``result.json``."""
 
-    def values(self, setting: str, metric: str) -> dict[str, dict[int, float]]:
-        """Returns a metric as variant -> seed -> value, without variants that lack it.
-
-        Args:
-            setting: Name of the setting.
-            metric: Name of a metric in ``last`` or ``teacher_similarity``.
-        """
+    def values(self, setting: str, metric: Metric) -> dict[str, dict[int, float]]:
+        """Returns a metric as variant -> seed -> value, without variants that lack it."""
         found = {}
         for variant in self.plan.variants:
             runs = self.results.get((setting, variant), {})
             values = {
-                seed: float(value)
+                seed: value
                 for seed, result in sorted(runs.items())
-                if (value := metric_of(result, metric)) is not None
+                if (value := _value(result, metric)) is not None
             }
             if values:
                 found[variant] = values
         return found
 
-    def comparisons(self, setting: str, metric: str | None = None) -> list[Comparison]:
-        """Compares variants with the baseline; the default metric is the primary one.
+    def comparisons(self, setting: str) -> list[Comparison]:
+        """Compares variants with the baseline by the primary metric.
 
         Raises:
             ValueError: If the baseline has no finished run in this setting.
         """
-        primary = self.plan.file.primary
-        name = metric or primary.metric
-        values, baseline = self.values(setting, name), self.plan.file.baseline
-        if baseline not in values:
-            raise ValueError(f"{setting}: no run of the baseline {baseline} is finished")
-        margin = primary.margin if name == primary.metric else None
+        metric, file = primary_metric(self.plan), self.plan.file
+        values = self.values(setting, metric)
+        if file.baseline not in values:
+            raise ValueError(f"{setting}: no run of the baseline {file.baseline} is finished")
         return compare(
-            setting, values, baseline, margin=margin, higher_is_better=name not in LOWER_IS_BETTER
+            setting,
+            values,
+            file.baseline,
+            margin=file.primary.margin,
+            higher_is_better=metric.higher_is_better,
         )
 
 
-LOWER_IS_BETTER = frozenset({"nll", "ece", "kl", "topological_distance"})
+def primary_metric(plan: Plan) -> Metric:
+    """Returns the metric that a study compares.
+
+    Raises:
+        RecipeError: If there is no metric of this name.
+    """
+    name = plan.file.primary.metric
+    if name not in METRICS:
+        raise RecipeError(
+            f"{plan.file.name}: primary.metric: there is no metric {name!r}"
+            f"{near(name, list(METRICS))}"
+        )
+    return METRICS[name]
 
 
-def metric_of(result: dict[str, Any], name: str) -> float | None:
-    """Returns a metric of a result; None if it was not measured."""
-    for part in ("last", "teacher_similarity"):
-        value = (result.get(part) or {}).get(name)
-        if value is not None:
-            return float(value)
-    return None
+def _value(result: Mapping[str, Any], metric: Metric) -> float | None:
+    part = result.get("teacher_similarity" if metric.needs_teacher else "last") or {}
+    value = part.get(metric.name)
+    return None if value is None else float(value)
 
 
 def collect(plan: Plan, place: Place) -> Collected:

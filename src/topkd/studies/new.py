@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from topkd.config import recipe as recipes
+from topkd.config.seeds import read_seeds
 from topkd.config.validation import RecipeError, near
 from topkd.losses import LOSSES
 
-TEMPLATE = """# {count} variants of the recipe {recipe}, {seeds} seeds; `topkd study run` runs them.
+TEMPLATE = """# {count} variants of the recipe {recipe}, seeds {seeds}; `topkd study run` runs them.
 recipe: {recipe}
 set: {{}}                       # changes to the recipe in every run, e.g. {{epochs: 20}}
 baseline: {baseline}
@@ -32,8 +33,10 @@ def template(recipe: str, methods: Sequence[str], seeds: str) -> str:
 
     Raises:
         RecipeError: If the recipe or a loss does not exist.
+        ValueError: If the seeds are invalid.
     """
     recipes.load(recipe)
+    read_seeds(seeds)
     for name in methods:
         if name not in LOSSES:
             raise RecipeError(f"--methods: there is no {name!r}{near(name, list(LOSSES))}")

@@ -12,6 +12,7 @@ from topkd._io import files
 from topkd._io.progress import Progress
 from topkd.config.study import Plan, folder_name
 from topkd.config.validation import write_yaml
+from topkd.studies.collect import primary_metric
 from topkd.studies.executors.base import Ended, Executor
 from topkd.studies.plan import Place
 
@@ -52,8 +53,10 @@ def run(
         results: Folders with results from other machines, whose jobs count as done.
 
     Raises:
+        RecipeError: If the primary metric does not exist.
         ValueError: If a result was altered or belongs to another recipe.
     """
+    primary_metric(plan)  # a typing error should not wait for the table
     place, jobs = Place(out, results), plan.jobs()
     pending = place.pending(jobs)
     _record(plan, out)

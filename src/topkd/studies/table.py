@@ -5,63 +5,56 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from topkd.evaluation.metrics import Metric
+from topkd.evaluation.statistics import Sample
+from topkd.reporting.escaping import for_latex, for_markdown
 from topkd.studies.analysis import Comparison
-from topkd.studies.collect import Collected
-
-HEADINGS = (
-    "Setting",
-    "Variant",
-    "n",
-    "Mean ± std",
-    "Difference [95 % simultaneous]",
-    "p",
-    "Verdict",
-)
+from topkd.studies.collect import Collected, primary_metric
 
 
 def rows(study: Collected) -> list[dict[str, Any]]:
-    """Returns a row per variant and setting, as plain values; the baseline comes first."""
-    metric, baseline = study.plan.file.primary.metric, study.plan.file.baseline
+    """Returns a row per variant and setting, as plain values; the baseline comes first.
+
+    Raises:
+        ValueError: If no run of the baseline is finished.
+    """
+    metric, baseline = primary_metric(study.plan), study.plan.file.baseline
     found = []
     for setting in study.plan.settings:
         values = study.values(setting, metric)
         if baseline not in values:
             continue
-        base = list(values[baseline].values())
-        spread = Comparison(setting, baseline, values[baseline], {}, 0, 0, 0, "undecided", None)
-        found.append(
-            {
-                "setting": setting,
-                "variant": baseline,
-                "n": len(base),
-                "mean": spread.mean,
-                "std": spread.deviation,
-                "verdict": "baseline",
-            }
-        )
+        sample = Sample(tuple(values[baseline].values()))
+        found.append(_summary(setting, baseline, sample) | {"verdict": "baseline"})
         found += [_row(each) for each in study.comparisons(setting)]
     if not found:
         raise ValueError(f"{study.plan.file.name}: no run of the baseline is finished")
     return found
 
 
+def _summary(setting: str, variant: str, sample: Sample) -> dict[str, Any]:
+    return {
+        "setting": setting,
+        "variant": variant,
+        "n": sample.n,
+        "mean": sample.mean,
+        "std": sample.std,
+    }
+
+
 def _row(comparison: Comparison) -> dict[str, Any]:
     verdict: str = comparison.verdict
     if comparison.needed is not None:
         verdict += f" (about {comparison.needed} seeds would decide)"
-    return {
-        "setting": comparison.setting,
-        "variant": comparison.variant,
-        "n": len(comparison.differences),
-        "mean": comparison.mean,
-        "std": comparison.deviation,
-        "difference": comparison.difference,
-        "low": comparison.low,
-        "high": comparison.high,
+    low, high = comparison.interval or (None, None)
+    return _summary(comparison.setting, comparison.variant, comparison.values) | {
+        "pairs": comparison.differences.n,
+        "difference": comparison.differences.mean,
+        "low": low,
+        "high": high,
         "p": comparison.p,
         "verdict": verdict,
     }
@@ -69,17 +62,21 @@ def _row(comparison: Comparison) -> dict[str, Any]:
 
 def markdown(study: Collected) -> str:
     """Writes a Markdown table."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|---|---|--:|--:|--:|--:|---|"]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows(study)]
+    metric = primary_metric(study.plan)
+    lines = ["| " + " | ".join(_headings(metric)) + " |", "|---|---|--:|--:|--:|--:|---|"]
+    lines += [
+        "| " + " | ".join(map(for_markdown, _cells(row, metric))) + " |" for row in rows(study)
+    ]
     return "\n".join(lines) + "\n"
 
 
 def latex(study: Collected) -> str:
-    """Writes a LaTeX table for the package booktabs; bold where a difference is decided."""
+    """Writes a LaTeX table for the package booktabs; bold where a variant is better."""
+    metric = primary_metric(study.plan)
     lines = [
         r"\begin{tabular}{llrrrrl}",
         r"\toprule",
-        " & ".join(_escaped(heading) for heading in HEADINGS) + r" \\",
+        " & ".join(for_latex(heading) for heading in _headings(metric)) + r" \\",
         r"\midrule",
     ]
     before = None
@@ -87,9 +84,9 @@ def latex(study: Collected) -> str:
         if before not in (None, row["setting"]):
             lines.append(r"\midrule")
         before = row["setting"]
-        cells = [_escaped(cell) for cell in _cells(row)]
+        cells = [for_latex(cell) for cell in _cells(row, metric)]
         if row["verdict"] == "better":
-            cells[3] = rf"\textbf{{{cells[3]}}}"
+            cells[2] = rf"\textbf{{{cells[2]}}}"
         lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
@@ -97,7 +94,7 @@ def latex(study: Collected) -> str:
 def as_csv(study: Collected) -> str:
     """Writes CSV, one row per variant."""
     found = rows(study)
-    names = list(dict.fromkeys(name for row in found for name in row))
+    names = list(max(found, key=len))  # the baseline has no difference
     file = io.StringIO()
     writer = csv.DictWriter(file, names, restval="")
     writer.writeheader()
@@ -107,12 +104,12 @@ def as_csv(study: Collected) -> str:
 
 def as_json(study: Collected) -> str:
     """Writes JSON with the values of all seeds."""
-    metric = study.plan.file.primary.metric
-    found = rows(study)
-    for row in found:
-        row["values"] = study.values(row["setting"], metric)[row["variant"]]
-    plain = [{name: _plain(value) for name, value in row.items()} for row in found]
-    return json.dumps(plain, indent=2) + "\n"
+    metric = primary_metric(study.plan)
+    found = [
+        row | {"values": study.values(row["setting"], metric)[row["variant"]]}
+        for row in rows(study)
+    ]
+    return json.dumps(found, indent=2) + "\n"
 
 
 FORMATS: Mapping[str, Callable[[Collected], str]] = {
@@ -124,41 +121,37 @@ FORMATS: Mapping[str, Callable[[Collected], str]] = {
 """Name -> function that writes a table."""
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    spread = "" if math.isnan(row["std"]) else f" ± {row['std']:.2f}"
-    compared = "difference" in row and not math.isnan(row["low"])
-    interval = (
-        f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" if compared else "–"
+def _headings(metric: Metric) -> tuple[str, ...]:
+    return (
+        "Setting",
+        "Variant",
+        f"{metric.heading}: mean ± std (n)",
+        "Difference [95 % simultaneous]",
+        "Pairs",
+        "p",
+        "Verdict",
     )
+
+
+def _cells(row: Mapping[str, Any], metric: Metric) -> tuple[str, ...]:
+    spec, signed = f".{metric.digits}f", f"+.{metric.digits}f"
+    spread = "" if row["std"] is None else f" ± {row['std']:{spec}}"
+    difference, p = "–", "–"
+    if "difference" in row:
+        difference = f"{row['difference']:{signed}}"
+    if row.get("p") is not None:
+        difference += f" [{row['low']:{signed}}, {row['high']:{signed}}]"
+        p = _p(row["p"])
     return (
         row["setting"],
         row["variant"],
-        str(row["n"]),
-        f"{row['mean']:.2f}{spread}",
-        interval,
-        _p(row["p"]) if compared else "–",
+        f"{row['mean']:{spec}}{spread} ({row['n']})",
+        difference,
+        str(row.get("pairs", "–")),
+        p,
         row["verdict"],
     )
 
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _escaped(text: str) -> str:
-    for character, written in (
-        ("\\", r"\textbackslash "),
-        ("&", r"\&"),
-        ("%", r"\%"),
-        ("_", r"\_"),
-        ("#", r"\#"),
-        ("±", r"$\pm$"),
-        ("–", "--"),
-        ("<", "$<$"),
-    ):
-        text = text.replace(character, written)
-    return text
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
