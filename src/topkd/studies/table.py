@@ -94,7 +94,7 @@ def latex(study: Collected) -> str:
 def as_csv(study: Collected) -> str:
     """Writes CSV, one row per variant."""
     found = rows(study)
-    names = list(max(found, key=len))  # the baseline has no difference
+    names = max((list(row) for row in found), key=len)  # the baseline has no difference
     file = io.StringIO()
     writer = csv.DictWriter(file, names, restval="")
     writer.writeheader()
