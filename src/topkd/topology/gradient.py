@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,8 +18,7 @@ def scaled_gradient(value: Tensor, factor: Tensor | float) -> Tensor:
         tensor(-3.)
     """
     factor = torch.as_tensor(factor, dtype=value.dtype, device=value.device)
-    scaled: Tensor = _Scaled.apply(value, factor.detach())
-    return scaled
+    return torch.lerp(value.detach(), value, factor.detach())  # both ends are equal
 
 
 def bounded_divide(values: Tensor, scale: Tensor, small: float = SMALL) -> Tensor:
@@ -46,20 +43,3 @@ def bounded_divide(values: Tensor, scale: Tensor, small: float = SMALL) -> Tenso
     """
     scale = scale.where(scale > 0, 1)
     return scaled_gradient(values / scale, (scale.detach() / small).clamp(max=1))
-
-
-class _Scaled(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(value: Tensor, factor: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (factor,) = ctx.saved_tensors
-        return grad * factor, None
