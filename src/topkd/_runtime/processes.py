@@ -114,6 +114,9 @@ def joined(part: Tensor, items: int) -> Tensor:
     return part if count() == 1 else gather(part)[:items]
 
 
+# torch.distributed.nn.functional has the same two, deprecated since torch 2.14.
+
+
 class _Sum(torch.autograd.Function):
     """Sums over processes; the gradient is summed over processes as well."""
 
