@@ -17,7 +17,7 @@ from topkd.config.recipe import parse
 from topkd.models import MODELS, checkpoint
 from topkd.training.experiment import Experiment
 
-VARIANTS = {"mild": 1.0, "usual": 2.0, "student": 4.0}
+VARIANTS = {"mild": 1.0, "usual": 2.0, "kd": 4.0}
 
 
 def terms(weight: float) -> list[dict[str, object]]:
@@ -40,13 +40,13 @@ def seconds(folder: Path, *, cache: bool) -> dict[str, float]:
                 "cache": cache,
             },
             "student": {"model": "resnet8"},
-            "losses": terms(VARIANTS["student"]),
+            "losses": terms(VARIANTS["kd"]),
             "controls": {variant: terms(VARIANTS[variant]) for variant in ("mild", "usual")},
             "epochs": 2,
         }
     )
     experiment = Experiment(recipe, folder, Progress(quiet=True))
-    return {variant: experiment.train_student(variant, 0)["train_seconds"] for variant in VARIANTS}
+    return {variant: experiment.train_student(0, variant)["train_seconds"] for variant in VARIANTS}
 
 
 with tempfile.TemporaryDirectory() as name:

@@ -66,7 +66,7 @@ RECIPE = TEACHER | {
     "epochs": 3,
 }
 TRAIN = ("student", "tiny.yaml", "--quiet")
-RUN = Path("runs/tiny/student/seed0")
+RUN = Path("runs/tiny/kd+topkd+crd/seed0")
 # Commands that read a finished run; the last trains another student with what the first left.
 READERS = (
     TRAIN,

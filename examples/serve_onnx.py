@@ -1,6 +1,6 @@
 """Classifies pictures with an exported student; needs numpy, pillow and onnxruntime, not torch.
 
-    topkd export runs/digits/student/seed0 --to onnx --out student
+    topkd export runs/digits/kd+topkd/seed0 --to onnx --out student
     python examples/serve_onnx.py student PICTURES
 
 prints the path of every picture, its class and the probability of that class. A picture that cannot

@@ -59,7 +59,7 @@ def call(monkeypatch, capsys, tmp_path):
 def test_stages_one_by_one(call, tmp_path):
     status, out, err = call("teacher", "tiny.yaml")
     assert status == 0, err
-    assert out.split() == ["teacher:", "runs/teacher/student/seed0/student.safetensors"]
+    assert out.split() == ["teacher:", "runs/teacher/ce/seed0/student.safetensors"]
     status, out, err = call("ripsnet", "tiny.yaml")
     assert status == 0, err
     assert "R² " in err
@@ -277,7 +277,7 @@ def test_no_space_left_is_one_line(call, monkeypatch):
     assert "runs/teacher/recipe.yaml could not be written: No space left on device" in err
 
 
-@pytest.mark.parametrize("place", [".", "teacher", "teacher/student/seed0"])
+@pytest.mark.parametrize("place", [".", "teacher", "teacher/ce/seed0"])
 @pytest.mark.parametrize("when", ["before the first", "before the last", "after the last"])
 def test_a_folder_that_is_deleted_meanwhile_is_one_line(call, tmp_path, monkeypatch, place, when):
     train_epoch, predict = Trainer._epoch, metrics.predict
@@ -297,7 +297,7 @@ def test_a_folder_that_is_deleted_meanwhile_is_one_line(call, tmp_path, monkeypa
 
     monkeypatch.setattr(Trainer, "_epoch", epoch)
     status, _, err = call("student", "teacher.yaml", "epochs=2", "--quiet")
-    run = "runs/teacher/student/seed0"
+    run = "runs/teacher/ce/seed0"
     message = f"topkd: {run} was deleted during the run; rerun the command to start again"
     assert (status, err) == (2, f"{message}\n")
     assert not (tmp_path / run).exists()
@@ -308,13 +308,13 @@ def test_a_log_of_tensorboard_that_is_deleted_is_one_line(call, tmp_path, monkey
     train_epoch = Trainer._epoch
 
     def epoch(self, number, advance):
-        shutil.rmtree(tmp_path / "runs/teacher/student/seed0/tensorboard")
+        shutil.rmtree(tmp_path / "runs/teacher/ce/seed0/tensorboard")
         return train_epoch(self, number, advance)
 
     monkeypatch.setattr(Trainer, "_epoch", epoch)
     status, _, err = call("student", "teacher.yaml", "--quiet")
     assert (status, err.count("\n")) == (2, 1), err
-    assert err.startswith("topkd: runs/teacher/student/seed0/tensorboard/events.")
+    assert err.startswith("topkd: runs/teacher/ce/seed0/tensorboard/events.")
     assert err.endswith(": No such file or directory\n")
 
 

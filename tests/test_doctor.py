@@ -52,8 +52,8 @@ def taught(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("topkd.training.build.DATA", DATA | {"digits": otherwise})
         experiment = Experiment(recipe.parse(tree), out, QUIET)
-        assert experiment.train_student("student", 0)["last"]["top1"] > 80
-    return experiment.folder / "student/seed0/student.safetensors"
+        assert experiment.train_student(0)["last"]["top1"] > 80
+    return experiment.folder / "ce/seed0/student.safetensors"
 
 
 def tiny(out, checkpoint=None, **changes):
@@ -342,7 +342,7 @@ def test_a_loss_that_the_taps_do_not_suit_is_told_in_its_own_words(taught, tmp_p
     losses = [{"name": "ce"}, {"name": "fsp", "label": "flow"}]
     findings = preflight.examine(tiny(tmp_path, taught, losses=losses, controls={"ce": losses[:1]}))
     (finding,) = with_verdict(findings, "error")
-    assert finding.part == "losses of student"
+    assert finding.part == "losses of flow"
     assert finding.found.startswith("losses.flow: fsp needs as many channels in the student as")
     times = [finding.found for finding in findings if finding.part == "time"]
     assert len(times) == 1
@@ -358,9 +358,9 @@ def test_an_approximator_is_not_trained_but_its_fidelity_is_told(taught, tmp_pat
     experiment.fit_losses()
     before = everything_in(tmp_path)
     findings = preflight.examine(experiment)
-    r2 = experiment.losses("student", experiment.new_student(), 0)[1].loss.metadata()["fidelity"][
-        "r2"
-    ]
+    r2 = experiment.losses(experiment.recipe.main, experiment.new_student(), 0)[1].loss.metadata()[
+        "fidelity"
+    ]["r2"]
     (finding,) = [finding for finding in findings if "explains" in finding.found]
     assert f"the approximator of topkd explains {max(r2, 0):.0%} of the" in finding.found
     assert finding.verdict == ("warning" if r2 < 0.5 else "ok")
@@ -371,7 +371,7 @@ def test_a_term_that_is_too_light_is_told_unless_it_is_meant_to_be(taught, tmp_p
     light, none = ([{"name": "ce"}, {"name": "kd", "weight": weight}] for weight in (1e-9, 0.0))
     findings = preflight.examine(tiny(tmp_path, taught, losses=light, controls={"none": none}))
     (finding,) = with_verdict(findings, "warning")
-    assert finding.part == "losses of student"
+    assert finding.part == "losses of kd"
     assert finding.found.startswith("in the first steps, kd carries 0.00% of the gradient")
     assert finding.advice == "give it more weight, or a share"
 
@@ -380,7 +380,7 @@ def test_a_term_that_is_too_light_is_told_unless_it_is_meant_to_be(taught, tmp_p
     ("error", "found", "advice"),
     [
         (RuntimeError("a must match b"), "a must match b", "use other taps or options, or"),
-        (torch.OutOfMemoryError("no"), "a step of student does not fit", "reduce batch_size"),
+        (torch.OutOfMemoryError("no"), "a step of kd does not fit", "reduce batch_size"),
     ],
 )
 def test_a_step_that_fails_is_told(taught, tmp_path, monkeypatch, error, found, advice):
@@ -400,9 +400,9 @@ def test_a_step_that_fails_is_told(taught, tmp_path, monkeypatch, error, found, 
     ("every", "found"),
     [
         # 1257 images are 39 batches of 32: 39 + 1.08 seconds, and four times that
-        (1, "about 40.1 seconds (student) per epoch; 4 epochs of all runs: 2.7 minutes per seed"),
-        (3, "about 39.5 seconds (student) per epoch; 4 epochs of all runs: 2.6 minutes per seed"),
-        (9, "about 39.3 seconds (student) per epoch; 4 epochs of all runs: 2.6 minutes per seed"),
+        (1, "about 40.1 seconds (kd) per epoch; 4 epochs of all runs: 2.7 minutes per seed"),
+        (3, "about 39.5 seconds (kd) per epoch; 4 epochs of all runs: 2.6 minutes per seed"),
+        (9, "about 39.3 seconds (kd) per epoch; 4 epochs of all runs: 2.6 minutes per seed"),
     ],
 )
 def test_an_epoch_takes_its_steps_and_its_evaluation(taught, tmp_path, monkeypatch, every, found):

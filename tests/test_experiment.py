@@ -65,7 +65,7 @@ def tiny(tmp_path_factory):
     taught_by = {"model": "resnet8", "recipe": str(folder / "taught.yaml")}
     parsed = recipe.parse(TINY | {"teacher": taught_by})
     experiment = Experiment(parsed, folder / "runs", QUIET)
-    results = {variant: experiment.train_student(variant, 0) for variant in parsed.variants}
+    results = {variant: experiment.train_student(0, variant) for variant in parsed.variants}
     return experiment, results
 
 
@@ -75,10 +75,10 @@ def weights(experiment: Experiment, variant: str):
 
 def test_every_stage_leaves_what_the_next_needs(tiny):
     experiment, results = tiny
-    assert experiment.teacher_file == experiment.out / "taught/student/seed0/student.safetensors"
+    assert experiment.teacher_file == experiment.out / "taught/ce/seed0/student.safetensors"
     assert experiment.teacher_file.exists()
     assert len(list(experiment.folder.glob("ripsnet-*.safetensors"))) == 1  # one for both variants
-    for variant in ("student", "kd", "silent"):
+    for variant in ("kd+topkd", "kd", "silent"):
         files = {path.name for path in (experiment.folder / variant / "seed0").iterdir()}
         assert {"result.json", "metrics.jsonl", "student.safetensors", "checkpoint"} <= files
         assert results[variant]["last"]["top1"] == pytest.approx(
@@ -96,9 +96,9 @@ def test_every_stage_leaves_what_the_next_needs(tiny):
 )
 def test_a_folder_of_runs_is_told_which_there_are(tiny, tmp_path, ask):
     out = tiny[0].out
-    runs = [f"{out}/taught/student/seed0"]
+    runs = [f"{out}/taught/ce/seed0"]
     runs = [
-        *(f"{tiny[0].folder}/{variant}/seed0" for variant in ("kd", "silent", "student")),
+        *(f"{tiny[0].folder}/{variant}/seed0" for variant in ("kd", "silent", "kd+topkd")),
         *runs,
     ]
     message = f"there is no run {out}: {out}/student.safetensors is missing; there are "
@@ -115,14 +115,14 @@ def test_a_silent_term_changes_no_bit(tiny):
 
 def test_the_term_is_not_silent_at_its_weight(tiny):
     experiment, _ = tiny
-    with_term, without = weights(experiment, "student"), weights(experiment, "kd")
+    with_term, without = weights(experiment, experiment.recipe.main), weights(experiment, "kd")
     assert any(not torch.equal(t, with_term[name]) for name, t in without.items())
 
 
 def test_what_is_done_is_not_done_again(tiny):
     experiment, results = tiny
     again = Experiment(experiment.recipe, experiment.out, QUIET)
-    assert again.train_student("kd", 0) == results["kd"]
+    assert again.train_student(0, "kd") == results["kd"]
     assert "data" not in vars(again)  # not even the images were loaded
 
 
@@ -130,12 +130,12 @@ def test_a_folder_of_another_recipe_is_refused(tiny):
     experiment, _ = tiny
     other = experiment.recipe.model_copy(update={"epochs": 7})
     with pytest.raises(ValueError, match="another recipe: epochs: 2 there, 7 here; .* name=NAME"):
-        Experiment(other, experiment.out, QUIET).train_student("kd", 0)
+        Experiment(other, experiment.out, QUIET).train_student(0, "kd")
 
 
 def test_an_unknown_run_is_refused(tiny):
     with pytest.raises(RecipeError, match="there is no 'kdd'; did you mean 'kd'"):
-        tiny[0].train_student("kdd", 0)
+        tiny[0].train_student(0, "kdd")
 
 
 def test_a_ripsnet_of_another_teacher_is_refused(tiny, tmp_path):
@@ -158,7 +158,7 @@ def test_a_teacher_that_does_not_fit_its_checkpoint_is_refused(tmp_path):
     taught_by = {"model": "resnet8", "checkpoint": str(tmp_path / "w.safetensors")}
     experiment = Experiment(recipe.parse(TINY | {"teacher": taught_by}), tmp_path, QUIET)
     with pytest.raises(ValueError, match="does not fit this network:\n  layer1.1.bn1.bias"):
-        experiment.train_student("kd", 0)
+        experiment.train_student(0, "kd")
 
 
 @pytest.mark.parametrize(
@@ -169,11 +169,11 @@ def test_a_teacher_that_does_not_fit_its_checkpoint_is_refused(tmp_path):
         ({"student": {"model": "resnet9"}}, "student.model: there is no 'resnet9'; did you mean"),
         ({"losses": [{"name": "kdd"}]}, r"losses\[0\].name: there is no 'kdd'; did you mean 'kd'"),
         (
-            {"losses": [{"name": "kd", "temprature": 4.0}]},
+            {"losses": [{"name": "kd", "temprature": 4.0}], "controls": {}},
             r"losses\[0\].temprature: unknown key; did you mean 'temperature'",
         ),
         (
-            {"losses": [{"name": "kd", "temperature": -1.0}]},
+            {"losses": [{"name": "kd", "temperature": -1.0}], "controls": {}},
             r"losses\[0\]: temperature must be positive, got -1.0",
         ),
         (
@@ -244,7 +244,7 @@ def test_every_recipe_can_be_trained(name, tmp_path, monkeypatch):
         if any(term.name == "ft" for term in terms):
             changes.append(f"{place}.ft.epochs=1")
     experiment = Experiment(recipe.load(name, changes), tmp_path, QUIET)
-    result = experiment.train_student("student", 0)
+    result = experiment.train_student(0)
     assert 0 <= result["last"]["top1"] <= 100
     shutil.rmtree(tmp_path / name)
 
@@ -263,8 +263,8 @@ def test_teacher_cache_teach_the_same_to_rounding(taught, tmp_path, precision):
         tree = TINY | {"name": f"cache {cache}", "precision": precision, "epochs": 1}
         tree |= {"teacher": taught | {"cache": cache}, "losses": TINY["controls"]["kd"]}
         experiment = Experiment(recipe.parse(tree | {"controls": {}}), tmp_path, QUIET)
-        experiment.train_student("student", 0)
-        learned[cache] = weights(experiment, "student")
+        experiment.train_student(0)
+        learned[cache] = weights(experiment, experiment.recipe.main)
     # In bfloat16 the teacher's answers are rounded already.
     tolerance = {"rtol": 0, "atol": 0 if precision == "bfloat16" else 2e-3}
     for name, tensor in learned[False].items():
@@ -285,13 +285,13 @@ def test_a_teacher_is_asked_once_for_all_arms_and_seeds(taught, tmp_path, monkey
         return answer
 
     monkeypatch.setattr(TeacherCache, "__call__", counting)
-    experiment.train_student("student", 0)
+    experiment.train_student(0)
     assert sum(asked) == len(asked) * 32  # every batch of the first student
     asked.clear()
-    experiment.train_student("ce", 0)
+    experiment.train_student(0, "ce")
     assert sum(asked) == 0
     asked.clear()
-    experiment.train_student("student", 1)  # another order: what was left out may be missing
+    experiment.train_student(1)  # another order: what was left out may be missing
     assert 0 < sum(asked) < len(asked) * 32
 
 
@@ -316,7 +316,7 @@ def test_a_loss_learns_from_what_it_will_see(taught, tmp_path, monkeypatch):
     terms = [{"name": "ce"}, {"name": "kd"}, {"name": "kd", "label": "early", "taps": early}]
     tree = TINY | {"teacher": taught, "controls": {}, "losses": terms}
     experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
-    experiment.losses("student", experiment.new_student(), 0)
+    experiment.losses(experiment.recipe.main, experiment.new_student(), 0)
     (usual, shown), (own, seen) = asked.values()
     assert (shown.embedding.shape, seen.embedding.shape) == ((32, 64), (32, 16))
     for source, width, maps in ((usual, 64, 4), (own, 16, 1)):
@@ -351,15 +351,15 @@ def test_a_loss_is_built_for_batches_as_they_are_with_two_views(taught, tmp_path
 def test_answers_that_cannot_be_kept_are_refused(taught, tmp_path, changes, message):
     tree = TINY | {"teacher": taught | {"cache": True}, "controls": {}} | changes
     with pytest.raises(RecipeError, match=message):
-        Experiment(recipe.parse(tree), tmp_path, QUIET).train_student("student", 0)
+        Experiment(recipe.parse(tree), tmp_path, QUIET).train_student(0)
 
 
 def test_a_student_with_its_teachers_classifier_is_evaluated_from_its_file(taught, tmp_path):
     tree = TINY | {"teacher": taught, "losses": [{"name": "simkd"}], "controls": {}}
     tree |= {"student": {"model": "resnet8x0.25", "classifier": "teacher"}, "epochs": 1}
     experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
-    result = experiment.train_student("student", 0)
-    folder = experiment.folder / "student/seed0"
+    result = experiment.train_student(0)
+    folder = experiment.folder / experiment.recipe.main / "seed0"
     judged = evaluate_file(folder, None, (), QUIET)
     assert judged["top1"] == pytest.approx(result["last"]["top1"])
     config = export(folder, ["safetensors", "onnx"], tmp_path / "out", QUIET)
@@ -401,7 +401,7 @@ def test_classes_in_another_order_than_the_teachers_are_refused(taught, tiny, tm
     named = [f"digit {name}" for name in names]
     experiment.data = replace(experiment.data, classes=named)
     with pytest.raises(ValueError, match=f"class 0 is '{named[0]}' in the data and '{named[1]}'"):
-        experiment.train_student("kd", 0)
+        experiment.train_student(0, "kd")
 
 
 @pytest.mark.parametrize(
@@ -446,7 +446,7 @@ def test_a_finished_run_whose_files_were_altered_is_not_done(tiny, tmp_path, nam
     path = tmp_path / "runs" / experiment.recipe.name / "kd/seed0" / name
     altered(path, how)
     with pytest.raises(ValueError, match=rf"{name} (was altered|is missing)"):
-        Experiment(experiment.recipe, tmp_path / "runs", QUIET).train_student("kd", 0)
+        Experiment(experiment.recipe, tmp_path / "runs", QUIET).train_student(0, "kd")
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut off", "emptied"])
@@ -456,7 +456,7 @@ def test_an_altered_result_is_not_used(tiny, tmp_path, how):
     path = tmp_path / "runs" / experiment.recipe.name / "kd/seed0/result.json"
     altered(path, how)
     with pytest.raises(ValueError, match=r"result\.json (was altered|is not JSON)"):
-        Experiment(experiment.recipe, tmp_path / "runs", QUIET).train_student("kd", 0)
+        Experiment(experiment.recipe, tmp_path / "runs", QUIET).train_student(0, "kd")
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut off", "emptied"])
@@ -467,7 +467,7 @@ def test_an_altered_ripsnet_is_not_used(tiny, tmp_path, how):
     altered(path, how)
     again = Experiment(experiment.recipe, tmp_path / "runs", QUIET)
     with pytest.raises(ValueError, match=rf"{path.name} was altered; delete it"):
-        again.losses("student", again.new_student(), 0)
+        again.losses(again.recipe.main, again.new_student(), 0)
 
 
 class Stops(Progress):
@@ -485,7 +485,7 @@ class Stops(Progress):
 def stopped(tree, out):
     experiment = Experiment(recipe.parse(tree), out, Stops(quiet=True))
     with pytest.raises(KeyboardInterrupt):
-        experiment.train_student("student", 0)
+        experiment.train_student(0)
     return experiment
 
 
@@ -507,9 +507,9 @@ def test_a_run_is_not_resumed_with_another_teacher(tmp_path):
     stopped(tree, tmp_path / "runs")
     with_teacher(tmp_path, seed=1)
     with pytest.raises(ValueError, match=r"was trained with another teacher: \w{12} there and"):
-        Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).train_student("student", 0)
+        Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).train_student(0)
     with_teacher(tmp_path, seed=0)
-    result = Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).train_student("student", 0)
+    result = Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).train_student(0)
     assert result["epochs"] == TINY["epochs"]
 
 
@@ -520,17 +520,17 @@ def test_another_version_resumes_with_a_warning(tmp_path, monkeypatch):
     said = []
     progress = Progress(quiet=True)
     monkeypatch.setattr(progress, "say", said.append)
-    Experiment(recipe.parse(tree), tmp_path / "runs", progress).train_student("student", 0)
+    Experiment(recipe.parse(tree), tmp_path / "runs", progress).train_student(0)
     assert any("was trained by topkd" in line and "99.0" in line for line in said)
 
 
 def test_what_killed_writes_left_is_swept(tmp_path):
     tree = with_teacher(tmp_path, seed=0)
-    folder = tmp_path / "runs/stopped/student/seed0"
+    folder = tmp_path / "runs/stopped/kd/seed0"
     (folder / "checkpoint").mkdir(parents=True)
     for left in (folder / ".result.json.abc.tmp", folder / "checkpoint/.state-1.pt.abc.tmp"):
         left.write_bytes(b"half")
-    Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).train_student("student", 0)
+    Experiment(recipe.parse(tree), tmp_path / "runs", QUIET).train_student(0)
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -538,11 +538,11 @@ def test_a_command_that_failed_early_does_not_claim_the_folder(tmp_path):
     tree = with_teacher(tmp_path, seed=0)
     typo = tree | {"teacher": tree["teacher"] | {"checkpoint": str(tmp_path / "typo.pth")}}
     with pytest.raises(OSError, match=r"typo\.pth"):
-        Experiment(recipe.parse(typo), tmp_path / "runs", QUIET).train_student("student", 0)
+        Experiment(recipe.parse(typo), tmp_path / "runs", QUIET).train_student(0)
     stopped(tree, tmp_path / "runs")
     smaller = tree | {"optimizer": tree.get("optimizer", {}) | {"lr": 0.02}}
     with pytest.raises(ValueError, match=r"optimizer\.lr: .* there, 0\.02 here; .*name=NAME"):
-        Experiment(recipe.parse(smaller), tmp_path / "runs", QUIET).train_student("student", 0)
+        Experiment(recipe.parse(smaller), tmp_path / "runs", QUIET).train_student(0)
 
 
 def with_term(experiment, term):
@@ -573,4 +573,4 @@ def test_a_loss_that_cannot_be_bound_names_its_term(tiny, term, message):
     made, _ = tiny
     experiment = Experiment(with_term(made, term), made.out, QUIET)
     with pytest.raises(ValueError, match=message):
-        experiment.losses("student", experiment.new_student(), 0)
+        experiment.losses(experiment.recipe.main, experiment.new_student(), 0)

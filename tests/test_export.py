@@ -56,8 +56,8 @@ def run(tmp_path_factory):
     checkpoint.save_weights(path, MODELS["resnet8x0.25"].build(10).network, {})
     taught_by = {"model": "resnet8x0.25", "checkpoint": str(path)}
     experiment = Experiment(recipe.parse(TINY | {"teacher": taught_by}), folder, QUIET)
-    experiment.train_student("student", 0)
-    return folder / "tiny/student/seed0"
+    experiment.train_student(0)
+    return folder / "tiny/kd/seed0"
 
 
 @pytest.fixture(scope="module")

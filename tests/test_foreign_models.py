@@ -587,9 +587,9 @@ def test_a_recipe_of_foreign_networks_is_carried_out(own_module, tmp_path, publi
         "teacher": {"model": "timm:test_vit", "checkpoint": str(weights), "size": 32},
     }
     experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
-    result = experiment.train_student("student", 0)
+    result = experiment.train_student(0)
     assert experiment.teacher.network.network.patch_embed.img_size == (32, 32)
-    folder = tmp_path / "foreign/student/seed0"
+    folder = tmp_path / "foreign/kd/seed0"
     about = checkpoint.read_about(folder / "student.safetensors")
     assert about["size"] == 8
     assert about["taps"] == {"maps": ["last"], "head": "head"}
@@ -604,8 +604,8 @@ def test_a_transformer_is_built_for_the_images_and_evaluated_again(tmp_path, mon
         monkeypatch.setattr(name, lambda section, given=None: larger)
     tree = TREE | {"student": {"model": "timm:test_vit"}, "losses": [{"name": "ce"}]}
     experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
-    result = experiment.train_student("student", 0)
-    folder = tmp_path / "foreign/student/seed0"
+    result = experiment.train_student(0)
+    folder = tmp_path / "foreign/ce/seed0"
     weights = checkpoint.load_weights(folder / "student.safetensors")
     assert weights["pos_embed"].shape[1] == 1 + (32 // 16) ** 2
     again = evaluate_file(folder, None, (), QUIET)

@@ -342,7 +342,7 @@ def test_networks_of_ones_own_learn_by_their_maps(here, call):
     status, out, err = call("student", "own.yaml")
     assert status == 0, err
     assert f"resnet8 is read as it was found to compute: {found}; student.head and" in err
-    status, _, err = call("evaluate", "runs/own/student/seed0", "--trust")
+    status, _, err = call("evaluate", "runs/own/at+fitnet+vid/seed0", "--trust")
     assert status == 0, err
 
 

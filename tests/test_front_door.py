@@ -229,7 +229,7 @@ def test_names_are_distilled_as_a_recipe_of_them_is(tmp_path):
     )
     written = recipe.load(str(tmp_path / "python/same/recipe.yaml"))
     Experiment(written, tmp_path / "yaml", Progress(quiet=True)).run([0])
-    place = "same/student/seed0/student.safetensors"
+    place = "same/kd/seed0/student.safetensors"
     one, other = (checkpoint.load_weights(tmp_path / part / place) for part in ("python", "yaml"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     network = study.network(seed=0)

@@ -42,10 +42,12 @@ def test_a_pair_is_trained_by_the_real_command(name, shared, tmp_path):
     command = [sys.executable, "-m", "topkd", "student", name, *changes, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / name / "student/seed0/result.json").read_text(encoding="utf-8"))
+    result = json.loads(
+        (tmp_path / name / "kd+topkd/seed0/result.json").read_text(encoding="utf-8")
+    )
     assert result["eval_split"] == "validation"
     assert 0 <= result["last"]["top1"] <= 100
     lines = (
-        (tmp_path / name / "student/seed0/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        (tmp_path / name / "kd+topkd/seed0/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     )
     assert json.loads(lines[0])["losses"].keys() == {"ce", "kd", "topkd"}

@@ -73,7 +73,7 @@ def until(run, sign, stop):
 
 
 def run_of(folder):
-    return folder / "runs/mine/student/seed0"
+    return folder / "runs/mine/ce/seed0"
 
 
 def result_of(folder):

@@ -108,7 +108,7 @@ def test_a_recipe_cannot_be_changed():
 def test_hash_knows_everything_but_the_name():
     first = parse(SMALL)
     assert parse(changed(name="another")).hash == first.hash
-    for change in ({"epochs": 4}, {"losses": [{"name": "ce"}]}, {"controls": {}}):
+    for change in ({"epochs": 4}, {"losses": [{"name": "kd"}]}, {"controls": {}}):
         assert parse(changed(**change)).hash != first.hash
     hot = changed()
     hot["losses"][1]["temperature"] = 5.0
@@ -124,8 +124,8 @@ def test_options_are_what_is_no_field():
     assert (kd.weight, kd.warmup, kd.options) == (2.0, 0, {"temperature": 4.0})
 
 
-def test_variants_are_the_controls_and_the_student():
-    assert list(parse(SMALL).variants) == ["ce", "student"]
+def test_variants_are_the_controls_and_the_losses():
+    assert list(parse(SMALL).variants) == ["ce", "kd"]
 
 
 # --- Messages ------------------------------------------------------------------------------------
@@ -186,9 +186,9 @@ WRONG = {
         changed(teacher={"model": "a", "checkpoint": "b", "mean": [0.5, 0.5], "std": [1, 1, 1]}),
         "teacher.mean",
     ),
-    "a control called student": (
-        changed(controls={"student": [{"name": "ce"}]}),
-        "'student' cannot name a run",
+    "a control called like the losses": (
+        changed(controls={"kd": [{"name": "ce"}]}),
+        "controls: 'kd' is the name of the runs with `losses`",
     ),
     "a control that leaves its folder": (
         changed(controls={"../x": [{"name": "ce"}]}),

@@ -26,7 +26,7 @@ from topkd.topology.approximation import Approximation, Exact, Fidelity
 
 CE, KD = {"name": "ce", "weight": 1.0, "warmup": 0}, {"name": "kd", "weight": 2.0, "warmup": 0}
 TOPKD = {"name": "topkd", "weight": 5.0, "warmup": 0, "via": "ripsnet", "ripsnet": {"passes": 8}}
-LOSSES = {"kd": [CE, KD], "ce": [CE], "student": [CE, KD, TOPKD]}
+LOSSES = {"kd": [CE, KD], "ce": [CE], "kd+topkd": [CE, KD, TOPKD]}
 FIDELITY = {"r2": 0.02, "gradient_cosine": -0.001, "gradient_cosine_low": -0.1, "clouds": 256}
 RECIPE = {"controls": {"kd": [CE, KD], "ce": [CE]}, "batch_size": 16, "note": "<b>bold</b>"}
 VOID = {"br", "img", "link", "meta"}
@@ -54,7 +54,7 @@ def result(variant: str, seed: int, top1: float, **changes: object) -> dict:
         "best": {"epoch": 1, "top1": top1 + 1},
         "gradient_share": shares,
         "loss_metadata": {"topkd": {"via": "ripsnet", "fidelity": FIDELITY}}
-        if variant == "student"
+        if variant == "kd+topkd"
         else {},
         "train_seconds": 5.9,
         "environment": {
@@ -117,7 +117,7 @@ def put_files(folder: Path) -> Path:
 def put_six(folder: Path) -> Path:
     gains = (0.25, 0.75, 0.5, 0.0, 1.0, 0.5)
     runs = [result("kd", seed, 90.0 + seed) for seed in range(6)]
-    runs += [result("student", seed, 90.0 + seed + gain) for seed, gain in enumerate(gains)]
+    runs += [result("kd+topkd", seed, 90.0 + seed + gain) for seed, gain in enumerate(gains)]
     return put(folder, *runs)
 
 
@@ -190,13 +190,13 @@ def collect_one(folder):
 
 
 def test_runs_are_grouped_by_recipe_variant_and_seed(tmp_path):
-    teacher = result("student", 0, 99.0, recipe="digits/teacher", recipe_hash="1", teacher=None)
-    runs = [result(variant, seed, 90.0) for variant in ("student", "ce", "kd") for seed in (10, 2)]
+    teacher = result("kd+topkd", 0, 99.0, recipe="digits/teacher", recipe_hash="1", teacher=None)
+    runs = [result(variant, seed, 90.0) for variant in ("kd+topkd", "ce", "kd") for seed in (10, 2)]
     studies = report.collect(put(tmp_path, teacher, *runs))
     assert [study.recipe for study in studies] == ["digits", "digits/teacher"]
     assert {
         variant: list(seeds) for variant, seeds in studies[0].variants.items()
-    } == dict.fromkeys(("kd", "ce", "student"), [2, 10])
+    } == dict.fromkeys(("kd", "ce", "kd+topkd"), [2, 10])
     assert [study.control for study in studies] == ["kd", None]
 
 
@@ -333,9 +333,9 @@ def test_the_table(six):
         (
             {0: 91.5},
             "+1.50 (1 seed)",
-            "One seed: no statistical comparison of student and kd is possible.",
+            "One seed: no statistical comparison of kd+topkd and kd is possible.",
         ),
-        ({0: 90.0}, "0.00 (1 seed)", "student is level."),
+        ({0: 90.0}, "0.00 (1 seed)", "kd+topkd is level."),
         ({7: 91.5}, "no common seed", "No common seed: no comparison"),
         ({0: 89.0, 1: 90.0}, "−1.00 (2 seeds)", "the spread of the differences is unknown"),
         ({0: 90.5, 1: 91.0, 2: 91.5}, "+0.00 [−1.24, +1.24] (3)", "No significant difference"),
@@ -348,7 +348,7 @@ def test_the_table(six):
 )
 def test_what_the_comparison_says(tmp_path, student, difference, said):
     runs = [result("kd", seed, 90.0 + seed) for seed in range(3)]
-    put(tmp_path, *runs, *(result("student", seed, top1) for seed, top1 in student.items()))
+    put(tmp_path, *runs, *(result("kd+topkd", seed, top1) for seed, top1 in student.items()))
     study = collect_one(tmp_path)
     assert report.rows(study)[-1]["difference"] == difference.replace("+0.00 [", "0.00 [")
     (sentence,) = report.statements(study)
@@ -363,14 +363,14 @@ def test_six_seeds_are_tested_in_two_ways(six):
 
 
 def test_several_comparisons_are_corrected(tmp_path):
-    gains = {"student": (0.4, 0.5, 0.6), "ce": (0.1, -0.2, 0.2)}
+    gains = {"kd+topkd": (0.4, 0.5, 0.6), "ce": (0.1, -0.2, 0.2)}
     runs = [result("kd", seed, 90.0) for seed in range(3)]
     runs += [
         result(variant, s, 90 + gain) for variant, of in gains.items() for s, gain in enumerate(of)
     ]
     study = collect_one(put(tmp_path, *runs))
-    alone = study.compare("top1")["student"].t_p
-    corrected = next(line for line in report.statements(study) if "student" in line)
+    alone = study.compare("top1")["kd+topkd"].t_p
+    corrected = next(line for line in report.statements(study) if "kd+topkd" in line)
     assert f"p = {2 * alone:.2g}" in corrected
     assert any("corrected for 2 comparisons (Holm)" in line for line in report.setting(study))
 
@@ -383,7 +383,7 @@ def test_markdown(six):
     }
     assert lines[2].startswith("| Run | Losses | Top-1 ↑, % | Difference to control")
     assert lines[4].startswith("| teacher: resnet20 |")
-    assert lines[6].startswith("| student | ce + 2 kd + 5 topkd (via ripsnet, ripsnet.passes 8) |")
+    assert lines[6].startswith("| kd+topkd | ce + 2 kd + 5 topkd (via ripsnet, ripsnet.passes 8) |")
     text = "\n".join(lines)
     assert "Evaluated on the test set at the last epoch" in text
     assert "Data digits, teacher resnet20, student resnet8x0.25, 2 epochs." in text
@@ -407,10 +407,10 @@ def test_a_metric_added_to_the_table_is_computed_stored_and_shown(
         Metric("brier", "Brier score", "", 3, False, "a proper scoring rule", lambda made: 0.125),
     )
     put_files(six)
-    (data, path), out = (DATA["digits"](), tmp_path / "new/student/seed0"), tmp_path / "new"
+    (data, path), out = (DATA["digits"](), tmp_path / "new/kd+topkd/seed0"), tmp_path / "new"
     made = Predictions(torch.randn(9, 10), torch.randn(9, 4), data.test.target[:9])
     last = prediction_metrics(made)
-    content = Result.model_validate(result("student", 0, 90.0, last=last)).as_json()
+    content = Result.model_validate(result("kd+topkd", 0, 90.0, last=last)).as_json()
     path.mkdir(parents=True)
     files.write_sealed(path / "result.json", content)
     assert files.read_sealed(path / "result.json")["last"]["brier"] == 0.125
@@ -430,16 +430,16 @@ def test_terminal_shows_mean_deviation_and_findings_of_several_seeds(six, capsys
     study = collect_one(six)
     print_results([run.result.as_json() for run in study.runs], report.findings(six, "digits"))
     lines = capsys.readouterr().out.splitlines()
-    (mean,) = [line for line in lines if line.startswith("kd") and "mean" in line]
-    (spread,) = [line for line in lines if line.startswith("kd") and "± std" in line]
+    (mean,) = [line for line in lines if line.startswith("kd ") and "mean" in line]
+    (spread,) = [line for line in lines if line.startswith("kd ") and "± std" in line]
     assert mean.split()[:3] == ["kd", "mean", "92.50"]
     assert spread.split()[:4] == ["kd", "±", "std", "1.87"]
-    assert "Significant difference between student and kd" in " ".join(lines)
+    assert "Significant difference between kd+topkd and kd" in " ".join(lines)
     assert report.findings(put(six / "x", result("kd", 0, 9.0, recipe="one")), "one") == []
 
 
 def test_a_result_is_written_as_it_is_read():
-    content = result("student", 0, 90.0) | {"processes": 1, "data_issues": {}, "files": {}}
+    content = result("kd+topkd", 0, 90.0) | {"processes": 1, "data_issues": {}, "files": {}}
     written = Result.model_validate(content).as_json()
     losses = [term["name"] for term in written.pop("losses")]
     assert losses == [term["name"] for term in content.pop("losses")]
@@ -456,9 +456,9 @@ def test_markdown_cannot_be_broken_by_names(tmp_path):
 def test_terms_are_faint_below_a_thousandth_and_only_with_a_weight(tmp_path):
     shares = {"ce": 0.999, "kd": 0.001, "topkd": 0.0}
     silent = [CE, KD, TOPKD | {"weight": 0.0}]
-    put(tmp_path, result("student", 0, 90.0, gradient_share=shares, losses=silent))
+    put(tmp_path, result("kd+topkd", 0, 90.0, gradient_share=shares, losses=silent))
     assert sections.faint_terms(collect_one(tmp_path)) == []
-    put(tmp_path, result("student", 1, 90.0, recipe="b", gradient_share=shares | {"kd": 0.0009}))
+    put(tmp_path, result("kd+topkd", 1, 90.0, recipe="b", gradient_share=shares | {"kd": 0.0009}))
     warnings = sections.faint_terms(report.collect(tmp_path)[0])
     assert [re.search(r"the term (\w+) carries (\S+) %", w).groups() for w in warnings] == [
         ("kd", "0.09"),
@@ -467,7 +467,7 @@ def test_terms_are_faint_below_a_thousandth_and_only_with_a_weight(tmp_path):
 
 
 def test_what_keeps_runs_from_being_compared_is_said(tmp_path):
-    other = copy.deepcopy(result("student", 0, 90.0))
+    other = copy.deepcopy(result("kd+topkd", 0, 90.0))
     other["environment"]["torch"], other["teacher"]["hash"] = "2.9.0", "beef"
     study = collect_one(put(tmp_path, result("kd", 0, 90.0), other))
     said = " ".join(report.cautions(study))
@@ -507,7 +507,7 @@ def test_every_picture_is_there_and_described(page):
 
 def test_the_page_says_what_matters(page):
     for expected in (
-        "Significant difference between student and kd",
+        "Significant difference between kd+topkd and kd",
         "92.50 ± 1.87 (6)",
         "+0.50 [+0.13, +0.87] (6)",
         "the term topkd carries 0.02 % of the gradient",
@@ -523,7 +523,7 @@ def test_the_page_says_what_matters(page):
 
 def test_hostile_names_are_shown_and_not_obeyed(tmp_path, quick):
     name = '<script>alert("1")</script><img src=x onerror=alert(2)> $x_{$'
-    run = result("student", 0, 90.0, data=name, model=name)
+    run = result("kd+topkd", 0, 90.0, data=name, model=name)
     run["losses"], run["gradient_share"] = [CE, {"name": name}], {"ce": 0.5, name: 0.5}
     run["environment"]["processor"] = name
     control = result("kd", 0, 90.0) | {"variant": name.replace("/", "")}
@@ -555,17 +555,19 @@ def test_terms_that_end_or_begin_on_the_way_are_drawn_while_they_last(six, undra
         path.write_text(json.dumps(early) + "\n" + json.dumps(late) + "\n", encoding="utf-8")
     page = Page(report.html(six))
     described = [value for _, name, value in page.attributes if name == "aria-label"]
-    for variant in ("kd", "student"):
+    for variant in ("kd", "kd+topkd"):
         (shown,) = [
-            text for text in described if text.startswith("share") and f"in {variant}" in text
+            text
+            for text in described
+            if text.startswith("share") and text.endswith(f"in {variant}")
         ]
         assert {"early", "late"} <= set(re.findall(r"\w+", shown))
     for term in ("early", "late"):
-        assert f"loss {term} over the epochs of kd, student" in described
+        assert f"loss {term} over the epochs of kd, kd+topkd" in described
     drawn = {
         picture.alt: picture.figure for picture in sections.training(collect_one(six)).pictures
     }
-    for line in drawn["loss early over the epochs of kd, student"].axes[0].lines:
+    for line in drawn["loss early over the epochs of kd, kd+topkd"].axes[0].lines:
         assert line.get_xdata().tolist() == [1]
         assert line.get_ydata().tolist() == [0.5]
 
@@ -579,7 +581,7 @@ def test_what_files_are_absent_for_is_left_out_and_said(six):
 
 
 def test_a_recipe_without_teacher_has_no_topology(tmp_path):
-    run = result("student", 0, 99.0, losses=[CE], gradient_share={"ce": 1.0}, loss_metadata={})
+    run = result("kd+topkd", 0, 99.0, losses=[CE], gradient_share={"ce": 1.0}, loss_metadata={})
     page = Page(report.html(put(tmp_path, {k: v for k, v in run.items() if k != "teacher"})))
     headings = [tag for tag in page.tags if tag == "h3"]
     assert len(headings) == 1  # training
@@ -613,7 +615,7 @@ def test_clouds_hold_the_same_images_for_every_network(six):
         assert line.get_ydata().tolist() == pytest.approx(expected, rel=1e-6)
         ends = [segment[1, 0] for segment in axes.collections[0].get_segments()]
         assert ends == pytest.approx(expected[::-1], rel=1e-6)
-    assert student.get_title(loc="left") == "student, seed 0"
+    assert student.get_title(loc="left") == "kd+topkd, seed 0"
 
 
 def test_a_page_is_rebuilt_only_when_its_inputs_change(six, quick, capsys):

@@ -22,7 +22,7 @@ from topkd.config.validation import (
     write_yaml,
 )
 
-STUDENT = "student"  # variant trained with the recipe's `losses`; the others are its controls
+IMPLIED = "ce"  # loss that the name of a run leaves out beside others
 
 
 class _Open(Section):
@@ -261,17 +261,21 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _control_names_are_folders(self) -> Recipe:
         for name in self.controls:
-            if name == STUDENT or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
                 raise ValueError(
-                    f"controls: {name!r} cannot name a run; use letters, digits, '.', '-' and '_', "
-                    f"and not {STUDENT!r}"
+                    f"controls: {name!r} cannot name a run; use letters, digits, '.', '-' and '_'"
+                )
+            if name == self.main:
+                raise ValueError(
+                    f"controls: {name!r} is the name of the runs with `losses`, which are named "
+                    "after their terms; rename the control, or label a term"
                 )
         return self
 
     @model_validator(mode="after")
     def _terms_leave_no_gap(self) -> Recipe:
         for name, terms in self.variants.items():
-            variant = "losses" if name == STUDENT else f"controls.{name}"
+            variant = self.place(name)
             titles = [term.title for term in terms]
             doubled = sorted({title for title in titles if titles.count(title) > 1})
             if doubled:
@@ -292,7 +296,16 @@ class Recipe(Section):
     @property
     def variants(self) -> dict[str, tuple[Term, ...]]:
         """Variant -> terms: the controls, then the recipe's losses."""
-        return {**self.controls, STUDENT: self.losses}
+        return {**self.controls, self.main: self.losses}
+
+    @property
+    def main(self) -> str:
+        """Name of the variant that is trained with ``losses``, e.g. ``kd+topkd``."""
+        return variant_name(self.losses)
+
+    def place(self, variant: str) -> str:
+        """Returns the key of a variant's terms: ``losses`` or ``controls.NAME``."""
+        return "losses" if variant == self.main else f"controls.{variant}"
 
     @property
     def hash(self) -> str:
@@ -303,6 +316,17 @@ class Recipe(Section):
         """
         content = self.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def variant_name(losses: Sequence[Term]) -> str:
+    """Names runs after their losses; cross-entropy is left out beside other losses.
+
+    Examples:
+        >>> variant_name([Term(name="ce"), Term(name="kd"), Term(name="topkd")])
+        'kd+topkd'
+    """
+    titles = [term.title for term in losses if term.title != IMPLIED] or [IMPLIED]
+    return re.sub(r"[^\w.+-]+", "-", "+".join(titles))[:100]
 
 
 def names() -> list[str]:

@@ -141,7 +141,7 @@ def load(path: str | PathLike[str], *, trust: bool = False) -> Classifier:
             ``trust``.
 
     Examples:
-        >>> classifier = load("runs/digits/student/seed0")  # doctest: +SKIP
+        >>> classifier = load("runs/digits/kd+topkd/seed0")  # doctest: +SKIP
         >>> probabilities = classifier.predict(["cat.png"])  # doctest: +SKIP
     """
     file = checkpoint.weights_file(Path(path))

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from topkd._io import files
-from topkd.config.recipe import STUDENT, Term
+from topkd.config.recipe import Term, variant_name
 from topkd.config.validation import read_yaml
 from topkd.evaluation.statistics import Paired, paired
 
@@ -232,8 +232,8 @@ def collect(folder: Path) -> list[Study]:
     """Finds all finished runs below a folder.
 
     The reference of comparisons is the first control in ``recipe.yaml``. If that file is absent,
-    it is the variant most similar to ``student``: the one that shares the most losses with it and
-    has the fewest others.
+    the variant named after the most losses counts as the recipe's own, and the reference is the
+    variant most similar to it: the one that shares the most losses and has the fewest others.
 
     Args:
         folder: Searched for ``result.json`` at any depth.
@@ -308,19 +308,22 @@ def _study(recipe: str, variants: Mapping[str, Mapping[int, Run]]) -> Study:
     losses = {
         variant: next(iter(seeds.values())).result.losses for variant, seeds in variants.items()
     }
+    unnamed = variants.keys() - set(named)
+    own = [variant for variant in unnamed if variant == variant_name(losses[variant])]
+    main = max(own, key=lambda variant: (len(losses[variant]), variant), default=None)
     controls = sorted(
-        variants.keys() - {STUDENT}, key=lambda variant: _place(variant, named, losses)
+        variants.keys() - {main}, key=lambda variant: _place(variant, named, losses, main)
     )
-    order = [*controls, STUDENT] if STUDENT in variants else controls
+    order = controls if main is None else [*controls, main]
     by_seed = {variant: dict(sorted(variants[variant].items())) for variant in order}
     return Study(recipe, by_seed, order[0] if len(order) > 1 else None, text)
 
 
 def _place(
-    variant: str, named: Sequence[str], losses: Mapping[str, list[Term]]
+    variant: str, named: Sequence[str], losses: Mapping[str, list[Term]], main: str | None
 ) -> tuple[int, int, int, str]:
-    """Returns the sort key of a control: place in the recipe, then similarity to the student."""
-    own = losses.get(STUDENT, [])
+    """Returns the sort key of a control: place in the recipe, then similarity to ``main``."""
+    own = [] if main is None else losses[main]
     shared = sum(term in own for term in losses[variant])
     position = named.index(variant) if variant in named else len(named)
     return position, -shared, len(losses[variant]), variant

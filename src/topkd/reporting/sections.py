@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from topkd._io import files
-from topkd.config.recipe import STUDENT
 from topkd.evaluation import metrics
 from topkd.evaluation.results import Fidelity, Run, Study
 from topkd.evaluation.statistics import Sample
@@ -144,8 +143,8 @@ def gradients(study: Study) -> Section | None:
 
 
 def _shown(study: Study) -> dict[str, Run]:
-    """Selects one run of the control and one of the student, with the same seed."""
-    main = STUDENT if STUDENT in study.variants else list(study.variants)[-1]
+    """Selects one run of the control and one of the last variant, with the same seed."""
+    main = list(study.variants)[-1]
     variants = [main] if study.control in (None, main) else [str(study.control), main]
     kept = {
         variant: {s: r for s, r in study.variants[variant].items() if r.examples}

@@ -80,8 +80,7 @@ def distill(
         >>> study.results()[0]["epochs"]
         1
     """
-    terms = {recipes.STUDENT: _terms(losses)}
-    terms |= {name: _terms(each) for name, each in (controls or {}).items()}
+    main, others = _terms(losses), {name: _terms(each) for name, each in (controls or {}).items()}
     teacher_section, teacher_object = _teacher(teacher)
     data_section, data_object = _data(data)
     student_section, student_object = _student(student)
@@ -90,12 +89,8 @@ def distill(
         "name": folder.name,
         "data": data_section,
         "student": student_section,
-        "losses": [term.settings for term in terms[recipes.STUDENT]],
-        "controls": {
-            name: [term.settings for term in each]
-            for name, each in terms.items()
-            if name != recipes.STUDENT
-        },
+        "losses": [term.settings for term in main],
+        "controls": {name: [term.settings for term in each] for name, each in others.items()},
         "epochs": epochs,
         "batch_size": batch_size,
         "optimizer": {"schedule": "cosine"} if optimizer is None else dict(optimizer),
@@ -106,7 +101,7 @@ def distill(
         data=data_object,
         student=student_object,
         teacher=teacher_object,
-        losses={term.title: term.loss for each in terms.values() for term in each},
+        losses={term.title: term.loss for each in (*others.values(), main) for term in each},
     )
     recipe = recipes.parse(_plain(tree))
     Experiment(recipe, folder.parent, Progress(quiet=quiet), objects).run(seeds)

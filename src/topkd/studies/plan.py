@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from topkd._io import files
-from topkd.config.recipe import STUDENT
 from topkd.config.study import Job
 
 
@@ -26,7 +25,7 @@ class Place:
 
     def run(self, job: Job, root: Path | None = None) -> Path:
         """Returns the folder of a job's run."""
-        return (root or self.out) / job.recipe.name / STUDENT / f"seed{job.seed}"
+        return (root or self.out) / job.recipe.name / job.recipe.main / f"seed{job.seed}"
 
     def result(self, job: Job) -> Path | None:
         """Finds the result of a job in any of the folders; None if the job is not done.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from topkd._io.progress import Progress
-from topkd.config.recipe import STUDENT
+from topkd.config import recipe as recipes
 from topkd.evaluation import results
 from topkd.evaluation.loading import Classifier, load
 from topkd.reporting import page
@@ -60,14 +60,16 @@ class Study:
         page.write_report(self.folder, Path(path), Progress())
         return Path(path)
 
-    def network(self, seed: int = 0, variant: str = STUDENT) -> Classifier:
+    def network(self, seed: int = 0, variant: str | None = None) -> Classifier:
         """Loads a trained student.
 
         Args:
             seed: Seed of the run.
-            variant: Variant of the run.
+            variant: Name of a control. Defaults to the recipe's own ``losses``.
 
         Raises:
             FileNotFoundError: If there is no such run.
         """
+        if variant is None:
+            variant = recipes.load(str(self.folder / "recipe.yaml")).main
         return load(self.folder / variant / f"seed{seed}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from topkd.config import recipe as recipes
-from topkd.config.recipe import STUDENT, Recipe, StudentSection, Term, View
+from topkd.config.recipe import Recipe, StudentSection, Term, View
 from topkd.config.validation import RecipeError, near, parse_options
 from topkd.data import DATA, TRAINING_IMAGES, refuse_few
 from topkd.losses import LOSSES, Loss
@@ -35,9 +35,10 @@ def check(recipe: Recipe, objects: Objects = NO_OBJECTS) -> None:
     if objects.student is None:
         _check_network(recipe.student, "student")
     for variant, terms in recipe.variants.items():
-        place = "losses" if variant == STUDENT else f"controls.{variant}"
         for number, term in enumerate(terms):
-            _check_term(term, f"{place}[{number}]", recipe, objects.losses.get(term.title))
+            _check_term(
+                term, f"{recipe.place(variant)}[{number}]", recipe, objects.losses.get(term.title)
+            )
     if recipe.teacher is None and recipe.student.classifier == "teacher":
         raise RecipeError("student.classifier: reusing the teacher's classifier needs a teacher")
     if recipe.teacher is not None:

@@ -19,7 +19,7 @@ from topkd._io.progress import Progress
 from topkd._runtime import processes
 from topkd._runtime.processor import cpu_threads
 from topkd.config import recipe as recipes
-from topkd.config.recipe import STUDENT, Recipe, Term
+from topkd.config.recipe import Recipe, Term
 from topkd.config.validation import RecipeError
 from topkd.data import Data, same_order, training_batches
 from topkd.evaluation import metrics
@@ -142,8 +142,8 @@ class Experiment:
             raise RecipeError(f"teacher: {section.model} is pretrained and has no weights file")
         if section.checkpoint is not None:
             return Path(section.checkpoint).expanduser()
-        name = teacher_recipe(self.recipe).name
-        return self.out / name / STUDENT / "seed0" / "student.safetensors"
+        recipe = teacher_recipe(self.recipe)
+        return self.out / recipe.name / recipe.main / "seed0" / "student.safetensors"
 
     @cached_property
     def _teacher_hash(self) -> str:
@@ -192,7 +192,7 @@ class Experiment:
             recipe, objects = teacher_recipe(self.recipe), Objects(data=self.objects.data)
             is_new = not self.teacher_file.exists()
             training = Experiment(recipe, self.out, self.progress, objects, self.trackers)
-            result = training.train_student(STUDENT, 0)
+            result = training.train_student(0)
             if is_new:
                 self.progress.say(f"teacher: {section.model}, top-1 {result['last']['top1']:.2f} %")
         return self.teacher_file
@@ -284,14 +284,14 @@ class Experiment:
             for variant in self.recipe.variants:
                 self.losses(variant, self.new_student(), 0)
 
-    def train_student(self, variant: str, seed: int) -> dict[str, Any]:
+    def train_student(self, seed: int, variant: str | None = None) -> dict[str, Any]:
         """Trains and evaluates one student, or returns its result if it is finished.
 
         The teacher is trained first if its recipe has not been run.
 
         Args:
-            variant: Name of a control, or ``"student"`` for the recipe's ``losses``.
             seed: Seed of the weights, of the order of the images and of their augmentation.
+            variant: Name of a control. Defaults to the recipe's ``losses``.
 
         Returns:
             The content of ``result.json``.
@@ -300,6 +300,7 @@ class Experiment:
             RecipeError: If the recipe has no such variant.
             ValueError: If the folder has runs of another recipe.
         """
+        variant = variant or self.recipe.main
         check_name(self.recipe.variants, variant, "variant")
         self._claim_folder()
         folder = self.folder / variant / f"seed{seed}"
@@ -309,9 +310,8 @@ class Experiment:
 
     def run(self, seeds: Iterable[int]) -> list[dict[str, Any]]:
         """Runs all stages: the teacher, fitted losses, and every variant with every seed."""
-        return [
-            self.train_student(variant, seed) for seed in seeds for variant in self.recipe.variants
-        ]
+        variants = self.recipe.variants
+        return [self.train_student(seed, variant) for seed in seeds for variant in variants]
 
     @contextmanager
     def _locked(self, folder: Path) -> Iterator[None]:

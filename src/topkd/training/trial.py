@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from topkd._io.progress import Progress
-from topkd.config.recipe import STUDENT, Recipe, StudentSection
+from topkd.config.recipe import Recipe, StudentSection
 from topkd.config.validation import RecipeError
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 from topkd.losses.base import LossContext, LossTerm, needed_taps
@@ -45,9 +45,8 @@ def try_losses(recipe: Recipe) -> None:
             return
         teacher = Teacher(teacher_network)
         for variant, terms in recipe.variants.items():
-            place = "losses" if variant == STUDENT else f"controls.{variant}"
             for number, term in enumerate(terms):
-                where = f"{place}[{number}]"
+                where = f"{recipe.place(variant)}[{number}]"
                 student.also(needed_taps(term.taps.student))
                 teacher_network.also(needed_taps(term.taps.teacher))
                 _bind(LossTerm(term, configured(term, where)), where, student, teacher, recipe)

@@ -48,7 +48,7 @@ def export(
 ) -> None:
     """Export a student with a model card and verify every file.
 
-    Example: `topkd export runs/digits/student/seed0 --to safetensors,onnx,onnx-int8 --out mine`
+    Example: `topkd export runs/digits/kd+topkd/seed0 --to safetensors,onnx,onnx-int8 --out mine`
     """
     from topkd._io.progress import Progress
     from topkd.export.student import export as export_student

@@ -30,7 +30,7 @@ def predict(
     Pictures are cropped, resized and normalized as for evaluation. Folders are searched at any
     depth.
 
-    Example: `topkd predict runs/mine/student/seed0 pictures --top 5`
+    Example: `topkd predict runs/mine/kd+topkd/seed0 pictures --top 5`
     """
     from topkd.data.pictures import find_pictures
     from topkd.evaluation.loading import load

@@ -27,17 +27,18 @@ def student(
     recipe: RecipeName,
     changes: Changes = None,
     variant: Annotated[
-        str, typer.Option(help="`student` for the recipe's own losses, or the name of a control.")
-    ] = "student",
+        str | None,
+        typer.Option(help="Name of a control.", show_default="the recipe's own losses"),
+    ] = None,
     seeds: Seeds = "0",
     out: Out = Path("runs"),
     track: Track = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train and evaluate one variant of a recipe: the student or a control."""
+    """Train and evaluate one variant of a recipe: its own losses or a control."""
     from topkd.reporting.page import findings
 
     experiment = experiment_of(recipe, changes, out, quiet, track)
-    results = [experiment.train_student(variant, seed) for seed in numbers(seeds)]
+    results = [experiment.train_student(seed, variant) for seed in numbers(seeds)]
     if is_first_process():
         print_results(results, findings(experiment.folder, experiment.recipe.name))

@@ -186,7 +186,7 @@ def _labels(dataset: Indexed, origin: str) -> list[int | str]:
 
 def _integer(label: Any, where: str) -> int:
     try:
-        if isinstance(label, bool) or getattr(label, "dtype", None) == torch.bool:
+        if isinstance(label, bool | np.bool_) or getattr(label, "dtype", None) == torch.bool:
             raise TypeError
         return int(label.__index__())
     except (AttributeError, TypeError):

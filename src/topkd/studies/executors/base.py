@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from topkd._io.progress import Progress
-from topkd.config.recipe import STUDENT, Recipe
+from topkd.config.recipe import Recipe
 from topkd.config.study import Job
 from topkd.data import Data
 from topkd.training.build import Objects
@@ -51,4 +51,4 @@ def work(job: Job, out: Path, data: Data | None = None) -> None:
     """Runs one job in this process."""
     objects, quiet = Objects(data=data), Progress(quiet=True)
     experiment = Experiment(job.recipe, out, quiet, objects, trackers=())
-    experiment.train_student(STUDENT, job.seed)
+    experiment.train_student(job.seed)
