@@ -301,7 +301,7 @@ def test_answers_of_a_teacher_that_sees_otherwise_are_kept_apart(taught, tmp_pat
         teacher = taught | {"cache": True} | changes
         tree = TINY | {"teacher": teacher, "controls": {}, "losses": TINY["controls"]["kd"]}
         experiment = Experiment(recipe.parse(tree), tmp_path, QUIET)
-        folders |= {experiment._teacher_cache(seed).folder for seed in (0, 1)}
+        folders |= {experiment.teacher_outputs.cache(seed).folder for seed in (0, 1)}
     assert len(folders) == 6
 
 

@@ -30,7 +30,7 @@ class Comparison:
     """Adjusted p-value: below 0.05 if and only if the interval excludes 0."""
     verdict: Verdict
     needed: int | None
-    """Estimated number of seeds for a decision; None if the comparison is decided."""
+    """Estimated number of seeds for a decision; None if decided or if the spread is unknown."""
 
 
 def compare(
@@ -102,11 +102,11 @@ def _verdict(
     return "undecided"
 
 
-def _needed(differences: Sample, error: float, margin: float | None) -> int:
+def _needed(differences: Sample, error: float, margin: float | None) -> int | None:
     """Estimates the seeds needed for the interval to exclude 0 or to lie within the margin."""
-    if differences.p is None:  # the spread is unknown
-        return differences.n + 1
-    mean, deviation, count = abs(differences.mean), differences.std or 0.0, differences.n
+    if differences.p is None or not differences.std:
+        return None
+    mean, deviation, count = abs(differences.mean), differences.std, differences.n
     half = max(mean, 0.0 if margin is None else margin - mean, 1e-12)
     while count < 1_000_000:
         reached = stats.t.ppf(1 - error / 2, count - 1) * deviation / math.sqrt(count)

@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 
 from topkd._io import files
 from topkd._io.progress import Progress
 from topkd._runtime import processes
 from topkd._runtime.processor import cpu_threads
-from topkd.config import recipe as recipes
 from topkd.config.recipe import Recipe, Term
 from topkd.config.validation import RecipeError
-from topkd.data import Data, same_order, training_batches
+from topkd.data import Data, training_batches
 from topkd.evaluation import metrics
 from topkd.evaluation.results import finished
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 from topkd.losses.base import LossContext, LossTerm, located, needed_taps
-from topkd.models import checkpoint, factory
+from topkd.models import factory
 from topkd.models.reused import reuse
 from topkd.training.build import (
     NO_OBJECTS,
     Objects,
     load_data,
     network_of,
-    published_for,
     refuse_large_batches,
     side,
 )
 from topkd.training.check import check, check_name, configured, teacher_recipe
+from topkd.training.load_teacher import load_teacher, report_taps
 from topkd.training.outcome import Outcome, TeacherOfRun
 from topkd.training.precision import Runtime
-from topkd.training.teacher_cache import TeacherCache
+from topkd.training.run_folder import claim, locked
+from topkd.training.teacher_outputs import TeacherOutputs
 from topkd.training.tracking import check_trackers
 from topkd.training.trainer import Trainer
 from topkd.training.trial import try_losses
@@ -94,44 +90,22 @@ class Experiment:
         Raises:
             FileNotFoundError: If its weights are missing; :meth:`train_teacher` trains them.
         """
-        section = self.recipe.teacher
+        section, given = self.recipe.teacher, self.objects.teacher
         if section is None:
             return None
-        of_teacher = of_data = self.data.mean, self.data.std
-        if section.pretrained:
-            published = published_for(section, self.data)
-            of_teacher = published.mean, published.std
-        if self.objects.teacher is not None:
-            pixels = section.size or side(self.data)
-            shape = (3, pixels, pixels)
-            network = factory.wrap(self.objects.teacher, section.model, shape, **section.taps)
-        else:
-            network = network_of(section, self.data, section.size)
-        if self.objects.teacher is None and not section.pretrained:
-            about = self._fill_teacher(network)
-            of_teacher = about.get("mean", of_data[0]), about.get("std", of_data[1])
-        of_teacher = section.mean or of_teacher[0], section.std or of_teacher[1]
-        self._report_taps(network, "teacher")
-        teacher = Teacher(network, *of_teacher, *of_data, size=section.size)
+        has_file = given is None and not section.pretrained
+        file = self.teacher_file if has_file else None
+        teacher = load_teacher(section, self.data, self.progress, file=file, given=given)
         return teacher.to(self.device.device)
 
-    def _fill_teacher(self, network: FeatureExtractor) -> dict[str, Any]:
-        """Loads the weights of the teacher and returns the metadata of their file."""
-        section, path = self.recipe.teacher, self.teacher_file
-        assert section is not None
-        weights, about = processes.by_first(
-            lambda: (checkpoint.load_weights(path), checkpoint.read_about(path))
-        )
-        note = checkpoint.fill(network.network, weights, str(path), section.weights)
-        if note:
-            self.progress.say(f"teacher: {note} (teacher.weights)")
-        same_order(self.data.classes, about.get("classes", self.data.classes), str(path))
-        return about
-
-    def _report_taps(self, network: FeatureExtractor, role: str) -> None:
-        """Prints the taps of a network if they were detected automatically."""
-        if network.found:
-            self.progress.say(f"{network.found}; {role}.head and {role}.maps override it")
+    @cached_property
+    def teacher_outputs(self) -> TeacherOutputs | None:
+        """The teacher's outputs that all runs share; None if there is no teacher."""
+        if self.teacher is None or self.recipe.teacher is None:
+            return None
+        section, images = self.recipe.teacher, self.recipe.data
+        folder = self.out / "answers"
+        return TeacherOutputs(self.teacher, section, images, self.data, self.device, folder)
 
     @property
     def teacher_file(self) -> Path:
@@ -145,37 +119,11 @@ class Experiment:
         recipe = teacher_recipe(self.recipe)
         return self.out / recipe.name / recipe.main / "seed0" / "student.safetensors"
 
-    @cached_property
-    def _teacher_hash(self) -> str:
-        assert self.teacher is not None
-        return checkpoint.hash_of(self.teacher.network.network)
-
-    @cached_property
-    def _teacher_predictions(self) -> metrics.Predictions | None:
-        if self.teacher is None:
-            return None
-        path = self._predictions_file()
-        if path is not None and files.is_complete(path):
-            kept = load_safetensors(files.read_checked(path))
-            return metrics.Predictions(kept["logits"], kept["embedding"], self.data.test.target)
-        predictions = metrics.predict(self.teacher, self.data.test, self.device.device)
-        if path is not None and processes.rank() == 0:
-            kept = {"logits": predictions.logits, "embedding": predictions.embedding}
-            files.write_checked(path, save_safetensors(kept))
-        return predictions
-
-    def _predictions_file(self) -> Path | None:
-        """Returns the file of the teacher's cached predictions; None if the cache is disabled."""
-        section = self.recipe.teacher
-        if section is None or not section.cache:
-            return None
-        about = json.dumps(self._cache_key(), sort_keys=True).encode()
-        return self.out / "answers" / f"predictions-{files.sha256(about)[:12]}.safetensors"
-
     def cache_teacher(self) -> None:
         """Computes the teacher's predictions on evaluation images, which all runs share."""
         with cpu_threads(self.recipe.threads):
-            assert self.teacher is None or self._teacher_predictions is not None
+            if self.teacher_outputs is not None:
+                _ = self.teacher_outputs.predictions
 
     def train_teacher(self) -> Path | None:
         """Trains the teacher with its recipe, unless it is trained or its weights are given.
@@ -237,7 +185,7 @@ class Experiment:
             self.data.train.target,
             student,
             self.teacher,
-            "" if self.teacher is None else self._teacher_hash,
+            "" if self.teacher_outputs is None else self.teacher_outputs.hash,
             self.folder,
             self.progress,
         )
@@ -280,7 +228,7 @@ class Experiment:
         with cpu_threads(self.recipe.threads):
             self.train_teacher()
             refuse_large_batches(self.recipe, self.data)
-            self._claim_folder()
+            claim(self.folder, self.recipe)
             for variant in self.recipe.variants:
                 self.losses(variant, self.new_student(), 0)
 
@@ -302,9 +250,9 @@ class Experiment:
         """
         variant = variant or self.recipe.main
         check_name(self.recipe.variants, variant, "variant")
-        self._claim_folder()
+        claim(self.folder, self.recipe)
         folder = self.folder / variant / f"seed{seed}"
-        with self._locked(folder), cpu_threads(self.recipe.threads):
+        with locked(folder, self.progress), cpu_threads(self.recipe.threads):
             done = processes.by_first(lambda: finished(folder))
             return self._train_student(variant, seed, folder) if done is None else done
 
@@ -313,24 +261,15 @@ class Experiment:
         variants = self.recipe.variants
         return [self.train_student(seed, variant) for seed in seeds for variant in variants]
 
-    @contextmanager
-    def _locked(self, folder: Path) -> Iterator[None]:
-        """Locks the folder of a run and deletes temporary files of killed processes."""
-        if processes.rank() != 0:
-            yield
-            return
-        with self.progress.alone(folder):
-            files.sweep(folder)
-            yield
-
     def _train_student(self, variant: str, seed: int, folder: Path) -> dict[str, Any]:
         refuse_large_batches(self.recipe, self.data)
         self.train_teacher()
-        teacher = self.teacher  # loaded before the random numbers of the student are seeded
+        # Loaded before the random numbers of the student are seeded.
+        teacher, outputs = self.teacher, self.teacher_outputs
         torch.manual_seed(seed)
         student = self.new_student()
         losses = self.losses(variant, student, seed)
-        self._report_taps(student, "student")
+        report_taps(student, "student", self.progress)
         trainer = Trainer(
             student,
             teacher,
@@ -340,7 +279,7 @@ class Experiment:
             seed,
             self.device,
             self.progress,
-            self._teacher_cache(seed),
+            None if outputs is None else outputs.cache(seed),
             self._identity(),
             self.trackers,
         )
@@ -348,9 +287,7 @@ class Experiment:
         history = trainer.run(folder)
         predictions = metrics.predict(student.eval(), self.data.test, self.device.device)
         processes.merge(self.data.faults.unreadable)
-        trained_by = None
-        if self.recipe.teacher is not None and self._teacher_predictions is not None:
-            trained_by = TeacherOfRun(self._teacher_hash, self._teacher_predictions)
+        trained_by = None if outputs is None else TeacherOfRun(outputs.hash, outputs.predictions)
         outcome = Outcome(self.recipe, self.data, student, losses, predictions, history, trained_by)
         result = outcome.result(variant, seed, self.device)
         if processes.rank() == 0:
@@ -361,62 +298,6 @@ class Experiment:
 
     def _identity(self) -> dict[str, str]:
         """Returns the dependencies that must be unchanged to resume a run."""
-        teacher = {} if self.teacher is None else {"teacher": self._teacher_hash[:12]}
+        outputs = self.teacher_outputs
+        teacher = {} if outputs is None else {"teacher": outputs.hash[:12]}
         return {"recipe": self.recipe.hash} | teacher
-
-    def _teacher_cache(self, seed: int) -> TeacherCache | None:
-        """Returns the cache of the teacher's features; None if it is disabled."""
-        section, data = self.recipe.teacher, self.recipe.data
-        if section is None or not section.cache:
-            return None
-        assert self.teacher is not None
-        assert self._teacher_predictions is not None
-        augmentation_seed = seed if data.augmentation_seed is None else data.augmentation_seed
-        about = self._cache_key() | {
-            "augmentation_seed": augmentation_seed,
-            "precision": str(self.device.dtype),
-        }
-        return TeacherCache(
-            self.out / "answers",
-            about,
-            images=len(self.data.train.target),
-            classes=len(self.data.classes),
-            width=self._teacher_predictions.embedding.shape[1],
-        )
-
-    def _cache_key(self) -> dict[str, Any]:
-        """Returns everything that the teacher's features depend on."""
-        section, data = self.recipe.teacher, self.recipe.data
-        assert section is not None
-        assert self.teacher is not None
-        return {
-            "teacher": self._teacher_hash,
-            "normalization": [self.teacher.mean, self.teacher.std],
-            "seen": section.model_dump(include={"size", "head"}),
-            "images": data.model_dump(mode="json", exclude={"workers"}),
-        }
-
-    def _claim_folder(self) -> None:
-        """Writes the recipe to the folder; rejects a folder with runs of another recipe."""
-        processes.by_first(self._claim)
-
-    def _claim(self) -> None:
-        path = self.folder / "recipe.yaml"
-        if path.exists() and self._has_runs():
-            try:
-                there = recipes.load(str(path))
-            except RecipeError as error:
-                raise RecipeError(f"{path} was altered: {error}") from error
-            if there.hash != self.recipe.hash:
-                differs = recipes.difference(there, self.recipe)
-                raise ValueError(
-                    f"{self.folder} holds runs of another recipe: {differs}; "
-                    "choose another name with name=NAME, or another folder with --out"
-                )
-        else:
-            files.write(path, recipes.write(self.recipe))
-
-    def _has_runs(self) -> bool:
-        """Tests whether a run has a result or a state."""
-        patterns = ("*/seed*/result.json", "*/seed*/checkpoint/latest.json")
-        return any(True for pattern in patterns for _ in self.folder.glob(pattern))
