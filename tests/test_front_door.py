@@ -206,6 +206,17 @@ def test_modules_and_data_sets_are_distilled_into_a_folder_of_runs(tmp_path):
         quiet=True,
     )
     assert again.results() == results  # nothing was trained again
+    images = torch.stack([picture for picture, _ in pairs(32, 1)])
+    trained = study.network(seed=1)
+    right = trained.predict(images).argmax(1) == torch.arange(32) % CLASSES
+    (last,) = [r["last"] for r in results if (r["seed"], r["variant"]) == (1, "kd+topkd")]
+    assert 100 * right.double().mean().item() == pytest.approx(last["top1"])
+    loaded = topkd.load(tmp_path / "mine/kd+topkd/seed1", network=small())
+    assert torch.equal(loaded.predict(images), trained.predict(images))
+    with pytest.raises(ValueError, match=r"without a name .*topkd.load\(PATH, network=MODULE\)"):
+        topkd.load(tmp_path / "mine/kd/seed0")
+    with pytest.raises(ValueError, match="does not fit this network"):
+        topkd.load(tmp_path / "mine/kd/seed0", network=nn.Sequential(nn.Flatten(), nn.Linear(192, 4)))
 
 
 def test_names_are_distilled_as_a_recipe_of_them_is(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -128,17 +129,21 @@ class Classifier(nn.Module):
         return evaluation_pixels(image, self.crop)
 
 
-def load(path: str | PathLike[str], *, trust: bool = False) -> Classifier:
+def load(
+    path: str | PathLike[str], *, network: nn.Module | None = None, trust: bool = False
+) -> Classifier:
     """Loads a trained classifier.
 
     Args:
         path: The folder of a run or of an export, or a weights file that topkd wrote.
+        network: A network of the same architecture, for a student that was given as a module. It is
+            copied.
         trust: Whether the file may name a model as ``module:callable``, which runs code.
 
     Raises:
         FileNotFoundError: If there is no such run or file.
-        ValueError: If the file does not describe a classifier, was altered, or names code without
-            ``trust``.
+        ValueError: If the file does not describe a classifier, was altered, does not fit
+            ``network``, or names code without ``trust``.
 
     Examples:
         >>> classifier = load("runs/digits/kd+topkd/seed0")  # doctest: +SKIP
@@ -151,9 +156,10 @@ def load(path: str | PathLike[str], *, trust: bool = False) -> Classifier:
         raise ValueError(
             f"{file} does not record {', '.join(missing)}: it was not written by a run of topkd"
         )
-    if not trust:
+    if network is None and not trust:
         factory.refuse_code(about["model"], str(file))
-    return Classifier(restore(about, checkpoint.load_weights(file), str(file))[0], about)
+    restored, _ = restore(about, checkpoint.load_weights(file), str(file), given=network)
+    return Classifier(restored, about)
 
 
 def restore(
@@ -161,6 +167,7 @@ def restore(
     weights: Mapping[str, Tensor],
     origin: str,
     which: checkpoint.Which = "plain",
+    given: nn.Module | None = None,
 ) -> tuple[FeatureExtractor, str]:
     """Builds the network that metadata describe and loads its weights.
 
@@ -169,6 +176,7 @@ def restore(
         weights: As :func:`topkd.models.checkpoint.load_weights` returns them.
         origin: Where the weights come from, for messages.
         which: The weights to load if there are plain and averaged ones.
+        given: A network of the same architecture in place of the named one; it is copied.
 
     Returns:
         The network in eval mode, and a note for the user if plain and averaged weights exist.
@@ -176,15 +184,18 @@ def restore(
     Raises:
         ValueError: If the model is unknown, or the weights do not fit.
     """
-    network = build_network(about)
+    network = build_network(about, given)
     note = checkpoint.fill(network.network, weights, origin, which)
     return network.eval(), note
 
 
-def build_network(about: Mapping[str, Any]) -> FeatureExtractor:
+def build_network(about: Mapping[str, Any], given: nn.Module | None = None) -> FeatureExtractor:
     """Builds the untrained network that metadata describe; see :func:`restore`."""
-    taps = about.get("taps") or {}
-    network = factory.build(about["model"], len(about["classes"]), about["size"], **taps)
+    model, size, taps = about["model"], about["size"], about.get("taps") or {}
+    if given is None:
+        network = factory.build(model, len(about["classes"]), size, **taps)
+    else:
+        network = factory.wrap(copy.deepcopy(given), model, (3, size, size), **taps)
     return rebuild(network, about["reused"]) if about.get("reused") else network
 
 

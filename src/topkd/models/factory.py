@@ -17,6 +17,7 @@ from topkd.models.feature_info import taps_of
 from topkd.models.found import taps_by_running
 from topkd.models.registry import MODELS, Model
 
+OBJECT = "object:"  # prefix of networks and data that were given as Python objects
 _ORIGINS = ("torchvision", "timm")
 _WIDTHS = (
     "classes",
@@ -88,7 +89,8 @@ def is_own(name: str) -> bool:
 def refuse_code(model: str, origin: str) -> None:
     """Refuses a file that names its model as MODULE:CALLABLE.
 
-    Such a model imports and runs code, which a file of unknown origin must not trigger.
+    Such a model imports and runs code, which a file of unknown origin must not trigger. A network
+    that was given as a module has no name that could be built.
 
     Args:
         model: The model that the file names.
@@ -97,6 +99,11 @@ def refuse_code(model: str, origin: str) -> None:
     Raises:
         ValueError: If the model is neither built in nor from torchvision or timm.
     """
+    if model.startswith(OBJECT):
+        raise ValueError(
+            f"{origin} has the weights of a network without a name ({model.removeprefix(OBJECT)}); "
+            "load it in Python: topkd.load(PATH, network=MODULE)"
+        )
     if is_own(model):
         raise ValueError(f"{origin} asks to run {model}; if that is code of yours, say --trust")
 

@@ -17,6 +17,7 @@ from topkd.data.sources.dataset import Indexed
 from topkd.losses import Loss
 from topkd.losses.base import LossTerm
 from topkd.models import MODELS, checkpoint
+from topkd.models.factory import OBJECT
 from topkd.studies.study import Study
 from topkd.training.build import Objects
 from topkd.training.experiment import Experiment
@@ -105,7 +106,7 @@ def distill(
     )
     recipe = recipes.parse(_plain(tree))
     Experiment(recipe, folder.parent, Progress(quiet=quiet), objects).run(seeds)
-    return Study(folder)
+    return Study(folder, student_object)
 
 
 def _terms(losses: Losses) -> list[LossTerm]:
@@ -126,18 +127,18 @@ def _plain(tree: Any) -> Any:
 def _object(value: object) -> str:
     """Returns the placeholder name of an object in a recipe."""
     name = getattr(value, "__name__", type(value).__name__)
-    return f"object:{name.strip('<>')}"
+    return f"{OBJECT}{name.strip('<>')}"
 
 
 def _student(
     student: str | nn.Module | Callable[[], nn.Module],
-) -> tuple[dict[str, Any], Callable[[int], nn.Module] | None]:
+) -> tuple[dict[str, Any], Callable[[], nn.Module] | None]:
     if isinstance(student, str):
         return {"model": student}, None
     section = {"model": _object(student)}
     if isinstance(student, nn.Module):
-        return section, lambda classes: copy.deepcopy(student)
-    return section, lambda classes: student()
+        return section, lambda: copy.deepcopy(student)
+    return section, student
 
 
 def _teacher(
@@ -170,7 +171,7 @@ def _data(
     if isinstance(data, Mapping):
         return dict(data), None
     if isinstance(data, Data):
-        return {"name": f"object:{data.name}"}, data
+        return {"name": f"{OBJECT}{data.name}"}, data
     train, test = data
     return {"name": _object(train)}, from_dataset(train, test, size=_side(train[0][0]))
 

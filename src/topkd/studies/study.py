@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from topkd._io.progress import Progress
 from topkd.config import recipe as recipes
@@ -19,6 +22,7 @@ class Study:
 
     Args:
         folder: Folder of the runs, named after the recipe, e.g. ``runs/digits``.
+        student: Creates an untrained student, if it has no name.
 
     Examples:
         >>> study = Study(Path("runs/digits"))
@@ -26,6 +30,7 @@ class Study:
     """
 
     folder: Path
+    student: Callable[[], nn.Module] | None = None
 
     def results(self) -> list[dict[str, Any]]:
         """Returns the content of every ``result.json``, verified against its hash.
@@ -72,4 +77,5 @@ class Study:
         """
         if variant is None:
             variant = recipes.load(str(self.folder / "recipe.yaml")).main
-        return load(self.folder / variant / f"seed{seed}")
+        network = None if self.student is None else self.student()
+        return load(self.folder / variant / f"seed{seed}", network=network)

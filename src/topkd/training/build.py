@@ -23,8 +23,8 @@ class Objects:
     """Python objects in place of names in a recipe."""
 
     data: Data | None = None
-    student: Callable[[int], nn.Module] | None = None
-    """Number of classes -> a new student."""
+    student: Callable[[], nn.Module] | None = None
+    """Creates a new student."""
     teacher: nn.Module | None = None
     losses: Mapping[str, Loss] = field(default_factory=dict)
     """Title of a term -> configured loss; every run uses a copy."""

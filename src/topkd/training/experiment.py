@@ -204,7 +204,7 @@ class Experiment:
         if self.objects.student is None:
             student = network_of(described, self.data)
         else:
-            network = self.objects.student(len(self.data.classes))
+            network = self.objects.student()
             shape = (3, side(self.data), side(self.data))
             student = factory.wrap(network, described.model, shape, **described.taps)
         if described.classifier == "own":
