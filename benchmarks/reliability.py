@@ -2,7 +2,8 @@
 
 python benchmarks/reliability.py [--kills 200] [--recipes 2000] [--changes 1000] [--page FILE]
 
-Every trial is the real command line in a process of its own, forked after the imports.
+Kills, damage and hostile files run the real command line in a process of its own, forked after the
+imports. Recipes and changes are parsed and checked in this process.
 
 * Kills: one command is killed at random times and repeated until it ends. A loss is a run whose
   files differ in any bit from those of a run that was never killed.
@@ -22,6 +23,7 @@ import io
 import os
 import pickle
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -514,9 +516,16 @@ def main() -> None:
     print({name: sum(counts[name] for counts in found.values()) for name in wrong})
     if asked.page:
         text = __doc__.split("\n\n", 2)[2].strip()
-        words = f"python benchmarks/reliability.py --kills {asked.kills} --parts '{asked.parts}'"
+        words = shlex.join(["python", "benchmarks/reliability.py", *_without_page(sys.argv[1:])])
         page = PAGE.format(command=words, rows=table(found), about=text)
         asked.page.write_text(page, encoding="utf-8")
+
+
+def _without_page(words: list[str]) -> list[str]:
+    if "--page" not in words:
+        return words
+    place = words.index("--page")
+    return words[:place] + words[place + 2 :]
 
 
 if __name__ == "__main__":
