@@ -197,17 +197,17 @@ def test_runs_are_grouped_by_recipe_variant_and_seed(tmp_path):
     assert {
         variant: list(seeds) for variant, seeds in studies[0].variants.items()
     } == dict.fromkeys(("kd", "ce", "kd+topkd"), [2, 10])
-    assert [study.control for study in studies] == ["kd", None]
+    assert [study.baseline for study in studies] == ["kd", None]
 
 
 def test_the_first_control_of_the_recipe_is_the_one_to_compare_with(tmp_path):
     put(tmp_path, *(result(variant, 0, 90.0) for variant in LOSSES))
-    assert collect_one(tmp_path).control == "kd"  # it has most of the student's losses
+    assert collect_one(tmp_path).baseline == "kd"  # it has most of the student's losses
     recipe = {"controls": {"ce": [CE], "kd": [CE, KD]}}
     (tmp_path / "digits/recipe.yaml").write_text(
         yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8"
     )
-    assert collect_one(tmp_path).control == "ce"
+    assert collect_one(tmp_path).baseline == "ce"
 
 
 def test_no_result_is_an_error(tmp_path):
@@ -315,7 +315,7 @@ def test_losses_read_as_the_sum_that_they_are():
 def test_the_table(six):
     teacher, control, student = report.rows(collect_one(six))
     assert (teacher["run"], teacher["top1"]) == ("teacher: resnet20", "99.00 (1)")
-    assert (control["run"], control["losses"]) == ("kd (control)", "ce + 2 kd")
+    assert (control["run"], control["losses"]) == ("kd (baseline)", "ce + 2 kd")
     # 90, ..., 95 deviate by sqrt(17.5 / 5) from 92.5.
     assert (control["top1"], control["difference"]) == ("92.50 ± 1.87 (6)", "–")
     assert control["mean_of_last_10"] == "72.50 ± 1.87 (6)"
@@ -381,7 +381,7 @@ def test_markdown(six):
     assert {line.count("|") for line in lines if line.startswith("|")} == {
         len(report.headings()) + 1
     }
-    assert lines[2].startswith("| Run | Losses | Top-1 ↑, % | Difference to control")
+    assert lines[2].startswith("| Run | Losses | Top-1 ↑, % | Difference to baseline")
     assert lines[4].startswith("| teacher: resnet20 |")
     assert lines[6].startswith("| kd+topkd | ce + 2 kd + 5 topkd (via ripsnet, ripsnet.passes 8) |")
     text = "\n".join(lines)

@@ -64,7 +64,7 @@ def print_results(results: Sequence[dict[str, Any]], findings: Sequence[str] = (
 
     Args:
         results: The contents of ``result.json`` files of one recipe.
-        findings: Sentences that compare the variants with the control.
+        findings: Sentences that compare the variants with the baseline.
     """
     from topkd.evaluation.metrics import METRICS
     from topkd.evaluation.results import Result

@@ -232,7 +232,7 @@ class Recipe(Section):
     student: StudentSection
     losses: Annotated[tuple[Term, ...], Field(min_length=1)]
     controls: Mapping[str, Annotated[tuple[Term, ...], Field(min_length=1)]] = {}
-    """Name -> losses of a control run. All runs are compared with the first control."""
+    """Name -> losses of a control run. The first one is the baseline of comparisons."""
     epochs: Annotated[int, Field(gt=0)] = 240
     evaluate_every: Annotated[int, Field(gt=0)] = 1
     """Number of epochs between evaluations; the last epoch is always evaluated."""

@@ -175,7 +175,7 @@ class Study:
 
     recipe: str
     variants: Mapping[str, Mapping[int, Run]]  # variant -> seed -> run; controls first
-    control: str | None  # the reference variant; None if there is only one
+    baseline: str | None  # the reference variant; None if there is only one
     text: str | None  # content of recipe.yaml, if the file exists
 
     @property
@@ -209,7 +209,7 @@ class Study:
         return {v: self.over_seeds(v, lambda result: result.metric(name)) for v in self.variants}
 
     def compare(self, name: str = "top1") -> dict[str, Paired | None]:
-        """Compares every other variant with the control, paired by seed.
+        """Compares every other variant with the baseline, paired by seed.
 
         Args:
             name: The metric to compare.
@@ -217,22 +217,22 @@ class Study:
         Returns:
             Variant -> comparison, None if the two have no seed in common.
         """
-        if self.control is None:
+        if self.baseline is None:
             return {}
         measured, found = self.metric(name), dict[str, Paired | None]()
-        control = measured[self.control]
+        baseline = measured[self.baseline]
         for variant, values in measured.items():
-            if variant != self.control:
-                common = values.keys() & control.keys()
-                found[variant] = paired(values, control) if common else None
+            if variant != self.baseline:
+                common = values.keys() & baseline.keys()
+                found[variant] = paired(values, baseline) if common else None
         return found
 
 
 def collect(folder: Path) -> list[Study]:
     """Finds all finished runs below a folder.
 
-    The reference of comparisons is the first control in ``recipe.yaml``. If that file is absent,
-    the variant named after the most losses counts as the recipe's own, and the reference is the
+    The baseline of comparisons is the first control in ``recipe.yaml``. If that file is absent,
+    the variant named after the most losses counts as the recipe's own, and the baseline is the
     variant most similar to it: the one that shares the most losses and has the fewest others.
 
     Args:

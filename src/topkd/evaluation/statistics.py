@@ -123,9 +123,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Paired:
-    """The difference between a method and its control, paired by seed."""
+    """The difference between a method and its baseline, paired by seed."""
 
-    difference: Sample  # method minus control, one value per common seed
+    difference: Sample  # method minus baseline, one value per common seed
     flip_p: float | None  # exact sign-flip test; None below six pairs
 
     @property
@@ -149,15 +149,15 @@ class Paired:
         return self.difference.p
 
 
-def paired(method: Mapping[int, float], control: Mapping[int, float]) -> Paired:
-    """Compares a method with its control, paired by seed.
+def paired(method: Mapping[int, float], baseline: Mapping[int, float]) -> Paired:
+    """Compares a method with its baseline, paired by seed.
 
     Runs with the same seed share initial weights and data order, so the effect of the seed cancels
     in the difference.
 
     Args:
         method: Seed -> value.
-        control: Seed -> value. Seeds without a counterpart are ignored.
+        baseline: Seed -> value. Seeds without a counterpart are ignored.
 
     Raises:
         ValueError: If there is no common seed.
@@ -170,12 +170,12 @@ def paired(method: Mapping[int, float], control: Mapping[int, float]) -> Paired:
         >>> str(result.difference), round(result.t_p, 3), result.flip_p
         ('1.00 ± 0.50 (3)', 0.074, None)
     """
-    common = sorted(method.keys() & control.keys())
+    common = sorted(method.keys() & baseline.keys())
     if not common:
         raise ValueError(
-            f"method and control have no seed in common: {sorted(method)} and {sorted(control)}"
+            f"method and baseline have no seed in common: {sorted(method)} and {sorted(baseline)}"
         )
-    difference = Sample(tuple(method[seed] - control[seed] for seed in common))
+    difference = Sample(tuple(method[seed] - baseline[seed] for seed in common))
     countable = FEWEST_FLIPS <= difference.n <= MOST_FLIPS
     return Paired(difference, sign_flip(difference.values) if countable else None)
 

@@ -46,7 +46,7 @@ def headings() -> Row:
         "run": "Run",
         "losses": "Losses",
         "top1": "",  # the headline comes first
-        "difference": "Difference to control [95 % interval]",
+        "difference": "Difference to baseline [95 % interval]",
         "mean_of_last_10": "Mean of last 10 epochs, %",
         "best": "Best epoch, % (recorded only)",
         **measured,
@@ -106,7 +106,7 @@ def rows(study: Study) -> list[Row]:
     for variant, seeds in study.variants.items():
         results = [run.result for run in seeds.values()]
         row = {
-            "run": f"{variant} (control)" if variant == study.control else variant,
+            "run": f"{variant} (baseline)" if variant == study.baseline else variant,
             "losses": formula(results[0].losses),
             "mean_of_last_10": _sample([result.mean_of_last_10 for result in results]),
             "best": _sample([result.best.top1 for result in results]),
@@ -142,8 +142,8 @@ def _difference(found: Paired | None) -> str:
 
 
 def statements(study: Study) -> list[str]:
-    """Summarizes the comparison of each variant with the control in one sentence."""
-    if study.control is None:
+    """Summarizes the comparison of each variant with the baseline in one sentence."""
+    if study.baseline is None:
         return []
     found = study.compare()
     p_values = {
@@ -151,13 +151,13 @@ def statements(study: Study) -> list[str]:
     }
     corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     return [
-        _statement(variant, study.control, result, corrected.get(variant))
+        _statement(variant, study.baseline, result, corrected.get(variant))
         for variant, result in found.items()
     ]
 
 
 def findings(folder: Path, recipe: str) -> list[str]:
-    """Compares the variants of one recipe with its control, for variants with several seeds.
+    """Compares the variants of one recipe with its baseline, for variants with several seeds.
 
     Args:
         folder: Searched for finished runs at any depth.
@@ -168,8 +168,8 @@ def findings(folder: Path, recipe: str) -> list[str]:
     return statements(study) if several else []
 
 
-def _statement(variant: str, control: str, found: Paired | None, p: float | None) -> str:
-    both = f"{variant} and {control}"
+def _statement(variant: str, baseline: str, found: Paired | None, p: float | None) -> str:
+    both = f"{variant} and {baseline}"
     if found is None:
         return f"No common seed: no comparison of {both} is possible."
     side = f"{abs(found.mean):.2f} percentage points {'above' if found.mean > 0 else 'below'}"
@@ -243,9 +243,9 @@ def cautions(study: Study) -> list[str]:
     for name in MADE_WITH:
         if " / " in environment[name]:
             found.append(f"These runs differ in {name}: {environment[name]}.")
-    if study.control is not None and study.text is None:
+    if study.baseline is not None and study.text is None:
         found.append(
-            f"There is no recipe.yaml with these results; {study.control} is used as the control "
+            f"There is no recipe.yaml with these results; {study.baseline} is used as the baseline "
             "because its losses are the most similar to the student's."
         )
     return found

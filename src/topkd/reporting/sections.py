@@ -143,9 +143,9 @@ def gradients(study: Study) -> Section | None:
 
 
 def _shown(study: Study) -> dict[str, Run]:
-    """Selects one run of the control and one of the last variant, with the same seed."""
+    """Selects one run of the baseline and one of the last variant, with the same seed."""
     main = list(study.variants)[-1]
-    variants = [main] if study.control in (None, main) else [str(study.control), main]
+    variants = [main] if study.baseline in (None, main) else [str(study.baseline), main]
     kept = {
         variant: {s: r for s, r in study.variants[variant].items() if r.examples}
         for variant in variants
@@ -178,7 +178,7 @@ def _teacher(run: Run) -> str:
 
 
 def shape(study: Study) -> Section | None:
-    """Plots the H0 diagrams of teacher, control and student for one cloud of test images."""
+    """Plots the H0 diagrams of teacher, baseline and student for one cloud of test images."""
     if study.first.result.teacher is None:
         return None
     sentences = _distances(study)
@@ -223,7 +223,7 @@ def _distances(study: Study) -> list[str]:
             low, high = found.interval
             sentences.append(
                 f"Paired by seed, {variant} is {abs(found.mean):{spec}} "
-                f"{'closer' if found.mean < 0 else 'farther'} than {study.control} (95 % interval "
+                f"{'closer' if found.mean < 0 else 'farther'} than {study.baseline} (95 % interval "
                 f"of the difference {ends}, {count(found.n, 'seed')})"
                 f"{', which is not significant.' if low <= 0 <= high else '.'}"
             )
@@ -307,7 +307,7 @@ def _approximations(study: Study, approximation: Approximation) -> list[Picture]
 
 
 def maps(study: Study) -> Section | None:
-    """Plots 2D projections of the embeddings of teacher, control and student by class."""
+    """Plots 2D projections of the embeddings of teacher, baseline and student by class."""
     if study.first.result.teacher is None:
         return None
     found = _embeddings(study)
