@@ -66,32 +66,33 @@ def print_results(results: Sequence[dict[str, Any]], findings: Sequence[str] = (
         results: The contents of ``result.json`` files of one recipe.
         findings: Sentences that compare the variants with the baseline.
     """
-    from topkd.evaluation.metrics import METRICS
+    from topkd.evaluation.metrics import displayed
     from topkd.evaluation.results import Result
     from topkd.evaluation.statistics import Sample
 
     read = [Result.model_validate(result) for result in results]
+    metrics = displayed(lambda name: any(run.metric(name) is not None for run in read))
     rows: list[tuple[str, ...]] = []
     teacher = read[0].teacher
     if teacher is not None:
-        values = [metric.format(teacher.value(name)) for name, metric in METRICS.items()]
+        values = [metric.format(teacher.value(name)) for name, metric in metrics.items()]
         rows.append(("teacher", "", *values))
     for variant in dict.fromkeys(result.variant for result in read):
         runs = [result for result in read if result.variant == variant]
         for run in runs:
-            values = [metric.format(run.metric(name)) for name, metric in METRICS.items()]
+            values = [metric.format(run.metric(name)) for name, metric in metrics.items()]
             rows.append((variant, str(run.seed), *values))
         if len(runs) < 2:
             continue
         means, spreads = [], []
-        for name, metric in METRICS.items():
+        for name, metric in metrics.items():
             known = [value for run in runs if (value := run.metric(name)) is not None]
             sample = Sample(tuple(known)) if known else None
             means.append(metric.format(None if sample is None else sample.mean))
             spreads.append(metric.format(None if sample is None else sample.std))
         rows += [(variant, "mean", *means), (variant, "± std", *spreads)]
     print(f"last epoch, on the {read[0].eval_split} images")
-    titles = ("run", "seed", *(metric.heading for metric in METRICS.values()))
+    titles = ("run", "seed", *(metric.heading for metric in metrics.values()))
     print(*_table(titles, rows, left=2), *findings, sep="\n")
 
 

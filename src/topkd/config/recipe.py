@@ -51,6 +51,10 @@ class DataSection(_Open):
     """Fraction of the training images that replaces the test set, for tuning."""
     limit: Annotated[int, Field(gt=0)] | None = None
     """Maximum number of training images."""
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Stratified fraction of the training images that remain after ``validation``."""
+    test_limit: Annotated[int, Field(gt=0)] | None = None
+    """Maximum number of evaluation images."""
     randaugment: RandAugment | None = None
     """RandAugment of the training images; with two views, of the second view."""
     augmentation_seed: Annotated[int, Field(ge=0)] | None = None
@@ -236,6 +240,9 @@ class Recipe(Section):
     epochs: Annotated[int, Field(gt=0)] = 240
     evaluate_every: Annotated[int, Field(gt=0)] = 1
     """Number of epochs between evaluations; the last epoch is always evaluated."""
+    evaluation: tuple[str, ...] = ()
+    """Additional metrics of the finished student: ``knn``, ``probe``, ``retrieval``,
+    ``corrupted``, ``per_class``."""
     batch_size: Annotated[int, Field(gt=1)] = 64
     optimizer: Optimizer = Optimizer()
     gradient_clip: Annotated[float, Field(gt=0)] | None = None

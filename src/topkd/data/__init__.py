@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from topkd.data import sources
 from topkd.data.augmented import Augmentation, Augmented, with_augmentation
-from topkd.data.base import Data, DataIssues, Images, InMemory, Subset, same_order
+from topkd.data.base import Data, DataIssues, Images, InMemory, Subset, same_order, stratified_order
 from topkd.data.batches import plain_batches, refuse_few, training_batches
 from topkd.data.pictures import with_crop
 from topkd.data.sources.dataset import from_dataset
@@ -52,6 +52,7 @@ __all__ = [
     "plain_batches",
     "refuse_few",
     "same_order",
+    "stratified_order",
     "training_batches",
     "with_augmentation",
     "with_crop",

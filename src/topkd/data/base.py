@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -212,6 +212,51 @@ class Data:
         self.faults.empty += [self.classes[label] for label in lost]
         return replace(self, train=Subset(self.train, chosen))
 
+    def with_fraction(self, fraction: float) -> Data:
+        """Limits training to a stratified fraction of the images, in :func:`stratified_order`.
+
+        A smaller fraction is a subset of a larger one. Every class keeps at least one image.
+        """
+        target = self.train.target
+        count = max(round(fraction * len(target)), len(target.unique()))
+        chosen = stratified_order(target)[:count].sort().values
+        return replace(self, train=Subset(self.train, chosen))
+
+    def with_test_limit(self, images: int) -> Data:
+        """Limits evaluation to a number of images, in :func:`stratified_order`.
+
+        A smaller number is a subset of a larger one. With fewer images than classes, only the
+        largest classes keep an image.
+        """
+        chosen = stratified_order(self.test.target)[:images].sort().values
+        return replace(self, test=Subset(self.test, chosen))
+
+
+def stratified_order(target: Tensor) -> Tensor:
+    """Orders images so that the first n are stratified for every n. Depends only on the labels.
+
+    First comes one image of every class, the largest class first. Each following image is of the
+    class with the largest quotient count / (2 * placed + 1), which is Sainte-Laguë's method of
+    apportionment. Within a class, the order is random but always the same.
+
+    Args:
+        target: Labels of the images, (n,).
+
+    Returns:
+        A permutation of the indices, (n,).
+
+    Examples:
+        >>> target = torch.tensor([0, 0, 0, 0, 1, 1])
+        >>> target[stratified_order(target)].tolist()
+        [0, 1, 0, 0, 1, 0]
+    """
+    labels = target.numpy()
+    quantile, is_first = np.zeros(len(labels)), np.zeros(len(labels), bool)
+    for images in _permuted(target):
+        quantile[images] = (np.arange(len(images)) + 0.5) / len(images)
+        is_first[images[0]] = True
+    return torch.from_numpy(np.lexsort((labels, quantile, ~is_first)))
+
 
 def stratified_split(target: Tensor, share: float, what: str) -> tuple[Tensor, Tensor]:
     """Splits images in two stratified parts. The split depends only on the labels.
@@ -237,13 +282,16 @@ def stratified_split(target: Tensor, share: float, what: str) -> tuple[Tensor, T
 
 def _by_class(target: Tensor, share: float) -> np.ndarray:
     """Selects a share of the images of every class, always the same."""
+    chosen = [images[: round(share * len(images))] for images in _permuted(target)]
+    return np.sort(np.concatenate(chosen))
+
+
+def _permuted(target: Tensor) -> Iterator[np.ndarray]:
+    """Yields the indices of every class in a random order, always the same."""
     generator = np.random.default_rng(20240721)  # arbitrary, but must never change
     labels = target.numpy()
-    chosen = [
-        generator.permutation(np.flatnonzero(labels == label))[: round(share * count)]
-        for label, count in zip(*np.unique(labels, return_counts=True), strict=True)
-    ]
-    return np.sort(np.concatenate(chosen))
+    for label in np.unique(labels):
+        yield generator.permutation(np.flatnonzero(labels == label))
 
 
 def same_order(data: Sequence[str], teacher: Sequence[str], origin: str = "the teacher") -> None:

@@ -13,6 +13,8 @@ PLAIN = frozenset(
         "name",
         "validation",
         "limit",
+        "fraction",
+        "test_limit",
         "randaugment",
         "augmentation_seed",
         "mixup",

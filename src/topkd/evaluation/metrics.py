@@ -1,20 +1,30 @@
-"""Metrics computed from predictions, and the table that names and formats them."""
+"""Metrics of predictions and networks, and the table that names and formats them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from topkd._runtime import processes
-from topkd.data import Images, plain_batches
+from topkd.data import Data, Images, Subset, plain_batches, stratified_order
+from topkd.data.corrupted import CORRUPTIONS, Corrupted
+from topkd.evaluation.embeddings import (
+    linear_probe_accuracy,
+    nearest_neighbor_accuracy,
+    neighbor_overlap,
+)
 from topkd.features import Features
 from topkd.topology import Diagrams, rips, wasserstein
 
 BATCH = 250  # images per forward pass; does not affect the results
+FITTED = 10_000  # maximum number of training images that kNN and the linear probe are fitted to
+PER_CLASS, MOST_CLASSES = "per_class", 200  # name of the results by class; their largest number
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,49 @@ def relative_diagrams(embedding: Tensor, cloud_size: int) -> Diagrams:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """A trained network, its predictions and its data: the input of the metrics on request."""
+
+    network: Callable[[Tensor], Features]  # in eval mode
+    data: Data
+    device: torch.device  # of the network
+    predictions: Predictions  # for the evaluation images
+    teacher: Predictions | None = None  # the teacher's, for the same images
+
+    @cached_property
+    def training(self) -> Predictions:
+        """Predictions for training images without augmentation: a stratified 10,000, or all."""
+        images = self.data.train
+        index = stratified_order(images.target)[:FITTED].sort().values
+        return predict(self.network, Subset(images, index), self.device)
+
+
+def _knn(evaluation: Evaluation) -> float:
+    train, test = evaluation.training, evaluation.predictions
+    return nearest_neighbor_accuracy(train.embedding, train.target, test.embedding, test.target)
+
+
+def _probe(evaluation: Evaluation) -> float | None:
+    train, test = evaluation.training, evaluation.predictions
+    return linear_probe_accuracy(train.embedding, train.target, test.embedding, test.target)
+
+
+def _retrieval(evaluation: Evaluation) -> float | None:
+    if evaluation.teacher is None:
+        return None
+    return neighbor_overlap(evaluation.predictions.embedding, evaluation.teacher.embedding)
+
+
+def _corrupted(evaluation: Evaluation) -> float:
+    network, data, device = evaluation.network, evaluation.data, evaluation.device
+    accuracies = []
+    for name in CORRUPTIONS:
+        images = Corrupted(data.test, name, data.mean, data.std)
+        accuracies.append(top_k(predict(network, images, device), 1))
+    return sum(accuracies) / len(accuracies)
+
+
+@dataclass(frozen=True)
 class Metric:
     """One column of results, in files, terminal, report, export and model card.
 
@@ -145,8 +198,11 @@ class Metric:
         higher_is_better: Direction of improvement.
         about: Definition, one sentence without a period.
         compute: Called with the predictions; with ``needs_teacher``, with the student's, the
-            teacher's and the cloud size. Returns None where the metric is undefined.
+            teacher's and the cloud size; with ``on_request``, with an :class:`Evaluation`. Returns
+            None where the metric is undefined.
         needs_teacher: Whether the metric compares a student with its teacher.
+        on_request: Whether the metric is computed only for recipes that list it in ``evaluation``,
+            once, at the end of a run.
     """
 
     name: str
@@ -157,6 +213,7 @@ class Metric:
     about: str
     compute: Callable[..., float | None]
     needs_teacher: bool = False
+    on_request: bool = False
 
     @property
     def heading(self) -> str:
@@ -211,13 +268,39 @@ METRICS: MutableMapping[str, Metric] = {
             topological_distance,
             needs_teacher=True,
         ),
+        Metric(
+            *("knn", "kNN", "%", 2, True),
+            "accuracy of a weighted vote of the 20 training images with the most similar embedding",
+            _knn,
+            on_request=True,
+        ),
+        Metric(
+            *("probe", "linear probe", "%", 2, True),
+            "accuracy of a logistic regression on the embeddings, fitted to training images",
+            _probe,
+            on_request=True,
+        ),
+        Metric(
+            *("retrieval", "retrieval", "%", 2, True),
+            "percentage of an image's 10 nearest images by the teacher's embedding that are also "
+            "among the 10 nearest by the student's",
+            _retrieval,
+            needs_teacher=True,
+            on_request=True,
+        ),
+        Metric(
+            *("corrupted", "corrupted", "%", 2, True),
+            "mean top-1 accuracy with Gaussian noise, blur, low contrast and JPEG artifacts",
+            _corrupted,
+            on_request=True,
+        ),
     )
 }
 """Name -> metric, in display order. A metric added here is computed, stored and shown."""
 
 
 def prediction_metrics(predictions: Predictions) -> dict[str, float]:
-    """Computes every metric of :data:`METRICS` that needs no teacher."""
+    """Computes every metric of :data:`METRICS` that needs only predictions."""
     return _computed(False, predictions)
 
 
@@ -225,6 +308,8 @@ def teacher_similarity(
     student: Predictions, teacher: Predictions, *, cloud_size: int
 ) -> dict[str, float]:
     """Computes every metric of :data:`METRICS` that compares a student with its teacher.
+
+    Metrics on request are left out.
 
     Args:
         student: The student's predictions.
@@ -241,9 +326,75 @@ def _computed(needs_teacher: bool, *arguments: object) -> dict[str, float]:
     values = {
         name: metric.compute(*arguments)
         for name, metric in METRICS.items()
-        if metric.needs_teacher is needs_teacher
+        if metric.needs_teacher is needs_teacher and not metric.on_request
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def requested_metrics(
+    names: Collection[str], evaluation: Evaluation, *, needs_teacher: bool
+) -> dict[str, float]:
+    """Computes those metrics on request that are named.
+
+    Args:
+        names: Names; all but those of metrics on request are ignored.
+        evaluation: The trained network and its data.
+        needs_teacher: Whether to compute the metrics that compare with the teacher, or the others.
+
+    Returns:
+        Metric name -> value, without the metrics that are undefined.
+    """
+    values = {
+        name: metric.compute(evaluation)
+        for name, metric in METRICS.items()
+        if name in names and metric.on_request and metric.needs_teacher is needs_teacher
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def per_class(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any] | None:
+    """Computes the accuracy of every class and the confusion matrix.
+
+    Args:
+        predictions: The outputs of a network.
+        classes: Names of the classes. Their numbers are used if two names are equal.
+
+    Returns:
+        ``accuracy``: class -> percentage of its images that are classified correctly;
+        ``confusion``: class -> predicted class -> number of images, without zeros. Classes without
+        an image are left out. None if there are more than 200 classes.
+
+    Examples:
+        >>> logits = torch.tensor([[2.0, 1.0], [1.0, 2.0], [1.0, 2.0]])
+        >>> made = Predictions(logits, logits, torch.tensor([0, 0, 1]))
+        >>> per_class(made, ["cat", "dog"])["confusion"]
+        {'cat': {'cat': 1, 'dog': 1}, 'dog': {'dog': 1}}
+    """
+    number = len(classes)
+    if number > MOST_CLASSES:
+        return None
+    names = list(classes) if len(set(classes)) == number else [str(c) for c in range(number)]
+    pairs = predictions.target * number + predictions.logits.argmax(1)
+    counts = pairs.bincount(minlength=number**2).view(number, number).tolist()
+    rows = {label: row for label, row in enumerate(counts) if any(row)}
+    return {
+        "accuracy": {names[label]: 100 * row[label] / sum(row) for label, row in rows.items()},
+        "confusion": {
+            names[label]: {name: n for name, n in zip(names, row, strict=True) if n}
+            for label, row in rows.items()
+        },
+    }
+
+
+def displayed(is_known: Callable[[str], bool]) -> dict[str, Metric]:
+    """Selects the metrics to show: without those on request whose values are not known.
+
+    Args:
+        is_known: Whether there is a value of the metric with this name.
+    """
+    return {
+        name: metric for name, metric in METRICS.items() if not metric.on_request or is_known(name)
+    }
 
 
 def metric_lines(values: Mapping[str, float]) -> list[str]:

@@ -83,6 +83,13 @@ class LossMetadata(_Part):
     fidelity: Fidelity | None = None
 
 
+class PerClass(_Part):
+    """Accuracy and confusion matrix by class, see :func:`topkd.evaluation.metrics.per_class`."""
+
+    accuracy: dict[str, FiniteFloat]
+    confusion: dict[str, dict[str, int]]
+
+
 class Result(_Part):
     """The content of ``result.json``: written by a run, read by reports and exports."""
 
@@ -106,6 +113,7 @@ class Result(_Part):
     environment: dict[str, Any]
     teacher: TeacherResult | None = None
     teacher_similarity: MetricValues | None = None
+    per_class: PerClass | None = None
     files: dict[str, str] = Field(default_factory=dict)  # of the run: name -> hash
 
     def metric(self, name: str) -> float | None:
@@ -116,8 +124,9 @@ class Result(_Part):
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """Converts to plain values, without the teacher's entries if there is none."""
-        absent = {name for name in ("teacher", "teacher_similarity") if not getattr(self, name)}
+        """Converts to plain values, without the parts that were not measured."""
+        optional = ("teacher", "teacher_similarity", "per_class")
+        absent = {name for name in optional if not getattr(self, name)}
         return self.model_dump(mode="json", exclude=absent)
 
 

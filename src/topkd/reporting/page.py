@@ -14,7 +14,7 @@ import topkd
 from topkd._io import files
 from topkd._io.progress import Progress
 from topkd.config.recipe import Term
-from topkd.evaluation.metrics import METRICS
+from topkd.evaluation.metrics import METRICS, Metric, displayed
 from topkd.evaluation.results import Study, TeacherResult, collect
 from topkd.evaluation.statistics import Paired, Sample, holm
 from topkd.models import checkpoint
@@ -38,9 +38,9 @@ Row = dict[str, str]
 """A row of the table, for a teacher or a variant: column -> text."""
 
 
-def headings() -> Row:
-    """Lists the columns of the table: the metrics of :data:`METRICS` and what describes a run."""
-    measured = {name: metric.heading for name, metric in METRICS.items()}
+def headings(studies: Sequence[Study] = ()) -> Row:
+    """Lists the columns of the table: the metrics of these studies and what describes a run."""
+    measured = {name: metric.heading for name, metric in _metrics(studies).items()}
     measured = {name: heading[:1].upper() + heading[1:] for name, heading in measured.items()}
     return {
         "run": "Run",
@@ -52,6 +52,11 @@ def headings() -> Row:
         **measured,
         "seconds": "Training, s",
     }
+
+
+def _metrics(studies: Sequence[Study]) -> dict[str, Metric]:
+    """Selects the metrics to show: without those on request that no run has."""
+    return displayed(lambda name: any(any(study.metric(name).values()) for study in studies))
 
 
 SCHEDULE = ("share", "start", "stop", "warmup", "decay", "batch")  # keys shown with a term
@@ -93,7 +98,7 @@ def _is_number(value: Any) -> bool:
 def rows(study: Study) -> list[Row]:
     """Builds the table: the teacher, the controls, then the recipe's own losses."""
     differences, teachers = study.compare(), _teachers(study)
-    empty = dict.fromkeys(headings(), ABSENT)
+    empty = dict.fromkeys((*headings(), *METRICS), ABSENT)
     table = []
     if teachers:
         models = ", ".join(dict.fromkeys(teacher.model for teacher in teachers))
@@ -260,7 +265,7 @@ def markdown(folder: Path) -> str:
     parts = []
     for study in collect(folder):
         lines = [f"### {for_markdown(study.recipe)}", ""]
-        titles = headings()
+        titles = headings([study])
         cells = [[row[column] for column in titles] for row in (titles, *rows(study))]
         table = [f"| {' | '.join(map(for_markdown, row))} |" for row in cells]
         lines += [table[0], "|---|---" + "|--:" * (len(titles) - 2) + "|", *table[1:]]
@@ -321,7 +326,10 @@ def html(folder: Path, progress: Progress | None = None) -> str:
     )
     template = environment.get_template("report.html")
     return template.render(
-        recipes=recipes, headings=headings(), metrics=METRICS.values(), element=_element
+        recipes=recipes,
+        headings=headings(studies),
+        metrics=_metrics(studies).values(),
+        element=_element,
     )
 
 
@@ -371,7 +379,8 @@ def write_report(folder: Path, path: Path, progress: Progress) -> None:
 
 def _inputs_hash(folder: Path) -> str:
     """Computes a hash of everything that determines a page, weights by size and time alone."""
-    here, parts = Path(__file__).parent, [topkd.__version__, *headings().values()]
+    here, parts = Path(__file__).parent, [topkd.__version__]
+    parts += [metric.heading for metric in METRICS.values()]
     for pattern in INPUTS:
         for file in sorted(folder.rglob(pattern)):
             name = file.relative_to(folder).as_posix()

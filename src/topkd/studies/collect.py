@@ -59,13 +59,19 @@ def primary_metric(plan: Plan) -> Metric:
     """Returns the metric that a study compares.
 
     Raises:
-        RecipeError: If there is no metric of this name.
+        RecipeError: If there is no metric of this name, or a recipe does not compute it.
     """
     name = plan.file.primary.metric
     if name not in METRICS:
         raise RecipeError(
             f"{plan.file.name}: primary.metric: there is no metric {name!r}"
             f"{near(name, list(METRICS))}"
+        )
+    recipes = plan.recipes.values()
+    if METRICS[name].on_request and not all(name in recipe.evaluation for recipe in recipes):
+        raise RecipeError(
+            f"{plan.file.name}: primary.metric: {name} is computed on request only; "
+            f"set evaluation: [{name}]"
         )
     return METRICS[name]
 

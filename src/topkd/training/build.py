@@ -132,8 +132,12 @@ def load_data(section: DataSection, given: Data | None = None) -> Data:
     data = load_source(section) if given is None else given
     if section.validation:
         data = data.with_validation(section.validation)
+    if section.fraction < 1:
+        data = data.with_fraction(section.fraction)
     if section.limit is not None:
         data = data.with_limit(section.limit)
+    if section.test_limit is not None:
+        data = data.with_test_limit(section.test_limit)
     changes = section.randaugment
     randaugment = None if changes is None else (changes.operations, changes.magnitude)
     augmentation = Augmentation(randaugment, section.mixup, section.cutmix, section.views)

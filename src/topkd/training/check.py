@@ -13,6 +13,7 @@ from topkd.config import recipe as recipes
 from topkd.config.recipe import Recipe, StudentSection, Term, View
 from topkd.config.validation import RecipeError, near, parse_options
 from topkd.data import DATA, TRAINING_IMAGES, refuse_few
+from topkd.evaluation.metrics import METRICS, PER_CLASS
 from topkd.losses import LOSSES, Loss
 from topkd.models import factory
 from topkd.training.build import NO_OBJECTS, Objects
@@ -36,9 +37,10 @@ def check(recipe: Recipe, objects: Objects = NO_OBJECTS) -> None:
         _check_network(recipe.student, "student")
     for variant, terms in recipe.variants.items():
         for number, term in enumerate(terms):
-            _check_term(
-                term, f"{recipe.place(variant)}[{number}]", recipe, objects.losses.get(term.title)
-            )
+            where, given = f"{recipe.place(variant)}[{number}]", objects.losses.get(term.title)
+            _check_term(term, where, recipe, given)
+    for number, name in enumerate(recipe.evaluation):
+        check_metric(name, f"evaluation[{number}]", has_teacher=recipe.teacher is not None)
     if recipe.teacher is None and recipe.student.classifier == "teacher":
         raise RecipeError("student.classifier: reusing the teacher's classifier needs a teacher")
     if recipe.teacher is not None:
@@ -163,6 +165,17 @@ def check_name(catalog: Mapping[str, Any], name: str, where: str) -> None:
     """
     if name not in catalog:
         raise RecipeError(f"{where}: there is no {name!r}{near(name, list(catalog))}")
+
+
+def check_metric(name: str, where: str, *, has_teacher: bool) -> None:
+    """Checks that a metric, or ``per_class``, can be computed.
+
+    Raises:
+        RecipeError: If the name is unknown, or the metric needs a teacher and there is none.
+    """
+    check_name(dict.fromkeys((*METRICS, PER_CLASS)), name, where)
+    if name in METRICS and METRICS[name].needs_teacher and not has_teacher:
+        raise RecipeError(f"{where}: {name} cannot be computed without a teacher")
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:

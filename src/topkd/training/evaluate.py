@@ -16,7 +16,7 @@ from topkd.evaluation import metrics
 from topkd.evaluation.loading import build_network
 from topkd.models import checkpoint, factory
 from topkd.training.build import evaluate_once, load_data, locating_size_errors, side
-from topkd.training.check import check_name, locating_errors
+from topkd.training.check import check_metric, check_name, locating_errors
 
 
 def evaluate_file(
@@ -27,6 +27,7 @@ def evaluate_file(
     *,
     weights: checkpoint.Which = "plain",
     head: str | None = None,
+    requested: Sequence[str] = (),
     trust: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the network of a weights file on test images, in float32.
@@ -38,6 +39,7 @@ def evaluate_file(
         progress: Shows progress and messages.
         weights: Which weights to load from a file with plain and averaged ones.
         head: Name of the classifier, if it is neither known nor detected.
+        requested: Names of metrics on request, see :data:`topkd.evaluation.metrics.METRICS`.
         trust: Whether the file may specify code, paths and URLs.
 
     Raises:
@@ -45,6 +47,8 @@ def evaluate_file(
         RecipeError: If a name is missing or unknown.
         ValueError: If the weights do not fit the network, or the file requires code to run.
     """
+    for name in requested:
+        check_metric(name, "--metric", has_teacher=False)
     path = checkpoint.weights_file(target)
     about = checkpoint.read_about(path)
     if model is None and not trust:
@@ -83,4 +87,8 @@ def evaluate_file(
     with progress.bar("Evaluating", len(images.test.target), "images") as advance:
         predictions = metrics.predict(network, images.test, device, advance)
     evaluated = {"model": model, "data": images.name, "images": len(images.test.target)}
-    return evaluated | metrics.prediction_metrics(predictions)
+    evaluated |= metrics.prediction_metrics(predictions)
+    evaluation = metrics.Evaluation(network, images, device, predictions)
+    evaluated |= metrics.requested_metrics(requested, evaluation, needs_teacher=False)
+    classes = metrics.per_class(predictions, images.classes)
+    return evaluated | ({} if classes is None else {metrics.PER_CLASS: classes})

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as save_safetensors
 
 from topkd._io import files
@@ -55,6 +56,7 @@ class Outcome:
         best, recent = max(accuracies, key=accuracies.__getitem__), [*accuracies.values()][-10:]
         metadata = {term.title: term.loss.metadata() for term in self.terms if term.loss.metadata()}
         described = asdict(runtime) | {"memory_format": self.student.memory_format}
+        evaluation = self._evaluation(runtime.device)
         return Result.model_validate(
             {
                 "recipe": recipe.name,
@@ -66,7 +68,8 @@ class Outcome:
                 "losses": list(recipe.variants[variant]),
                 "epochs": recipe.epochs,
                 "eval_split": split,
-                "last": metrics.prediction_metrics(self.predictions),
+                "last": metrics.prediction_metrics(self.predictions)
+                | metrics.requested_metrics(recipe.evaluation, evaluation, needs_teacher=False),
                 "mean_of_last_10": sum(recent) / len(recent),
                 "best": {"epoch": best, "top1": accuracies[best]},
                 "gradient_share": history[-1]["gradient_share"],
@@ -75,11 +78,21 @@ class Outcome:
                 "train_seconds": round(sum(entry["seconds"] for entry in history), 1),
                 "processes": processes.count(),
                 "environment": environment() | _as_text(described),
-                **self._comparison(),
+                **self._comparison(evaluation),
+                "per_class": self._per_class(),
             }
         ).as_json()
 
-    def _comparison(self) -> dict[str, Any]:
+    def _evaluation(self, device: torch.device) -> metrics.Evaluation:
+        teacher = None if self.teacher is None else self.teacher.predictions
+        return metrics.Evaluation(self.student, self.data, device, self.predictions, teacher)
+
+    def _per_class(self) -> dict[str, Any] | None:
+        if metrics.PER_CLASS not in self.recipe.evaluation:
+            return None
+        return metrics.per_class(self.predictions, self.data.classes)
+
+    def _comparison(self, evaluation: metrics.Evaluation) -> dict[str, Any]:
         """Returns the metrics of the teacher and the student's similarity to it."""
         if self.teacher is None or self.recipe.teacher is None:
             return {}
@@ -88,7 +101,8 @@ class Outcome:
             "teacher": described | metrics.prediction_metrics(self.teacher.predictions),
             "teacher_similarity": metrics.teacher_similarity(
                 self.predictions, self.teacher.predictions, cloud_size=self.recipe.batch_size
-            ),
+            )
+            | metrics.requested_metrics(self.recipe.evaluation, evaluation, needs_teacher=True),
         }
 
     def write(self, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:

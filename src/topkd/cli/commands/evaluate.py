@@ -36,11 +36,17 @@ def evaluate(
         str | None,
         typer.Option(help="Name of the classifier module, if it is not detected."),
     ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Additional metric: `knn`, `probe` or `corrupted`; repeatable."
+        ),
+    ] = None,
     trust: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate a network on test images in float32.
+    """Evaluate a network on test images in float32. `--json` adds accuracy and errors by class.
 
     Example: `topkd evaluate resnet20.pth --model resnet20 --data cifar100 --root ~/data/cifar100`
     """
@@ -51,7 +57,14 @@ def evaluate(
     changes = [*(data or []), *([f"root={json.dumps(root)}"] if root else [])]
     progress = Progress(quiet=quiet)
     result = evaluate_file(
-        target, model, changes, progress, weights=weights, head=head, trust=trust
+        target,
+        model,
+        changes,
+        progress,
+        weights=weights,
+        head=head,
+        requested=metric or (),
+        trust=trust,
     )
     if as_json:
         typer.echo(json.dumps(result, indent=2))
