@@ -306,7 +306,8 @@ def test_without_a_known_spread_nothing_is_decided(base, new):
 
 def collected(file, values, metric="top1"):
     """Results of a study with these values, without training."""
-    plan = studies.load(file, (f"primary={{metric: {metric}, margin: 0.3}}",))
+    changes = (f"primary={{metric: {metric}, margin: 0.3}}", f"set={{evaluation: [{metric}]}}")
+    plan = studies.load(file, changes)
     part = "teacher_similarity" if METRICS[metric].needs_teacher else "last"
     other = "last" if part == "teacher_similarity" else "teacher_similarity"
     return Collected(

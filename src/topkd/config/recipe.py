@@ -241,8 +241,7 @@ class Recipe(Section):
     evaluate_every: Annotated[int, Field(gt=0)] = 1
     """Number of epochs between evaluations; the last epoch is always evaluated."""
     evaluation: tuple[str, ...] = ()
-    """Additional metrics of the finished student: ``knn``, ``probe``, ``retrieval``,
-    ``corrupted``, ``per_class``."""
+    """Additional metrics of the finished student, such as ``knn``, and ``per_class``."""
     batch_size: Annotated[int, Field(gt=1)] = 64
     optimizer: Optimizer = Optimizer()
     gradient_clip: Annotated[float, Field(gt=0)] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +23,6 @@ class Corrupted:
 
     The corruption is applied after cropping and resizing, before normalization. Its strength is
     severity 3 of 5 in CIFAR-10-C for images of up to 64 pixels, and in ImageNet-C for larger ones.
-    Unlike there, the contrast is reduced towards the mean gray of the image.
 
     References:
         Benchmarking Neural Network Robustness to Common Corruptions and Perturbations
@@ -47,10 +46,10 @@ class Corrupted:
 
     def read_bytes(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
         """Reads corrupted bytes (n, h, w, 3); ``augmented`` is (seed, epoch), None for plain."""
-        pixels = self.images.read_bytes(index, augmented).permute(0, 3, 1, 2)
+        pixels = self.images.read_bytes(index, augmented)
         corruption = CORRUPTIONS[self.corruption]
-        strength = corruption.small if pixels.shape[-1] <= SMALL else corruption.large
-        return corruption.apply(pixels, strength, index).permute(0, 2, 3, 1).contiguous()
+        strength = corruption.small if pixels.shape[2] <= SMALL else corruption.large
+        return corruption.apply(pixels, strength, index)
 
     def read(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
         """Reads normalized images (n, 3, h, w); ``augmented`` is (seed, epoch), None for plain."""
@@ -64,32 +63,39 @@ def _noise(pixels: Tensor, deviation: float, index: Tensor) -> Tensor:
         np.random.default_rng((_SEED, number)).standard_normal(shape, np.float32)
         for number in index.tolist()
     ]
-    noisy = pixels + 255 * deviation * torch.from_numpy(np.stack(drawn))
-    return noisy.round().clamp(0, 255).to(torch.uint8)
+    return _bytes(pixels + 255 * deviation * torch.from_numpy(np.stack(drawn)))
 
 
 def _blur(pixels: Tensor, deviation: float, index: Tensor) -> Tensor:
-    from torchvision.transforms.v2 import functional
+    from scipy.ndimage import gaussian_filter
 
-    size = 2 * math.ceil(4 * deviation) + 1
-    return functional.gaussian_blur(pixels, [size, size], [deviation, deviation])
+    values, deviations = pixels.float().numpy(), (0, deviation, deviation, 0)
+    return _bytes(torch.from_numpy(gaussian_filter(values, deviations, mode="nearest")))
 
 
 def _contrast(pixels: Tensor, factor: float, index: Tensor) -> Tensor:
-    from torchvision.transforms.v2 import functional
-
-    return functional.adjust_contrast(pixels, factor)
+    mean = pixels.float().mean((1, 2), keepdim=True)
+    return _bytes(mean + factor * (pixels - mean))
 
 
 def _jpeg(pixels: Tensor, quality: float, index: Tensor) -> Tensor:
-    from torchvision.transforms.v2 import functional
+    from PIL import Image
 
-    return functional.jpeg(pixels.contiguous(), int(quality))
+    decoded = []
+    for picture in pixels.numpy():
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=int(quality))
+        decoded.append(np.asarray(Image.open(file)))
+    return torch.from_numpy(np.stack(decoded))
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.round().clamp(0, 255).to(torch.uint8)
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """A corruption of bytes (n, 3, h, w), and its strength for small and for large images."""
+    """A corruption of bytes (n, h, w, 3), and its strength for small and for large images."""
 
     apply: Callable[[Tensor, float, Tensor], Tensor]  # pixels, strength, indices -> pixels
     small: float

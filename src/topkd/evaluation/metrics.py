@@ -269,7 +269,7 @@ METRICS: MutableMapping[str, Metric] = {
             needs_teacher=True,
         ),
         Metric(
-            *("knn", "kNN", "%", 2, True),
+            *("knn", "nearest neighbors", "%", 2, True),
             "accuracy of a weighted vote of the 20 training images with the most similar embedding",
             _knn,
             on_request=True,

@@ -38,9 +38,7 @@ def evaluate(
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Additional metric: `knn`, `probe` or `corrupted`; repeatable."
-        ),
+        typer.Option(metavar="NAME", help="Additional metric, e.g. `knn`; can be repeated."),
     ] = None,
     trust: Trust = False,
     as_json: AsJson = False,
