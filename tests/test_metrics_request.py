@@ -24,6 +24,7 @@ from topkd.config.validation import RecipeError
 from topkd.data import Data, InMemory
 from topkd.data.corrupted import CORRUPTIONS, Corrupted
 from topkd.evaluation import embeddings, metrics
+from topkd.evaluation.per_class import per_class
 from topkd.evaluation.results import collect
 from topkd.features import Features
 from topkd.reporting import page
@@ -225,7 +226,7 @@ def test_classifiers_are_fitted_to_a_bounded_stratified_part(monkeypatch):
 
 def test_results_by_class_are_those_of_scikit_learn():
     logits, target = torch.randn(90, 4), torch.randint(0, 3, (90,))  # none of the last class
-    found = metrics.per_class(metrics.Predictions(logits, logits, target), list("abcd"))
+    found = per_class(logits, target, list("abcd"))
     predicted = logits.argmax(1)
     recall = recall_score(target, predicted, labels=range(3), average=None)
     assert found["accuracy"] == pytest.approx(dict(zip("abc", 100 * recall, strict=True)))
@@ -235,15 +236,13 @@ def test_results_by_class_are_those_of_scikit_learn():
 
 def test_equal_names_of_classes_are_not_mixed_up():
     logits = torch.eye(3)
-    made = metrics.Predictions(logits, logits, torch.tensor([0, 1, 1]))
-    found = metrics.per_class(made, ["crane", "cat", "crane"])
+    found = per_class(logits, torch.tensor([0, 1, 1]), ["crane", "cat", "crane"])
     assert found["accuracy"] == {"0": 100, "1": 50}
 
 
 def test_more_than_200_classes_are_not_listed():
     logits = torch.randn(5, 201)
-    made = metrics.Predictions(logits, logits, torch.arange(5))
-    assert metrics.per_class(made, [str(number) for number in range(201)]) is None
+    assert per_class(logits, torch.arange(5), [str(number) for number in range(201)]) is None
 
 
 # --- Recipes -------------------------------------------------------------------------------------

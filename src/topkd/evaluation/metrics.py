@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,6 @@ from topkd.topology import Diagrams, rips, wasserstein
 
 BATCH = 250  # images per forward pass; does not affect the results
 FITTED = 10_000  # maximum number of training images that kNN and the linear probe are fitted to
-PER_CLASS, MOST_CLASSES = "per_class", 200  # name of the results by class; their largest number
 
 
 @dataclass(frozen=True)
@@ -350,40 +348,6 @@ def requested_metrics(
         if name in names and metric.on_request and metric.needs_teacher is needs_teacher
     }
     return {name: value for name, value in values.items() if value is not None}
-
-
-def per_class(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any] | None:
-    """Computes the accuracy of every class and the confusion matrix.
-
-    Args:
-        predictions: The outputs of a network.
-        classes: Names of the classes. Their numbers are used if two names are equal.
-
-    Returns:
-        ``accuracy``: class -> percentage of its images that are classified correctly;
-        ``confusion``: class -> predicted class -> number of images, without zeros. Classes without
-        an image are left out. None if there are more than 200 classes.
-
-    Examples:
-        >>> logits = torch.tensor([[2.0, 1.0], [1.0, 2.0], [1.0, 2.0]])
-        >>> made = Predictions(logits, logits, torch.tensor([0, 0, 1]))
-        >>> per_class(made, ["cat", "dog"])["confusion"]
-        {'cat': {'cat': 1, 'dog': 1}, 'dog': {'dog': 1}}
-    """
-    number = len(classes)
-    if number > MOST_CLASSES:
-        return None
-    names = list(classes) if len(set(classes)) == number else [str(c) for c in range(number)]
-    pairs = predictions.target * number + predictions.logits.argmax(1)
-    counts = pairs.bincount(minlength=number**2).view(number, number).tolist()
-    rows = {label: row for label, row in enumerate(counts) if any(row)}
-    return {
-        "accuracy": {names[label]: 100 * row[label] / sum(row) for label, row in rows.items()},
-        "confusion": {
-            names[label]: {name: n for name, n in zip(names, row, strict=True) if n}
-            for label, row in rows.items()
-        },
-    }
 
 
 def displayed(is_known: Callable[[str], bool]) -> dict[str, Metric]:

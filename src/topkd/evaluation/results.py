@@ -84,7 +84,7 @@ class LossMetadata(_Part):
 
 
 class PerClass(_Part):
-    """Accuracy and confusion matrix by class, see :func:`topkd.evaluation.metrics.per_class`."""
+    """Accuracy and confusion matrix by class, see :func:`topkd.evaluation.per_class`."""
 
     accuracy: dict[str, FiniteFloat]
     confusion: dict[str, dict[str, int]]

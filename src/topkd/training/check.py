@@ -13,7 +13,8 @@ from topkd.config import recipe as recipes
 from topkd.config.recipe import Recipe, StudentSection, Term, View
 from topkd.config.validation import RecipeError, near, parse_options
 from topkd.data import DATA, TRAINING_IMAGES, refuse_few
-from topkd.evaluation.metrics import METRICS, PER_CLASS
+from topkd.evaluation.metrics import METRICS
+from topkd.evaluation.per_class import PER_CLASS
 from topkd.losses import LOSSES, Loss
 from topkd.models import factory
 from topkd.training.build import NO_OBJECTS, Objects

@@ -14,6 +14,7 @@ from topkd.data import DATA
 from topkd.data.trust import changed
 from topkd.evaluation import metrics
 from topkd.evaluation.loading import build_network
+from topkd.evaluation.per_class import PER_CLASS, per_class
 from topkd.models import checkpoint, factory
 from topkd.training.build import evaluate_once, load_data, locating_size_errors, side
 from topkd.training.check import check_metric, check_name, locating_errors
@@ -90,5 +91,5 @@ def evaluate_file(
     evaluated |= metrics.prediction_metrics(predictions)
     evaluation = metrics.Evaluation(network, images, device, predictions)
     evaluated |= metrics.requested_metrics(requested, evaluation, needs_teacher=False)
-    classes = metrics.per_class(predictions, images.classes)
-    return evaluated | ({} if classes is None else {metrics.PER_CLASS: classes})
+    classes = per_class(predictions.logits, predictions.target, images.classes)
+    return evaluated | ({} if classes is None else {PER_CLASS: classes})

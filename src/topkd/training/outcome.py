@@ -16,6 +16,7 @@ from topkd._runtime.environment import environment
 from topkd.config.recipe import Recipe
 from topkd.data import Data
 from topkd.evaluation import metrics
+from topkd.evaluation.per_class import PER_CLASS, per_class
 from topkd.evaluation.results import Result
 from topkd.features import FeatureExtractor
 from topkd.losses.base import LossTerm
@@ -88,9 +89,9 @@ class Outcome:
         return metrics.Evaluation(self.student, self.data, device, self.predictions, teacher)
 
     def _per_class(self) -> dict[str, Any] | None:
-        if metrics.PER_CLASS not in self.recipe.evaluation:
+        if PER_CLASS not in self.recipe.evaluation:
             return None
-        return metrics.per_class(self.predictions, self.data.classes)
+        return per_class(self.predictions.logits, self.predictions.target, self.data.classes)
 
     def _comparison(self, evaluation: metrics.Evaluation) -> dict[str, Any]:
         """Returns the metrics of the teacher and the student's similarity to it."""
