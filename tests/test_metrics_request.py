@@ -271,7 +271,7 @@ def runs(tmp_path_factory):
     for name, requested in (("plain", []), ("all", REQUESTED)):
         tree = SMALL | {"name": name, "teacher": section, "evaluation": requested}
         experiment = Experiment(recipe.parse(tree), folder, Progress(quiet=True))
-        results[name] = experiment.train_student("student", 0)
+        results[name] = experiment.train_student(0)
     return results, folder
 
 
@@ -285,7 +285,7 @@ def test_a_run_has_the_metrics_that_its_recipe_requests(runs):
     assert full["last"]["top1"] == pytest.approx(100 * hits / 50)
     # Training does not depend on what is measured after it.
     for name in ("student.safetensors", "examples.safetensors"):
-        contents = [(folder / run / "student/seed0" / name).read_bytes() for run in runs[0]]
+        contents = [(folder / run / "kd/seed0" / name).read_bytes() for run in runs[0]]
         assert contents[0] == contents[1]
 
 
@@ -306,7 +306,7 @@ def test_tables_show_requested_metrics_where_a_run_has_them(runs, capsys):
 
 def test_evaluation_of_a_file_repeats_the_metrics_of_the_run(runs):
     results, folder = runs
-    words = ["evaluate", str(folder / "plain/student/seed0"), "--json"]
+    words = ["evaluate", str(folder / "plain/kd/seed0"), "--json"]
     words += ["--metric", "knn", "--metric", "corrupted", "--quiet"]
     found = json.loads(CliRunner().invoke(app, words).stdout)
     for name in ("knn", "corrupted"):
