@@ -91,5 +91,7 @@ class TeacherOutputs:
             "teacher": self.hash,
             "normalization": [self.teacher.mean, self.teacher.std],
             "seen": self.section.model_dump(include={"size", "head"}),
-            "images": self.images.model_dump(mode="json", exclude={"workers"}),
+            "images": self.images.model_dump(
+                mode="json", exclude={"workers"}, exclude_defaults=True
+            ),
         }
