@@ -277,6 +277,16 @@ def collect(folder: Path) -> list[Study]:
     return sorted(studies, key=lambda study: (study.first.result.teacher is None, study.recipe))
 
 
+def read(folder: Path) -> Run:
+    """Reads a finished run and checks the hashes of the files that are present.
+
+    Raises:
+        FileNotFoundError: If the run is not finished.
+        ValueError: If the result is broken, or a file of the run was altered.
+    """
+    return Run(_read(folder / "result.json"), folder)
+
+
 def finished(folder: Path) -> dict[str, Any] | None:
     """Reads the result of a finished run and checks its files; returns None if it is unfinished.
 

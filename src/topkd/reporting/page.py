@@ -21,6 +21,7 @@ from topkd.models import checkpoint
 from topkd.reporting import plots, sections
 from topkd.reporting.escaping import for_markdown
 from topkd.reporting.sections import Picture, Section, count, fixed
+from topkd.reporting.templating import render
 
 __all__ = ["collect", "formula", "html", "markdown", "rows", "write_report"]
 
@@ -306,8 +307,6 @@ def html(folder: Path, progress: Progress | None = None) -> str:
     Raises:
         ValueError: If there is no finished run, or a file is broken; see :func:`collect`.
     """
-    import jinja2
-
     studies, recipes = collect(folder), []
     progress = progress or Progress(quiet=True)
     with progress.bar("Report", len(studies) * len(sections.SECTIONS), "sections") as advance:
@@ -317,20 +316,13 @@ def html(folder: Path, progress: Progress | None = None) -> str:
                 written.append(write(study))
                 advance(1, "")
             recipes.append(_recipe(study, [section for section in written if section is not None]))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("topkd.reporting"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("report.html")
-    return template.render(
-        recipes=recipes,
-        headings=headings(studies),
-        metrics=_metrics(studies).values(),
-        element=_element,
-    )
+    values = {
+        "recipes": recipes,
+        "headings": headings(studies),
+        "metrics": _metrics(studies).values(),
+        "element": _element,
+    }
+    return render("report.html", values)
 
 
 def _recipe(study: Study, written: list[Section]) -> _Recipe:

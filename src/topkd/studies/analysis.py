@@ -31,6 +31,8 @@ class Comparison:
     verdict: Verdict
     needed: int | None
     """Estimated number of seeds for a decision; None if decided or if the spread is unknown."""
+    seeds: tuple[int, ...]
+    """The common seeds, in the order of the differences."""
 
 
 def compare(
@@ -79,19 +81,24 @@ def compare(
     found = []
     for variant, differences in pairs.items():
         interval, p = differences.confidence_interval(1 - error), differences.p
-        verdict = _verdict(interval, margin, higher_is_better)
-        needed = _needed(differences, error, margin) if verdict == "undecided" else None
+        decision = verdict(interval, margin, higher_is_better)
+        needed = _needed(differences, error, margin) if decision == "undecided" else None
         corrected = None if p is None else min(1.0, len(pairs) * p)
         sample = Sample(tuple(values[variant].values()))
+        seeds = tuple(sorted(values[variant].keys() & base.keys()))
         found.append(
-            Comparison(setting, variant, sample, differences, interval, corrected, verdict, needed)
+            Comparison(
+                *(setting, variant, sample, differences, interval, corrected, decision, needed),
+                seeds,
+            )
         )
     return found
 
 
-def _verdict(
+def verdict(
     interval: tuple[float, float] | None, margin: float | None, higher_is_better: bool
 ) -> Verdict:
+    """Decides a comparison by its confidence interval, which is None if the spread is unknown."""
     if interval is None:
         return "undecided"
     low, high = interval

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from topkd._io import files
@@ -21,6 +22,8 @@ class Collected:
     plan: Plan
     results: dict[tuple[str, str], dict[int, dict[str, Any]]]
     """(setting, variant) -> seed -> content of ``result.json``."""
+    folders: dict[tuple[str, str], dict[int, Path]] = field(default_factory=dict)
+    """(setting, variant) -> seed -> folder of the result."""
 
     def values(self, setting: str, metric: Metric) -> dict[str, dict[int, float]]:
         """Returns a metric as variant -> seed -> value, without variants that lack it."""
@@ -88,9 +91,11 @@ def collect(plan: Plan, place: Place) -> Collected:
     Raises:
         ValueError: If a result was altered or belongs to another recipe.
     """
-    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    study = Collected(plan, {})
     for job in plan.jobs():
         path = place.result(job)
         if path is not None:
-            found.setdefault((job.setting, job.variant), {})[job.seed] = files.read_sealed(path)
-    return Collected(plan, found)
+            key = job.setting, job.variant
+            study.results.setdefault(key, {})[job.seed] = files.read_sealed(path)
+            study.folders.setdefault(key, {})[job.seed] = path.parent
+    return study

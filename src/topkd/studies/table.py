@@ -21,18 +21,20 @@ def rows(study: Collected) -> list[dict[str, Any]]:
     Raises:
         ValueError: If no run of the baseline is finished.
     """
-    metric, baseline = primary_metric(study.plan), study.plan.file.baseline
-    found = []
-    for setting in study.plan.settings:
-        values = study.values(setting, metric)
-        if baseline not in values:
-            continue
-        sample = Sample(tuple(values[baseline].values()))
-        found.append(_summary(setting, baseline, sample) | {"verdict": "baseline"})
-        found += [_row(each) for each in study.comparisons(setting)]
+    found = [row for setting in study.plan.settings for row in setting_rows(study, setting)]
     if not found:
         raise ValueError(f"{study.plan.file.name}: no run of the baseline is finished")
     return found
+
+
+def setting_rows(study: Collected, setting: str) -> list[dict[str, Any]]:
+    """Returns the rows of one setting; none if no run of the baseline is finished."""
+    values, baseline = study.values(setting, primary_metric(study.plan)), study.plan.file.baseline
+    if baseline not in values:
+        return []
+    sample = Sample(tuple(values[baseline].values()))
+    first = _summary(setting, baseline, sample) | {"verdict": "baseline"}
+    return [first, *(_row(each) for each in study.comparisons(setting))]
 
 
 def _summary(setting: str, variant: str, sample: Sample) -> dict[str, Any]:
@@ -63,9 +65,9 @@ def _row(comparison: Comparison) -> dict[str, Any]:
 def markdown(study: Collected) -> str:
     """Writes a Markdown table."""
     metric = primary_metric(study.plan)
-    lines = ["| " + " | ".join(_headings(metric)) + " |", "|---|---|--:|--:|--:|--:|---|"]
+    lines = ["| " + " | ".join(headings(metric)) + " |", "|---|---|--:|--:|--:|--:|---|"]
     lines += [
-        "| " + " | ".join(map(for_markdown, _cells(row, metric))) + " |" for row in rows(study)
+        "| " + " | ".join(map(for_markdown, cells(row, metric))) + " |" for row in rows(study)
     ]
     return "\n".join(lines) + "\n"
 
@@ -76,7 +78,7 @@ def latex(study: Collected) -> str:
     lines = [
         r"\begin{tabular}{llrrrrl}",
         r"\toprule",
-        " & ".join(for_latex(heading) for heading in _headings(metric)) + r" \\",
+        " & ".join(for_latex(heading) for heading in headings(metric)) + r" \\",
         r"\midrule",
     ]
     before = None
@@ -84,10 +86,10 @@ def latex(study: Collected) -> str:
         if before not in (None, row["setting"]):
             lines.append(r"\midrule")
         before = row["setting"]
-        cells = [for_latex(cell) for cell in _cells(row, metric)]
+        escaped = [for_latex(cell) for cell in cells(row, metric)]
         if row["verdict"] == "better":
-            cells[2] = rf"\textbf{{{cells[2]}}}"
-        lines.append(" & ".join(cells) + r" \\")
+            escaped[2] = rf"\textbf{{{escaped[2]}}}"
+        lines.append(" & ".join(escaped) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
@@ -121,7 +123,8 @@ FORMATS: Mapping[str, Callable[[Collected], str]] = {
 """Name -> function that writes a table."""
 
 
-def _headings(metric: Metric) -> tuple[str, ...]:
+def headings(metric: Metric) -> tuple[str, ...]:
+    """Returns the headings of :func:`cells`."""
     return (
         "Setting",
         "Variant",
@@ -133,7 +136,8 @@ def _headings(metric: Metric) -> tuple[str, ...]:
     )
 
 
-def _cells(row: Mapping[str, Any], metric: Metric) -> tuple[str, ...]:
+def cells(row: Mapping[str, Any], metric: Metric) -> tuple[str, ...]:
+    """Formats a row of :func:`rows`."""
     spec, signed = f".{metric.digits}f", f"+.{metric.digits}f"
     spread = "" if row["std"] is None else f" ± {row['std']:{spec}}"
     difference, p = "–", "–"

@@ -152,12 +152,44 @@ def table(
     form: Annotated[
         Literal["markdown", "latex", "csv", "json"], typer.Option("--format", help="Of the table.")
     ] = "markdown",
+    layout: Annotated[
+        Literal["comparison", "benchmark"],
+        typer.Option(help="A row per comparison, or methods x settings as in papers."),
+    ] = "comparison",
 ) -> None:
     """Print the table of a study: every variant against the baseline, paired by seed."""
+    from topkd.studies import benchmark
+    from topkd.studies import table as comparison
     from topkd.studies.collect import collect
-    from topkd.studies.table import FORMATS
 
-    typer.echo(FORMATS[form](collect(_plan(file, changes), _place(out, results))), nl=False)
+    formats = {"comparison": comparison.FORMATS, "benchmark": benchmark.FORMATS}[layout]
+    typer.echo(formats[form](collect(_plan(file, changes), _place(out, results))), nl=False)
+
+
+@study.command()
+def report(
+    file: File,
+    changes: Changes = None,
+    out: Out = Path("runs"),
+    results: Results = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(help="Output file. Defaults to `STUDY.html` beside the runs."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Build a self-contained HTML page: findings, forest plots, tables, figures, provenance.
+
+    Example: `topkd study report mine.yaml --out runs --to page.html`
+    """
+    from topkd._io.progress import Progress
+    from topkd.studies.collect import collect
+    from topkd.studies.report import write_report
+
+    plan, place = _plan(file, changes), _place(out, results)
+    page = to or out / f"{file.stem}.html"
+    write_report(collect(plan, place), place, page, Progress(quiet=quiet))
+    typer.echo(f"report: {page}")
 
 
 @study.command()

@@ -13,8 +13,32 @@ if TYPE_CHECKING:
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#A6761D")
 """Colorblind-safe palette (Okabe & Ito 2008, without its yellow)."""
+TERMS = ("#332288", "#44AA99", "#CC6677", "#DDCC77", "#88CCEE", "#117733", "#AA4499", "#999933")
+"""Colorblind-safe palette of loss terms (Paul Tol's "muted"), distinct from that of variants."""
 OTHERS = "#c8c8c8"
 TEACHER = "#333333"
+BASELINE = "#707070"
+DARK: Mapping[str, str] = {
+    "#ffffff": "#161618",
+    "#1f1f1f": "#ececea",
+    "#444444": "#c9c9c6",
+    "#666666": "#b0b0ad",
+    "#888888": "#84847f",
+    "#e6e6e6": "#333336",
+    "#eef2ee": "#22302a",
+    "#707070": "#a8a8a4",
+    "#c8c8c8": "#5a5a58",
+    "#0072b2": "#5aa9e6",
+    "#d55e00": "#ff8f4a",
+    "#009e73": "#35c79c",
+    "#cc79a7": "#e79ec6",
+    "#56b4e9": "#9ad7ff",
+    "#e69f00": "#ffc251",
+    "#a6761d": "#cfa868",
+    "#332288": "#8f83e0",
+    "#117733": "#4fb573",
+}
+"""Color of a figure -> the color that replaces it on a dark page."""
 
 _STYLE: Mapping[str, Any] = {
     "font.family": "sans-serif",
@@ -61,11 +85,11 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def palette(names: Sequence[str]) -> dict[str, str]:
+def palette(names: Sequence[str], colors: Sequence[str] = COLORS) -> dict[str, str]:
     """Assigns a color to every name by position.
 
     Examples:
         >>> palette(["kd", "student"])
         {'kd': '#0072B2', 'student': '#D55E00'}
     """
-    return {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
+    return {name: colors[number % len(colors)] for number, name in enumerate(names)}
