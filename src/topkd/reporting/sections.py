@@ -128,8 +128,8 @@ def gradients(study: Study) -> Section | None:
     for variant in shares:
         histories = [run.history for run in study.variants[variant].values() if run.history]
         over_epochs[variant] = _over_epochs(histories, "gradient_share")
-    terms = list({term: None for terms in over_epochs.values() for term in terms})
-    colors = plots.palette(terms, style.TERMS)
+    names = list({term: None for terms in over_epochs.values() for term in terms})
+    colors = plots.palette(names, style.TERMS)
     pictures, sentences = [], []
     for variant, last in shares.items():
         listed = ", ".join(f"{term} {percent(share.mean)}" for term, share in last.items())

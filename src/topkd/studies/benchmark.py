@@ -51,7 +51,7 @@ def lines(study: Collected) -> list[Line]:
     student = plain[0] if len(plain) == 1 else None
     values = {setting: study.values(setting, metric) for setting in settings}
     best = {setting: _best(each, student, metric) for setting, each in values.items()}
-    teachers = {s: found for s in settings if (found := _teachers(study, s, metric)) is not None}
+    teachers = {s: each for s in settings if (each := _teachers(study, s, metric)) is not None}
     found = [Line("teacher", False, teachers)]
     for variant in sorted(study.plan.variants, key=lambda name: name != student):
         cells = {s: Sample(tuple(v[variant].values())) for s, v in values.items() if variant in v}

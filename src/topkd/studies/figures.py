@@ -59,7 +59,7 @@ def setting_forest(setting: str, comparisons: Sequence[Comparison], style: Style
     return _forest(rows, setting, style)
 
 
-def overall_forest(averages: Sequence[Overall], settings: int, style: Style) -> Chart:
+def overall_forest(averages: Sequence[Overall], title: str, style: Style) -> Chart:
     """Plots the means over settings, with the differences of all settings and seeds as dots."""
     rows = [
         Difference(
@@ -75,7 +75,7 @@ def overall_forest(averages: Sequence[Overall], settings: int, style: Style) -> 
         )
         for each in averages
     ]
-    return _forest(rows, f"Mean over {settings} settings", style)
+    return _forest(rows, title, style)
 
 
 def _by_seed(comparison: Comparison, name: str) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
@@ -24,12 +24,13 @@ from topkd.studies import figures, sentences
 from topkd.studies.analysis import Comparison, Verdict
 from topkd.studies.collect import Collected, primary_metric
 from topkd.studies.figures import Runs, Style, element
-from topkd.studies.overall import Overall, over_settings
+from topkd.studies.overall import over_settings
 from topkd.studies.plan import Place
 from topkd.studies.sentences import SYMBOLS
 from topkd.studies.table import cells, headings, setting_rows
 
 ABSENT = "–"
+NO_CURVES = "No learning curves: there is no metrics.jsonl beside the results."
 GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼"}  # markers in the legend
 
 
@@ -57,7 +58,7 @@ class SettingPart:
     cautions: Sequence[str]
     recipes: Table
     provenance: Mapping[str, str]
-    missing: Sequence[str] = field(default_factory=list)
+    missing: Sequence[str]
 
 
 def html(study: Collected, place: Place, progress: Progress | None = None) -> str:
@@ -92,9 +93,12 @@ def html(study: Collected, place: Place, progress: Progress | None = None) -> st
         "progress": sentences.progress(study, place),
         "findings": [sentences.finding(study, setting) for setting in study.plan.settings],
         "legend": {
-            name: (variable(look.color), GLYPHS[look.marker]) for name, look in style.looks.items()
+            name: (variable(look.color), GLYPHS[look.marker])
+            for name, look in style.looks.items()
+            if any(variant == name for _, variant in study.results)
         },
         "overall": _overall(study, compared, style),
+        "first": next((part for part in parts if part.forest), parts[0]),
         "parts": parts,
         "metrics": METRICS.values(),
         "symbols": SYMBOLS,
@@ -139,40 +143,31 @@ def _overall(
     study: Collected, compared: Mapping[str, list[Comparison]], style: Style
 ) -> OverallPart | None:
     """Builds the table of variants x settings with the means over settings."""
-    if len(study.plan.settings) < 2:
-        return None
     found = {setting: each for setting, each in compared.items() if each}
-    averages: dict[str, Overall] = {}
-    if len(found) > 1:
-        averages = {
-            each.variant: each
-            for each in over_settings(
-                found, margin=style.margin, higher_is_better=style.metric.higher_is_better
-            )
-        }
-    rows = {}
-    for variant in study.plan.variants:
-        if variant == style.baseline:
-            continue
-        cell = {
-            each.setting: _cell(each.differences.mean, each.interval, each.verdict, style)
-            for setting in found
-            for each in found[setting]
-            if each.variant == variant
-        }
-        average = averages.get(variant)
-        last = average and _cell(average.mean, average.interval, average.verdict, style)
-        rows[variant] = [
-            *(cell.get(setting, ABSENT) for setting in study.plan.settings),
-            last or ABSENT,
-        ]
-    titles = ["Variant", *study.plan.settings, f"Mean over {count(len(found), 'setting')}"]
+    if len(found) < 2:
+        return None
+    averages = over_settings(
+        found, margin=style.margin, higher_is_better=style.metric.higher_is_better
+    )
+    name = f"Mean over {len(found)} settings"
+    differences: dict[str, dict[str, str]] = {variant: {} for variant in study.plan.variants}
+    for each in (each for comparisons in found.values() for each in comparisons):
+        mean = each.differences.mean
+        differences[each.variant][each.setting] = _cell(mean, each.interval, each.verdict, style)
+    for average in averages:
+        cell = _cell(average.mean, average.interval, average.verdict, style)
+        differences[average.variant][name] = cell
+    columns = [*study.plan.settings, name]
+    rows = {
+        variant: [cell.get(column, ABSENT) for column in columns]
+        for variant, cell in differences.items()
+        if cell
+    }
     chart = None
     if averages:
-        figure = figures.overall_forest(list(averages.values()), len(found), style)
-        alt = f"mean differences to {style.baseline} over {len(found)} settings"
-        chart = element(figure, "overall", alt)
-    return OverallPart(chart, Table(titles, rows))
+        figure = figures.overall_forest(averages, name, style)
+        chart = element(figure, "overall", f"{name} of the differences to {style.baseline}")
+    return OverallPart(chart, Table(["Variant", *columns], rows))
 
 
 def _cell(mean: float, interval: tuple[float, float] | None, verdict: Verdict, style: Style) -> str:
@@ -194,27 +189,29 @@ def _setting(
     if compared:
         chart = figures.setting_forest(setting, compared, style)
         forest = element(chart, f"{name}-forest", f"differences to {style.baseline}, {setting}")
-    curves = figures.curves(runs, style)
+    curves = _curves(runs, style, name)
     pictures, terms = _pictures(runs, style, name)
     return SettingPart(
-        setting,
-        f"{done} of {count(jobs, 'job')}",
-        _comparisons(study, setting),
-        forest,
-        _metrics(study, setting, runs),
-        pictures,
-        {
-            variant: element(chart, f"{name}-c{number}", f"accuracy over the epochs of {variant}")
-            for number, (variant, chart) in enumerate(curves.items())
-        },
-        {term: variable(color) for term, color in terms.items()},
-        _cautions(runs),
-        _recipes(study, setting),
-        _provenance(runs),
-        []
-        if curves or not runs
-        else ["No learning curves: metrics.jsonl is not with the results."],
+        name=setting,
+        jobs=f"{done} of {count(jobs, 'job')}",
+        comparisons=_comparisons(study, setting),
+        forest=forest,
+        metrics=_metrics(study, setting, runs),
+        pictures=pictures,
+        curves=curves,
+        terms=terms,
+        cautions=_cautions(runs),
+        recipes=_recipes(study, setting),
+        provenance=_provenance(runs),
+        missing=[] if curves else [NO_CURVES if runs else "No job of this setting is finished."],
     )
+
+
+def _curves(runs: Runs, style: Style, name: str) -> dict[str, Markup]:
+    return {
+        variant: element(chart, f"{name}-c{number}", f"accuracy over the epochs of {variant}")
+        for number, (variant, chart) in enumerate(figures.curves(runs, style).items())
+    }
 
 
 def _pictures(runs: Runs, style: Style, name: str) -> tuple[list[Markup], dict[str, str]]:
@@ -230,7 +227,7 @@ def _pictures(runs: Runs, style: Style, name: str) -> tuple[list[Markup], dict[s
         element(chart, f"{name}-p{number}", alt)
         for number, (alt, chart) in enumerate(charts.items())
     ]
-    return elements, colors
+    return elements, {term: variable(color) for term, color in colors.items()}
 
 
 def _comparisons(study: Collected, setting: str) -> Table | None:
@@ -238,11 +235,10 @@ def _comparisons(study: Collected, setting: str) -> Table | None:
     if not rows:
         return None
     metric = primary_metric(study.plan)
-    symbols: dict[str, str] = dict(SYMBOLS)
     found = {}
     for row in rows:
         _, variant, *others, verdict = cells(row, metric)
-        symbol = next((s for name, s in symbols.items() if verdict.startswith(name)), "")
+        symbol = next((s for name, s in SYMBOLS.items() if verdict.startswith(name)), "")
         numbers = [text.replace("-", "\u2212") for text in others]
         found[variant] = [*numbers, f"{symbol} {verdict}".strip()]
     return Table(headings(metric)[1:], found)
@@ -290,7 +286,7 @@ def _cautions(runs: Runs) -> list[str]:
 
 
 def _provenance(runs: Runs) -> dict[str, str]:
-    """Describes where results come from: name -> values, with the numbers of runs if they differ."""
+    """Describes where results come from: name -> values; numbers of runs if they differ."""
     results = [run.result for seeds in runs.values() for run in seeds.values()]
     teachers = [result.teacher for result in results if result.teacher is not None]
     described = {

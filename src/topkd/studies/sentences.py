@@ -65,8 +65,8 @@ def clauses(comparisons: Sequence[Comparison], baseline: str, metric: Metric) ->
             f"{each.variant} is {verdict} than {baseline} by {_amount(each, metric)}"
             for each in ranked[:NAMED]
         ]
-        if rest := len(ranked) - NAMED if len(ranked) > NAMED else 0:
-            found.append(f"{rest} more {'are' if rest > 1 else 'is'} {verdict}")
+        if rest := ranked[NAMED:]:
+            found.append(f"{len(rest)} more {'are' if len(rest) > 1 else 'is'} {verdict}")
     if same := len(by_verdict["no difference that matters"]):
         verb = "show" if same > 1 else "shows"
         found.append(f"{count(same, 'variant')} {verb} no difference that matters")
@@ -89,7 +89,8 @@ def _amount(comparison: Comparison, metric: Metric) -> str:
 
 
 def _undecided(comparisons: Sequence[Comparison]) -> str:
-    line = f"{len(comparisons)} {'are' if len(comparisons) > 1 else 'is'} undecided"
+    verb = "are" if len(comparisons) > 1 else "is"
+    line = f"{count(len(comparisons), 'variant')} {verb} undecided"
     known = [each.needed for each in comparisons if each.interval is not None and each.needed]
     if known:
         which = "the first" if len(comparisons) > 1 else "it"

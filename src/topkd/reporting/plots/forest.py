@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -55,7 +55,8 @@ def forest(
     ends = _ends(rows, margin)
     with styled():
         figure = new_figure(WIDTH, ROW * len(rows) + 0.75)
-        axes = figure.add_subplot(xlabel=xlabel)
+        axes = figure.add_subplot()
+        axes.set_xlabel(xlabel, fontsize=LETTERS)
         axes.set_title(title, fontsize=9.5, wrap=True)
         axes.set(xlim=ends, ylim=(len(rows) - 0.4, -0.75), yticks=[])
         if margin is not None:
@@ -63,7 +64,6 @@ def forest(
         axes.axvline(0, color=BASELINE, linewidth=1, zorder=1)
         axes.spines["left"].set_visible(False)
         axes.tick_params(labelsize=LETTERS)
-        axes.xaxis.label.set_size(LETTERS)
         axes.locator_params(axis="x", nbins=6)
         axes.grid(visible=False, axis="y")
         chart = Chart(figure)
@@ -115,7 +115,7 @@ def _label(chart: Chart, axes: Axes, place: int, row: Difference) -> None:
     height = place - 0.32
     across = axes.get_yaxis_transform()
     name = row.name if len(row.name) <= 34 else f"{row.name[:33]}…"
-    styles = {"fontsize": LETTERS, "va": "center", "transform": across}
+    styles: dict[str, Any] = {"fontsize": LETTERS, "va": "center", "transform": across}
     chart.mark(axes.text(0, height, name, fontweight="bold", **styles), row.name, row.name)
     verdict = axes.text(1, height, row.verdict, ha="right", **styles)
     chart.mark(verdict, row.name, row.verdict)

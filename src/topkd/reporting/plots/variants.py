@@ -12,6 +12,7 @@ from topkd.reporting.plots.interactive import Chart
 from topkd.reporting.plots.style import BASELINE, COLORS, TERMS, new_figure, styled
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
@@ -132,7 +133,7 @@ def _mean(seeds: Sequence[Sequence[float]]) -> tuple[NDArray[np.int64], NDArray[
 
 def _line(
     axes: Axes, x: NDArray[np.int64], y: NDArray[np.float64], color: str, width: float
-) -> object:
+) -> Artist:
     marker = "o" if len(x) == 1 else None
     (line,) = axes.plot(x, y, color=color, linewidth=width, marker=marker, markersize=3)
     return line
@@ -160,16 +161,16 @@ def share_bars(
     terms = dict.fromkeys(term for each in shares.values() for term in each)
     colors = {term: TERMS[number % len(TERMS)] for number, term in enumerate(terms)}
     with styled():
-        figure = new_figure(3.7, 0.33 * len(shares) + 0.85)
+        figure = new_figure(3.7, 0.4 * len(shares) + 0.8)
         axes = figure.add_subplot(xlim=(0, 100), ylim=(len(shares) - 0.4, -0.75), yticks=[])
         axes.grid(visible=False, axis="y")
         chart = Chart(figure)
         for place, (variant, each) in enumerate(shares.items()):
             left = 0.0
             for term, share in each.items():
-                (bar,) = axes.barh(place + 0.12, 100 * share, 0.36, left, color=colors[term])
+                (bar,) = axes.barh(place + 0.16, 100 * share, 0.34, left, color=colors[term])
                 chart.mark(bar, variant, f"{variant}, {term}: {100 * share:.3g} %")
                 left += 100 * share
-            chart.mark(axes.text(0, place - 0.28, variant, fontsize=LETTERS, va="center"), variant)
+            chart.mark(axes.text(0, place - 0.25, variant, fontsize=LETTERS, va="center"), variant)
         _finish(axes, title, "share of the gradient, %", "")
     return chart, colors
