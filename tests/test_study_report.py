@@ -341,10 +341,17 @@ def test_a_forest_plot_draws_what_it_is_given():
     low, high = axes.get_xlim()
     assert low > -5  # one wide interval does not squeeze the others; arrows show that it goes on
     assert high < 5
-    assert [line.get_marker() for line in axes.lines].count("<") == 1
+    markers = [line.get_marker() for line in axes.lines]
+    assert (markers.count("<"), markers.count(">")) == (1, 1)
     assert {text.get_text() for text in axes.texts} >= {"a", "better", "b", "undecided"}
     (band,) = axes.patches
     assert (band.get_x(), band.get_x() + band.get_width()) == (-0.3, 0.3)
+
+
+def test_an_interval_far_from_zero_has_no_arrow():
+    row = Difference("a", 5.0, (4.0, 6.0), {"seed 0": 4.5, "seed 1": 5.5}, "better")
+    (axes,) = forest([row], title="t", xlabel="points").figure.axes
+    assert not {"<", ">"} & {line.get_marker() for line in axes.lines}
 
 
 # --- Means over settings -------------------------------------------------------------------------

@@ -130,22 +130,6 @@ def _row(cells: Sequence[str] | map[str]) -> str:
     return " & ".join(cells) + r" \\"
 
 
-def _plain(study: Collected) -> list[dict[str, Any]]:
-    """Returns one entry per row and setting, as plain values."""
-    return [
-        {
-            "method": line.name,
-            "setting": setting,
-            "n": sample.n,
-            "mean": sample.mean,
-            "std": sample.std,
-            "best": setting in line.best,
-        }
-        for line in lines(study)
-        for setting, sample in line.cells.items()
-    ]
-
-
 def as_csv(study: Collected) -> str:
     """Writes CSV with a line per method and three columns per setting: mean, std and n."""
     names = [
@@ -166,7 +150,19 @@ def as_csv(study: Collected) -> str:
 
 def as_json(study: Collected) -> str:
     """Writes JSON with one entry per method and setting."""
-    return json.dumps(_plain(study), indent=2) + "\n"
+    entries = [
+        {
+            "method": line.name,
+            "setting": setting,
+            "n": sample.n,
+            "mean": sample.mean,
+            "std": sample.std,
+            "best": setting in line.best,
+        }
+        for line in lines(study)
+        for setting, sample in line.cells.items()
+    ]
+    return json.dumps(entries, indent=2) + "\n"
 
 
 FORMATS: Mapping[str, Callable[[Collected], str]] = {

@@ -102,8 +102,8 @@ def _draw(chart: Chart, axes: Axes, place: int, row: Difference, color: str, spe
             np.clip((low, high), left, right), [place + 0.14] * 2, color=color, lw=2
         )
         chart.mark(line, row.name, shown)
-        for end, edge, arrow in ((low, left, "<"), (high, right, ">")):
-            if abs(end) > abs(edge):
+        for goes_on, edge, arrow in ((low < left, left, "<"), (high > right, right, ">")):
+            if goes_on:
                 (tip,) = axes.plot([edge], [place + 0.14], arrow, color=color, ms=6, clip_on=False)
                 chart.mark(tip, row.name)
     (mean,) = axes.plot([row.mean], [place + 0.14], "D", color=color, ms=6, mec="white", mew=0.8)

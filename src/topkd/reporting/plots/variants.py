@@ -82,6 +82,7 @@ def tradeoff(
                 point.x, point.y, look.marker, color=look.color, ms=7, mec="white", mew=0.8
             )
             chart.mark(dot, name, point.hover)
+        axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))  # a bar may reach below a time of 0
         _finish(axes, title, xlabel, ylabel)
     return chart
 

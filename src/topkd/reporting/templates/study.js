@@ -12,7 +12,7 @@ for (const item of document.querySelectorAll("#variants li")) {
 }
 const number = (cell) => {
   const found = cell.textContent.replaceAll("\u2212", "-").match(/^[\s<+]*(-?\d[\d.]*)/);
-  return found ? Number(found[1]) : -Infinity;
+  return found ? Number(found[1]) : NaN;
 };
 const text = (cell) => cell.textContent.trim();
 for (const table of document.querySelectorAll("table")) {
@@ -28,12 +28,15 @@ for (const table of document.querySelectorAll("table")) {
       const order = head.getAttribute("aria-sort") === first ? second : first;
       heads.forEach((each) => each.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", order);
+      const sign = order === "ascending" ? 1 : -1;
       const compared = (a, b) => {
         const [x, y] = [a.cells[column], b.cells[column]];
-        return words ? text(x).localeCompare(text(y)) : number(x) - number(y);
+        if (words) return sign * text(x).localeCompare(text(y));
+        const [p, q] = [number(x), number(y)];
+        if (isNaN(p) || isNaN(q)) return isNaN(p) - isNaN(q); // absent values last
+        return sign * (p - q);
       };
-      const rows = [...body.rows].sort(compared);
-      body.append(...(order === "ascending" ? rows : rows.reverse()));
+      body.append(...[...body.rows].sort(compared));
     });
   });
 }
