@@ -100,7 +100,11 @@ def html(study: Collected, place: Place, progress: Progress | None = None) -> st
         "overall": _overall(study, compared, style),
         "first": next((part for part in parts if part.forest), parts[0]),
         "parts": parts,
-        "metrics": METRICS.values(),
+        "metrics": [
+            metric
+            for metric in METRICS.values()
+            if any(study.values(setting, metric) for setting in study.plan.settings)
+        ],
         "symbols": SYMBOLS,
         "dark": DARK,
     }

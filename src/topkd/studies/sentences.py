@@ -91,7 +91,7 @@ def _amount(comparison: Comparison, metric: Metric) -> str:
 def _undecided(comparisons: Sequence[Comparison]) -> str:
     verb = "are" if len(comparisons) > 1 else "is"
     line = f"{count(len(comparisons), 'variant')} {verb} undecided"
-    known = [each.needed for each in comparisons if each.interval is not None and each.needed]
+    known = [each.needed for each in comparisons if each.needed is not None]
     if known:
         which = "the first" if len(comparisons) > 1 else "it"
         return f"{line} (about {min(known)} seeds would decide {which})"
