@@ -280,9 +280,11 @@ def test_where_less_is_better_a_smaller_value_is_better():
     assert found.verdict == "better"
 
 
-def test_the_needed_seeds_would_decide():
-    values = drawn(0.2, n=6, seed=3)
+@pytest.mark.parametrize(("n", "seed"), [(6, 3), (4, 0), (4, 1), (3, 2), (3, 5)])
+def test_the_needed_seeds_would_decide(n, seed):
+    values = drawn(0.2, n=n, seed=seed)
     (found,) = compare("s", values, "kd", margin=0.3)
+    assert found.verdict == "undecided"
     d = np.array(found.differences.values)
     half = stats.t.ppf(0.975, found.needed - 1) * d.std(ddof=1) / math.sqrt(found.needed)
     assert half < max(abs(d.mean()), 0.3 - abs(d.mean()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,7 @@ from scipy import stats
 
 from topkd.evaluation.statistics import LEVEL, Sample, paired
 
+MOST = 1_000_000  # seeds; a study that would need more is reported as needing this many
 Verdict = Literal["better", "worse", "no difference that matters", "undecided"]
 
 
@@ -114,10 +116,9 @@ def _needed(differences: Sample, error: float, margin: float | None) -> int | No
     if differences.p is None or not differences.std:
         return None
     mean, deviation, count = abs(differences.mean), differences.std, differences.n
-    half = max(mean, 0.0 if margin is None else margin - mean, 1e-12)
-    while count < 1_000_000:
-        reached = stats.t.ppf(1 - error / 2, count - 1) * deviation / math.sqrt(count)
-        if reached < half:
-            return count
-        count = max(count + 1, math.ceil(count * min(4.0, (reached / half) ** 2)))
-    return count
+    half = max(mean, 0.0 if margin is None else margin - mean)
+
+    def decides(n: int) -> bool:
+        return bool(stats.t.ppf(1 - error / 2, n - 1) * deviation / math.sqrt(n) < half)
+
+    return count + bisect_left(range(count, MOST), True, key=decides)
