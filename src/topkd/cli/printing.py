@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from topkd.studies.tune import Tuned
 
 
 def catalog(what: str) -> list[dict[str, str]]:
@@ -104,6 +108,23 @@ def print_predictions(predictions: Sequence[dict[str, Any]]) -> None:
         for place, entry in enumerate(prediction["classes"])
     ]
     print(*_table(("picture", "class", "probability"), rows, left=2), sep="\n")
+
+
+def print_trials(tuned: Tuned) -> None:
+    """Prints the values and the result of every trial of `topkd tune`, the best one marked."""
+    keys = list(tuned.best.values)
+    rows = [
+        (
+            str(number),
+            *(json.dumps(trial.values[key]) for key in keys),
+            tuned.metric.format(trial.score),
+            "best" if trial is tuned.best else f"{trial.state} {trial.note}".rstrip(),
+        )
+        for number, trial in enumerate(tuned.trials, start=1)
+    ]
+    seeds = f"{len(tuned.seeds)} seed" + ("s" if len(tuned.seeds) > 1 else "")
+    print(f"last epoch, on {tuned.validation:g} of the training images, held out; {seeds}")
+    print(*_table(("trial", *keys, tuned.metric.heading, "state"), rows, left=1), sep="\n")
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:

@@ -18,6 +18,7 @@ from topkd.config.validation import RecipeError, Section, change_by, near, read_
 
 Terms = tuple[dict[str, Any], ...]
 MOST_JOBS = 100_000
+_EXCLUSIVE = {"share": "weight", "weight": "share"}
 
 
 class Variant(Section):
@@ -265,7 +266,7 @@ def _variants(file: StudyFile, beside: Path) -> Variants:
             terms, changes = copy.deepcopy(terms), dict(changes)
         terms += [dict(term) for term in given.add or ()]
         for key, value in given.set.items():
-            if not _set_term(terms, key, value):
+            if not set_term(terms, key, value):
                 changes[key] = value
         return terms, changes
 
@@ -274,13 +275,13 @@ def _variants(file: StudyFile, beside: Path) -> Variants:
     return resolved
 
 
-def _set_term(terms: list[dict[str, Any]], key: str, value: Any) -> bool:
+def set_term(terms: list[dict[str, Any]], key: str, value: Any) -> bool:
     """Sets ``TERM.option`` of the terms with this title; returns False if there is none."""
     title, _, option = key.partition(".")
     found = [term for term in terms if title in (term.get("label"), term.get("name"))]
     for term in found:
-        if option == "share":
-            term.pop("weight", None)
+        if option in _EXCLUSIVE:
+            term.pop(_EXCLUSIVE[option], None)
         _change(term, {option: value}, key)
     return bool(found)
 
@@ -297,7 +298,7 @@ def _in_grid(variants: Variants, file: StudyFile) -> Iterator[tuple[str, Any]]:
         for values in itertools.product(*(file.grid[key] for key in keys)):
             copied = copy.deepcopy(terms)
             for key, value in zip(keys, values, strict=True):
-                _set_term(copied, key, value)
+                set_term(copied, key, value)
             suffix = ",".join(
                 f"{key.partition('.')[2]}={value}" for key, value in zip(keys, values, strict=True)
             )

@@ -38,7 +38,7 @@ from topkd.training.precision import Runtime
 from topkd.training.run_folder import claim, locked
 from topkd.training.teacher_outputs import TeacherOutputs
 from topkd.training.tracking import check_trackers
-from topkd.training.trainer import Trainer
+from topkd.training.trainer import OnEpoch, Trainer, ignore_epoch
 from topkd.training.trial import try_losses
 
 
@@ -54,6 +54,7 @@ class Experiment:
         progress: Shows progress and messages.
         objects: Objects in place of names in the recipe.
         trackers: Names of experiment trackers, see :class:`~topkd.training.tracking.Trackers`.
+        on_epoch: Observes the epochs of students, see :class:`~topkd.training.trainer.Trainer`.
 
     Raises:
         RecipeError: If a name or an option in the recipe is invalid.
@@ -66,10 +67,11 @@ class Experiment:
         progress: Progress,
         objects: Objects = NO_OBJECTS,
         trackers: Sequence[str] = ("auto",),
+        on_epoch: OnEpoch = ignore_epoch,
     ) -> None:
         check(recipe, objects)
         check_trackers(trackers)
-        self.trackers = tuple(trackers)
+        self.trackers, self.on_epoch = tuple(trackers), on_epoch
         self.recipe, self.out, self.progress, self.objects = recipe, out, progress, objects
         self.folder = out / recipe.name
 
@@ -282,6 +284,7 @@ class Experiment:
             None if outputs is None else outputs.cache(seed),
             self._identity(),
             self.trackers,
+            self.on_epoch,
         )
         processes.by_first(lambda: files.refuse_deleted(self.folder))
         history = trainer.run(folder)

@@ -34,6 +34,13 @@ MEASURED = 8  # steps per epoch at which the gradient of each term is measured
 BALANCED = 32  # the same, if terms have a share of the gradient
 
 
+OnEpoch = Callable[[Mapping[str, Any]], None]
+
+
+def ignore_epoch(entry: Mapping[str, Any]) -> None:
+    """Does nothing with the metrics of an epoch."""
+
+
 class Diverged(ValueError):
     """Raised when a loss term becomes NaN or infinite; the message names the term."""
 
@@ -54,6 +61,8 @@ class Trainer:
         identity: Name -> other dependency of the result, e.g. a hash of the teacher's weights. A
             run is not resumed if one of them has changed.
         trackers: Names of experiment trackers, see :class:`~topkd.training.tracking.Trackers`.
+        on_epoch: Called with the metrics of every epoch once its state is saved; when a run
+            resumes, first with those of the earlier epochs. An exception stops the run.
     """
 
     def __init__(
@@ -69,8 +78,9 @@ class Trainer:
         teacher_cache: TeacherCache | None = None,
         identity: Mapping[str, str] = MappingProxyType({}),
         trackers: Sequence[str] = ("auto",),
+        on_epoch: OnEpoch = ignore_epoch,
     ) -> None:
-        self.trackers = trackers
+        self.trackers, self.on_epoch = trackers, on_epoch
         self.teacher_cache = teacher_cache
         self.identity = dict(identity)
         self.accelerator = processes.accelerator()
@@ -123,6 +133,8 @@ class Trainer:
         images = self.recipe.epochs * self.steps * self.recipe.batch_size
         with self.progress.bar(title, images, "images") as advance:
             advance(len(self.history) * self.steps * self.recipe.batch_size, "")
+            for entry in self.history:
+                self.on_epoch(entry)
             for epoch in left:
                 entry = self._epoch(epoch, advance)
                 self.history.append(entry)
@@ -133,6 +145,7 @@ class Trainer:
                 trackers.log(entry)
                 reported = self._report_issues(reported)
                 advance(0, f"epoch {epoch}/{self.recipe.epochs}, {summary(entry)}")
+                self.on_epoch(entry)
         trackers.finish()
         return self.history
 
