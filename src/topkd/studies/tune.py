@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 VALIDATION = 0.2  # fraction of the training images that is held out if the recipe holds out none
 SEEDS = (100,)  # not among the first seeds, which final runs use
 MARK = "# Tuned from "  # first words of a tuned recipe
+HEADER = """{mark}{source}: {score}, on held-out training images
+#
+# The best of {trials} trials ({complete} complete) at the last epoch, on held-out images
+# ({validation:g} of the training images). Seeds of each trial: {seeds}.
+# As the best of several, this value is optimistic: measure the recipe on the test images,
+# with other seeds.
+{values}
+"""
 
 
 @dataclass(frozen=True)
@@ -58,20 +66,19 @@ class Tuned:
 
     def text(self) -> str:
         """Returns the recipe as YAML. Comments describe how its values were chosen."""
-        complete = [trial for trial in self.trials if trial.state == "complete"]
-        score = f"{self.metric.format(self.best.score)} {self.metric.unit}".rstrip()
-        lines = [
-            f"{MARK}{self.source}: {self.metric.title} {score} on held-out training images",
-            "#",
-            f"# The best of {len(self.trials)} trials, {len(complete)} of them complete, by "
-            f"{self.metric.title} at the last epoch",
-            f"# on {self.validation:g} of the training images, mean over seeds "
-            f"{', '.join(map(str, self.seeds))}. As the best of several, this value is",
-            "# optimistic: measure the recipe on the test images, with other seeds.",
-            *(f"#   {key}: {json.dumps(value)}" for key, value in self.best.values.items()),
-        ]
+        values = self.best.values.items()
+        header = HEADER.format(
+            mark=MARK,
+            source=self.source,
+            score=f"{self.metric.title} {self.metric.format(self.best.score)} {self.metric.unit}",
+            trials=len(self.trials),
+            complete=sum(trial.state == "complete" for trial in self.trials),
+            validation=self.validation,
+            seeds=", ".join(map(str, self.seeds)),
+            values="\n".join(f"#   {key}: {json.dumps(value)}" for key, value in values),
+        )
         tree = self.recipe.model_dump(mode="json", exclude_unset=True, exclude={"name"})
-        return "\n".join(lines) + "\n" + write_yaml(tree)
+        return header + write_yaml(tree)
 
     def as_json(self) -> dict[str, Any]:
         """Converts to plain values, without the recipe."""
@@ -123,6 +130,16 @@ def tune(
     References:
         Optuna: A Next-generation Hyperparameter Optimization Framework (Akiba et al., KDD 2019)
         https://arxiv.org/abs/1907.10902
+
+    Examples:
+        >>> from tempfile import mkdtemp
+        >>> from topkd.config import recipe as recipes
+        >>> small = ["student.model=resnet8x0.25", "epochs=1", "data.limit=100"]
+        >>> recipe, quiet = recipes.load("digits/teacher", small), Progress(quiet=True)
+        >>> rates = {"optimizer.lr": (0.01, 0.1)}
+        >>> tuned = tune(recipe, rates, Path(mkdtemp()), quiet, trials=2)
+        >>> len(tuned.trials), tuned.best.state, tuned.recipe.data.validation
+        (2, 'complete', 0.0)
     """
     _optuna()
     share = validation or recipe.data.validation or VALIDATION
@@ -132,11 +149,12 @@ def tune(
         progress.say(f"trials hold out {share:g} of the training images (data.validation is 0)")
     Experiment(first, search.folder, progress, trackers=()).train_teacher()
     search.run(trials, progress, epochs=first.epochs)
-    complete = {trial.score: trial for trial in reversed(search.trials) if trial.score is not None}
-    if not complete:
+    scores = [trial.score for trial in search.trials if trial.score is not None]
+    if not scores:
         raise ValueError(f"none of {len(search.trials)} trials is complete; see the messages above")
     found = METRICS[metric]
-    best = complete[(max if found.higher_is_better else min)(complete)]
+    top = max(scores) if found.higher_is_better else min(scores)
+    best = next(trial for trial in search.trials if trial.score == top)
     chosen = with_values(recipe, best.values)
     return Tuned(recipe.name, found, search.trials, best, chosen, share, search.seeds)
 
@@ -255,7 +273,7 @@ class _Search:
             self.trials.append(Trial(values, "pruned", note=str(stop)))
             raise
         except ValueError as error:  # such as a diverged loss
-            self.trials.append(Trial(values, "failed", note=str(error)))
+            self.trials.append(Trial(values, "failed", note=str(error).splitlines()[0]))
             raise pruned from error
         self.trials.append(Trial(values, "complete", sum(scores) / len(scores)))
         return sum(scores) / len(scores)
@@ -316,12 +334,12 @@ class _Search:
         return value
 
     def _news(self) -> str:
-        trial = self.trials[-1]
+        """Describes the last trial in a line."""
+        metric, trial = METRICS[self.metric], self.trials[-1]
         values = ", ".join(f"{key}={json.dumps(value)}" for key, value in trial.values.items())
-        score = f"{METRICS[self.metric].title} {METRICS[self.metric].format(trial.score)}"
-        return (
-            f"{values}: {trial.state} {trial.note}" if trial.score is None else f"{values}: {score}"
-        )
+        if trial.score is None:
+            return f"{values}: {trial.state} {trial.note}"
+        return f"{values}: {metric.title} {metric.format(trial.score)}"
 
 
 def _finished(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
