@@ -98,8 +98,14 @@ def tune(*changes, out="runs", trials=20, name="tiny.yaml", **options):
     return tuning.tune(recipes.load(name), space, Path(out), QUIET, trials=trials, **options)
 
 
-def plain_run(changes):
-    return Experiment(recipes.load("tiny.yaml", changes), Path("plain"), QUIET, trackers=())
+def plain_run(seed, *changes):
+    """Trains the losses of the recipe without a search; returns the result and all epochs."""
+    recipe = recipes.load("tiny.yaml", ["controls={}", *changes])
+    (variant,) = recipe.variants
+    plain = Experiment(recipe, Path("plain"), QUIET, trackers=())
+    result = plain.train_student(variant, seed)
+    lines = (plain.folder / variant / f"seed{seed}/metrics.jsonl").read_text(encoding="utf-8")
+    return result, [json.loads(line) for line in lines.splitlines()]
 
 
 # --- What is found -------------------------------------------------------------------------------
@@ -112,14 +118,18 @@ def test_the_best_value_is_that_of_plain_runs_on_validation_images(call, monkeyp
         patch.setitem(DATA, "digits", lambda: replace(digits(), test=Secret(digits().test)))
         status, out, err = call(*words, "--seeds", "100", "101", "--json", "--quiet")
         with pytest.raises(AssertionError, match="a test image was read"):
-            plain_run([]).run([0])
+            plain_run(0)
     assert status == 0, err
     tuned = json.loads(out)
     by_hand = {}
     for rate in (0.0001, 0.1):
-        changes = ["losses.kd.weight=4", f"optimizer.lr={rate}", "data.validation=0.2"]
-        plain = plain_run([*changes, f"name=plain-{rate}"])
-        runs = [plain.train_student("student", seed) for seed in (100, 101)]
+        changes = (
+            "losses.kd.weight=4",
+            f"optimizer.lr={rate}",
+            "data.validation=0.2",
+            f"name=plain-{rate}",
+        )
+        runs = [plain_run(seed, *changes)[0] for seed in (100, 101)]
         assert {run["eval_split"] for run in runs} == {"validation"}
         by_hand[4, rate] = statistics.mean(run["last"]["top1"] for run in runs)
     found = {tuple(t["values"].values()): t["score"] for t in tuned["trials"]}
@@ -149,11 +159,8 @@ def test_bad_trials_are_pruned_by_the_median_of_those_before(here):
     tuned = tune(f"optimizer.lr={','.join(map(str, rates))}", "epochs=3")
     curves = {}
     for rate in rates:
-        changes = [f"optimizer.lr={rate}", "epochs=3", "data.validation=0.2", f"name=plain-{rate}"]
-        plain = plain_run(changes)
-        plain.train_student("student", 100)
-        lines = (plain.folder / "student/seed100/metrics.jsonl").read_text(encoding="utf-8")
-        curves[rate] = [json.loads(line)["validation_top1"] for line in lines.splitlines()]
+        changes = f"optimizer.lr={rate}", "epochs=3", "data.validation=0.2", f"name=plain-{rate}"
+        curves[rate] = [entry["validation_top1"] for entry in plain_run(100, *changes)[1]]
     complete, expected = [], {}
     for trial in tuned.trials:
         rate = trial.values["optimizer.lr"]

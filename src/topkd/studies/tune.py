@@ -283,7 +283,8 @@ class _Search:
         for key, candidates in self.space.items():
             if isinstance(candidates, Range):
                 low, high, log = candidates.low, candidates.high, candidates.is_logarithmic
-                values[key] = trial.suggest_float(key, low, high, log=log)
+                drawn = trial.suggest_float(key, low, high, log=log)
+                values[key] = min(max(float(f"{drawn:.4g}"), low), high)  # readable in a recipe
             else:
                 values[key] = candidates[trial.suggest_categorical(key, range(len(candidates)))]
         return values
