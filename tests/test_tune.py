@@ -100,11 +100,10 @@ def tune(*changes, out="runs", trials=20, name="tiny.yaml", **options):
 
 def plain_run(seed, *changes):
     """Trains the losses of the recipe without a search; returns the result and all epochs."""
-    recipe = recipes.load("tiny.yaml", ["controls={}", *changes])
-    (variant,) = recipe.variants
+    recipe = recipes.load("tiny.yaml", changes)
     plain = Experiment(recipe, Path("plain"), QUIET, trackers=())
-    result = plain.train_student(variant, seed)
-    lines = (plain.folder / variant / f"seed{seed}/metrics.jsonl").read_text(encoding="utf-8")
+    result = plain.train_student(seed)
+    lines = (plain.folder / recipe.main / f"seed{seed}/metrics.jsonl").read_text(encoding="utf-8")
     return result, [json.loads(line) for line in lines.splitlines()]
 
 

@@ -323,12 +323,11 @@ class _Search:
         experiment = Experiment(
             recipe, self.folder, Progress(quiet=True), trackers=(), on_epoch=report_and_prune
         )
-        (variant,) = recipe.variants
-        folder = experiment.folder / variant / f"seed{seed}"
+        folder = experiment.folder / recipe.main / f"seed{seed}"
         done, history = processes.by_first(lambda: _finished(folder))
         for entry in history:
             report(entry)
-        result = Result.model_validate(done or experiment.train_student(variant, seed))
+        result = Result.model_validate(done or experiment.train_student(seed))
         value = result.metric(self.metric)
         if value is None:
             raise ValueError(f"{self.metric} is undefined for {experiment.folder}")
