@@ -216,6 +216,12 @@ def test_the_best_of_a_loss_is_the_smallest(here, scored):
     assert tune("kd.weight=3,1,2").best.values == {"kd.weight": 3}
 
 
+def test_a_metric_on_request_is_computed_for_every_trial(here):
+    tuned = tune("optimizer.lr=0.1", metric="knn")
+    assert 0 < tuned.best.score <= 100
+    assert tuned.recipe.evaluation == ()
+
+
 # --- What is tried -------------------------------------------------------------------------------
 
 
@@ -284,8 +290,9 @@ def test_a_key_is_one_of_the_recipe_or_of_a_term(here, key):
         (["kd.weight=[1"], "kd.weight=[1: the list of values is not YAML"),
         (["controls.ce.0.weight=1,2"], "controls.ce.0.weight cannot be tuned"),
         (["data.validation=0.1,0.2"], "data.validation cannot be tuned"),
+        (["evaluation=[],[knn]"], "evaluation cannot be tuned: it has no effect on a trial"),
         (["data.limit=50,100"], "data.limit changes the training of the teacher"),
-        (["kd.weight=1", "--metric", "top2"], "--metric: there is no metric 'top2'; did you mean"),
+        (["kd.weight=1", "--metric", "top2"], "--metric: there is no 'top2'; did you mean"),
         (["kd.weight=1", "--validation", "1"], "--validation: expected a fraction below 1, got 1"),
         (["kd.weight=1", "--to", "teacher.yaml"], "teacher.yaml exists and is not a tuned recipe"),
     ],

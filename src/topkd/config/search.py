@@ -136,6 +136,6 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     if first not in Recipe.model_fields:
         known = [*titles, *Recipe.model_fields]
         raise RecipeError(f"there is no key or term {first!r}{near(first, known)}")
-    if first in ("name", "controls") or key == "data.validation":
+    if first in ("name", "controls", "evaluation") or key == "data.validation":
         raise RecipeError(f"{key} cannot be tuned: it has no effect on a trial")
     change_by(tree, f"{key}={json.dumps(value)}")

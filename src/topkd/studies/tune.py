@@ -14,10 +14,16 @@ from topkd._io.progress import Progress
 from topkd._runtime import processes
 from topkd.config.recipe import Recipe
 from topkd.config.search import Range, Space, one_by_one, size, with_values
-from topkd.config.validation import RecipeError, near, write_yaml
+from topkd.config.validation import RecipeError, write_yaml
 from topkd.evaluation.metrics import METRICS, Metric
 from topkd.evaluation.results import Result, Run, finished
-from topkd.training.check import check, check_batches, teacher_recipe
+from topkd.training.check import (
+    check,
+    check_batches,
+    check_metric,
+    check_name,
+    teacher_recipe,
+)
 from topkd.training.experiment import Experiment
 from topkd.training.trial import try_losses
 
@@ -190,16 +196,15 @@ class _Search:
         """Returns the recipe of a trial, named after the hash of its settings."""
         chosen = with_values(self.recipe, values)
         data = chosen.data.model_copy(update={"validation": self.validation})
-        trial = chosen.model_copy(update={"data": data, "controls": {}})
+        evaluation = (self.metric,) if METRICS[self.metric].on_request else ()
+        of_trials = {"data": data, "controls": {}, "evaluation": evaluation}
+        trial = chosen.model_copy(update=of_trials)
         return trial.model_copy(update={"name": f"trials/{trial.hash}"})
 
     def check(self) -> Recipe:
         """Checks the metric and every value of every key, and returns the recipe of the first."""
-        if self.metric not in METRICS:
-            known = near(self.metric, list(METRICS))
-            raise RecipeError(f"--metric: there is no metric {self.metric!r}{known}")
-        if METRICS[self.metric].needs_teacher and self.recipe.teacher is None:
-            raise RecipeError(f"--metric: {self.metric} cannot be computed without a teacher")
+        check_name(METRICS, self.metric, "--metric")
+        check_metric(self.metric, "--metric", has_teacher=self.recipe.teacher is not None)
         if not 0 < self.validation < 1:
             raise RecipeError(f"--validation: expected a fraction below 1, got {self.validation:g}")
         found = [(key, self.recipe_of(values)) for key, values in one_by_one(self.space)]
