@@ -59,7 +59,7 @@ def call(monkeypatch, capsys, tmp_path):
 def test_stages_one_by_one(call, tmp_path):
     status, out, err = call("teacher", "tiny.yaml")
     assert status == 0, err
-    assert out.split() == ["teacher:", "runs/teacher/ce/seed0/student.safetensors"]
+    assert out.split() == ["teacher:", "runs/teacher-limit-200/ce/seed0/student.safetensors"]
     status, out, err = call("ripsnet", "tiny.yaml")
     assert status == 0, err
     assert "R² " in err

@@ -75,7 +75,9 @@ def weights(experiment: Experiment, variant: str):
 
 def test_every_stage_leaves_what_the_next_needs(tiny):
     experiment, results = tiny
-    assert experiment.teacher_file == experiment.out / "taught/ce/seed0/student.safetensors"
+    assert (
+        experiment.teacher_file == experiment.out / "taught-limit-200/ce/seed0/student.safetensors"
+    )
     assert experiment.teacher_file.exists()
     assert len(list(experiment.folder.glob("ripsnet-*.safetensors"))) == 1  # one for both variants
     for variant in ("kd+topkd", "kd", "silent"):
@@ -96,7 +98,7 @@ def test_every_stage_leaves_what_the_next_needs(tiny):
 )
 def test_a_folder_of_runs_is_told_which_there_are(tiny, tmp_path, ask):
     out = tiny[0].out
-    runs = [f"{out}/taught/ce/seed0"]
+    runs = [f"{out}/taught-limit-200/ce/seed0"]
     runs = [
         *(f"{tiny[0].folder}/{variant}/seed0" for variant in ("kd", "silent", "kd+topkd")),
         *runs,

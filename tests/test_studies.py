@@ -380,6 +380,17 @@ def test_names_do_not_break_a_table(file, tmp_path):
     assert r"a|b\_c \& 50\% \{x\} \$y\$ \textasciitilde{}\textasciicircum{}" in latex
 
 
+def test_settings_with_other_images_have_teachers_of_their_own(file, tmp_path):
+    """The teacher's recipe names one folder, and each setting trains it on its own images."""
+    settings = {"limit": {}, "few": {"data.limit": 60}}
+    path = written(tmp_path, settings=settings, seeds="0", set={"epochs": 1})
+    outcome = run(studies.load(path), tmp_path / "runs", Local(2), QUIET)
+    assert (outcome.failed, outcome.left) == ([], 0)
+    teachers = (tmp_path / "runs").glob("teacher*/ce/seed0/result.json")
+    limits = {json.loads(path.read_text(encoding="utf-8"))["recipe"] for path in teachers}
+    assert limits == {"teacher-limit-100", "teacher-limit-60"}
+
+
 def test_the_command_line(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

@@ -291,7 +291,6 @@ def test_a_key_is_one_of_the_recipe_or_of_a_term(here, key):
         (["controls.ce.0.weight=1,2"], "controls.ce.0.weight cannot be tuned"),
         (["data.validation=0.1,0.2"], "data.validation cannot be tuned"),
         (["evaluation=[],[knn]"], "evaluation cannot be tuned: it has no effect on a trial"),
-        (["data.limit=50,100"], "data.limit changes the training of the teacher"),
         (["kd.weight=1", "--metric", "top2"], "--metric: there is no 'top2'; did you mean"),
         (["kd.weight=1", "--validation", "1"], "--validation: expected a fraction below 1, got 1"),
         (["kd.weight=1", "--to", "teacher.yaml"], "teacher.yaml exists and is not a tuned recipe"),

@@ -69,6 +69,19 @@ class DataSection(_Open):
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Processes that load training images; 0 uses threads. Results do not depend on it."""
 
+    def differences(self, other: DataSection) -> list[str]:
+        """Lists the settings that differ from another section, as ``limit-300``.
+
+        Text and flags are left out: they tell where the images are and how to get them.
+        """
+        own, others = (each.model_dump(mode="json", exclude={"workers"}) for each in (self, other))
+        listed = (
+            f"{key}-{value}"
+            for key, value in sorted(own.items())
+            if value != others.get(key) and not isinstance(value, str | bool)
+        )
+        return [re.sub(r"[^\w.]+", "-", each).strip("-") for each in listed]
+
 
 class StudentSection(Section):
     """The student network."""

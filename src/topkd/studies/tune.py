@@ -17,13 +17,7 @@ from topkd.config.search import Range, Space, one_by_one, size, with_values
 from topkd.config.validation import RecipeError, write_yaml
 from topkd.evaluation.metrics import METRICS, Metric
 from topkd.evaluation.results import Result, Run, finished
-from topkd.training.check import (
-    check,
-    check_batches,
-    check_metric,
-    check_name,
-    teacher_recipe,
-)
+from topkd.training.check import check, check_batches, check_metric, check_name
 from topkd.training.experiment import Experiment
 from topkd.training.trial import try_losses
 
@@ -216,12 +210,6 @@ class _Search:
             recipes = [recipe for of, recipe in found if of == key]
             if len({recipe.hash for recipe in recipes}) < len(recipes):
                 raise RecipeError(f"{key}: two values have the same effect on a trial")
-            teachers = {(each.name, each.hash) for each in map(_trained_teacher, recipes) if each}
-            if len({name for name, _ in teachers}) < len(teachers):
-                raise RecipeError(
-                    f"{key} changes the training of the teacher, which all trials share; "
-                    "set teacher.checkpoint"
-                )
         return found[0][1]
 
     def run(self, most: int, progress: Progress, *, epochs: int) -> None:
@@ -351,11 +339,3 @@ def _finished(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]
     """Reads the result of a finished run and its metrics per epoch."""
     result = finished(folder)
     return result, [] if result is None else Run(Result.model_validate(result), folder).history
-
-
-def _trained_teacher(recipe: Recipe) -> Recipe | None:
-    """Returns the recipe that trains the teacher; None if it is not trained."""
-    section = recipe.teacher
-    if section is None or section.recipe is None or section.checkpoint is not None:
-        return None
-    return teacher_recipe(recipe)

@@ -180,11 +180,17 @@ def check_metric(name: str, where: str, *, has_teacher: bool) -> None:
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
-    """Returns the recipe that trains the teacher, with the data of the student's recipe."""
+    """Returns the recipe that trains the teacher, with the data of the student's recipe.
+
+    Its name lists the settings of the data that differ from those of the teacher's own recipe, as
+    ``digits/teacher-limit-300``, so that students on different data do not share a teacher.
+    """
     section = recipe.teacher
     assert section is not None
     assert section.recipe is not None
-    teacher = recipes.load(section.recipe).model_copy(update={"data": recipe.data})
+    loaded = recipes.load(section.recipe)
+    name = "-".join([loaded.name, *recipe.data.differences(loaded.data)])
+    teacher = loaded.model_copy(update={"data": recipe.data, "name": name})
     if teacher.student.model != section.model:
         raise RecipeError(
             f"teacher.recipe: {teacher.name} trains {teacher.student.model}, "
