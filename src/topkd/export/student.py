@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 import topkd
@@ -22,7 +21,8 @@ from topkd.data.pictures import CROP
 from topkd.data.trust import changed
 from topkd.evaluation import results
 from topkd.evaluation.loading import evaluation_crop, restore
-from topkd.evaluation.metrics import BATCH, METRICS, agreement
+from topkd.evaluation.metrics import BATCH, agreement
+from topkd.export.card import card
 from topkd.export.formats import FORMATS, Predictor, Subject, require
 from topkd.models import checkpoint
 from topkd.models.factory import refuse_code
@@ -48,11 +48,10 @@ class Student:
         return None if self.study is None else self.study.first.result
 
     @property
-    def title(self) -> str:
-        """A readable description."""
-        run = self.run
-        source = str(self.path) if run is None else f"{run.recipe}, {run.variant}, seed {run.seed}"
-        return f"{self.about['model']} of {source}"
+    def recipe(self) -> Any:
+        """The recipe of the run with all defaults, without local folders."""
+        text = self.study and self.study.text
+        return text and _without_folders(read_yaml(text, "recipe.yaml"))
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def export(
         }
         for name in made:
             files.write(out / name, (Path(work) / name).read_bytes())
-    files.write(out / "README.md", card(student, config))
+    files.write(out / "README.md", card(student.about, student.run, student.recipe, config))
     files.write_json(out / CONFIG, config)  # last: marks the export as complete
     return config
 
@@ -339,68 +338,3 @@ def _without_folders(tree: Any, key: str = "") -> Any:
         return [_without_folders(item) for item in tree]
     is_place = isinstance(tree, str) and (key in _PLACES or tree.endswith((".yaml", ".yml")))
     return Path(tree).name if is_place else tree
-
-
-def card(student: Student, config: Mapping[str, Any]) -> str:
-    """Writes a model card, as the Hugging Face hub shows it.
-
-    Args:
-        student: What it is about.
-        config: The content of ``config.json``.
-
-    References:
-        Model Cards for Model Reporting (Mitchell et al., FAT* 2019)
-        https://arxiv.org/abs/1810.03993
-    """
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("topkd.export"),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701  (Markdown)
-    )
-    study = student.study
-    recipe = None if study is None or study.text is None else read_yaml(study.text, "recipe.yaml")
-    return environment.get_template("model-card.md").render(
-        header=_as_yaml(_header(student, config)),
-        about=student.about,
-        run=student.run,
-        metrics=METRICS.values(),
-        config=config,
-        recipe=recipe and _as_yaml(_without_folders(recipe)),
-    )
-
-
-def _header(student: Student, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Builds the metadata of the model card."""
-    run, made = student.run, {file["format"] for file in config["files"].values()}
-    tags = ["topkd", "image-classification", config["model"]]
-    if run is not None and run.teacher is not None:
-        tags.append("knowledge-distillation")
-    if made & {"onnx", "onnx-int8"}:
-        tags.append("onnx")
-    header: dict[str, Any] = {"license": config["license"]} if config["license"] else {}
-    header |= {"library_name": "topkd", "pipeline_tag": "image-classification", "tags": tags}
-    if run is None:
-        return header
-    where = f"last epoch, {run.eval_split} images, n = 1 seed"
-    measured = [
-        {
-            "type": "accuracy" if name == "top1" else name,
-            "value": float(metric.format(run.metric(name))),
-            "name": f"{metric.title}{metric.unit and f' ({metric.unit})'}, {where}",
-        }
-        for name, metric in METRICS.items()
-        if run.metric(name) is not None
-    ]
-    result = {
-        "task": {"type": "image-classification"},
-        "dataset": {"type": run.data, "name": run.data, "split": run.eval_split},
-        "metrics": measured,
-    }
-    return header | {"model-index": [{"name": f"{run.recipe} {run.variant}", "results": [result]}]}
-
-
-def _as_yaml(tree: Any) -> str:
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip()
