@@ -107,7 +107,9 @@ class Handler(BaseHTTPRequestHandler):
             if "/revision/" in path
             else f"{len(repo['commits']) - 1:040d}"
         )
-        return self.answer(200, {"id": name, "sha": sha, "private": repo["private"]})
+        siblings = [{"rfilename": path} for path in hub.files(name)]
+        facts = {"id": name, "sha": sha, "private": repo["private"], "siblings": siblings}
+        return self.answer(200, facts)
 
     do_GET = do_POST = do_HEAD = do_PUT = handle_any
 
@@ -138,6 +140,8 @@ class Handler(BaseHTTPRequestHandler):
             elif told["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
             elif told["key"] == "deletedFile":
+                if value["path"] not in files:
+                    return self.answer(404, {"error": "no"}, X_Error_Code="EntryNotFound")
                 del files[value["path"]]
         commits = self.server.repos[name]["commits"]
         commits.append(files)
@@ -262,6 +266,15 @@ def test_what_an_export_has_no_longer_is_deleted_there(server, export):
     hub.push(export, "me/small", endpoint=server.url)
     assert "more/model.pt2" not in server.files("me/small")
     assert "by-hand.png" in server.files("me/small")
+
+
+def test_what_was_deleted_by_hand_is_not_deleted_again(server, export):
+    hub.push(export, "me/small", endpoint=server.url)
+    del server.files("me/small")["more/model.pt2"]  # the hub refuses to delete it again
+    (export / "more/model.pt2").unlink()
+    hub.push(export, "me/small", endpoint=server.url)
+    recorded = json.loads(server.files("me/small")["checksums.json"])
+    assert recorded.keys() == {"README.md", "model.onnx", "config.json"}
 
 
 def test_a_pull_that_broke_off_goes_on_where_it_stopped(server, export, tmp_path):
