@@ -241,7 +241,7 @@ def test_a_state_that_would_grow_is_refused(tmp_path):
     (tmp_path / "state-0.pt").write_bytes(grown.getvalue())
     told = {"file": "state-0.pt", "hash": files.sha256(grown.getvalue())}
     files.write_sealed(tmp_path / "latest.json", told)
-    with pytest.raises(ValueError, match=r"state-0\.pt is refused: it is a compressed archive"):
+    with pytest.raises(ValueError, match=r"state-0\.pt is refused: it is compressed"):
         state.load(tmp_path)
 
 

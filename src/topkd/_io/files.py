@@ -49,7 +49,7 @@ def write(path: Path, content: bytes | str) -> None:
 
 
 def _owner() -> str:
-    """Names this process in temporary files: its machine and its number there."""
+    """Identifies this process in the names of temporary files: machine hash and process number."""
     return f"{sha256(platform.node().encode())[:6]}-{os.getpid()}"
 
 
@@ -63,13 +63,13 @@ def _delete_orphans(path: Path) -> None:
 
 
 def _is_alive(process: int) -> bool:
-    if os.name != "posix":  # where a signal of 0 is no question
+    if os.name != "posix":  # elsewhere, signal 0 is not a test
         return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # of another user, or a system that cannot say
+    except OSError:  # the process of another user, or an unknown state
         return True
     return True
 

@@ -53,7 +53,7 @@ def read(file: IO[bytes], origin: str) -> Any:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and code:
             raise ValueError(
-                f"{origin} is refused: to load it would run {code[1]}; "
+                f"{origin} is refused: loading it would run {code[1]}; "
                 "only tensors and plain values are loaded"
             ) from error
         raise ValueError(f"{origin} is not a complete PyTorch checkpoint") from error
@@ -76,7 +76,7 @@ def _uncompressed(file: IO[bytes], origin: str) -> IO[bytes]:
         declared = sum(member.file_size for member in members)
         if declared > size or any(m.compress_type != zipfile.ZIP_STORED for m in members):
             raise _CompressedError(
-                f"{origin} is refused: it is a compressed archive: its {size:,} bytes expand to "
+                f"{origin} is refused: it is compressed, and its {size:,} bytes expand to "
                 f"{declared:,}; torch.save does not compress"
             )
         for member in members:

@@ -14,7 +14,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 KEY = "topkd"
-"""Metadata key of our files. It is a single key, since safetensors does not keep their order."""
+"""Metadata key of our files. It is the only one: safetensors does not keep the order of keys."""
 
 
 def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
