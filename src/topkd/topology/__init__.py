@@ -1,7 +1,7 @@
 """Persistent homology for training loops: differentiable functions of PyTorch tensors.
 
 ============================  ==========================================  ================  =======
-name                          computes                                    cost per cloud    differ.
+name                          computes                                    cost per cloud    grad
 ============================  ==========================================  ================  =======
 :func:`rips`                  exact Vietoris-Rips diagrams: H0            O(n² d)           yes
 ..                            H1, H2                                      see its docs      yes
@@ -24,7 +24,7 @@ name                          computes                                    cost p
 :class:`DistanceNet`          approximate vectorization, from distances   O(n² d)           yes
 ============================  ==========================================  ================  =======
 
-"Differ." states whether gradients reach the points. The comparisons from :func:`edge_matching` to
+"grad" states whether gradients reach the points. The comparisons from :func:`edge_matching` to
 :func:`persistence_weighted` need corresponding points, see :mod:`topkd.topology.matched`. Length
 scales are documented in :mod:`topkd.topology.scaling`. This package does not import other packages
 of topkd.

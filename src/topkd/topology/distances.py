@@ -41,7 +41,7 @@ def wasserstein(
         + \sum_{x \notin M} \lVert x - \pi(x) \rVert^p
         + \sum_{y \notin M} \lVert y - \pi(y) \rVert^p\Big)^{1/p}
 
-    For H0 of two clouds with equally many points, the diagonal is not used by default: each bar is
+    For H0 of two clouds of the same size, the diagonal is not used by default: each bar is
     one merge of components, and is matched to a bar. All births are 0, so the optimal matching
     compares sorted deaths. Its cost is at least the one above, which GUDHI computes;
     ``diagonal=True`` selects the latter, for example for comparability with clouds of other sizes.
@@ -52,13 +52,13 @@ def wasserstein(
 
     Args:
         first: Diagrams of one or several clouds, of one dimension; see ``Diagrams.of``.
-        second: Equally many diagrams of the same dimension; the number of bars may differ.
+        second: The same number of diagrams, of the same dimension; the number of bars may differ.
         order: The exponent p, at least 1; infinity gives the bottleneck distance.
         ground_norm: Norm of the difference of two bars as points of the plane: infinity for the
             maximum norm, as in GUDHI and Hera; 2 for the Euclidean norm, as in persim. The distance
             of a bar to the diagonal is its persistence times 1/2 or :math:`1/\sqrt 2`.
-        diagonal: Whether bars may be matched to the diagonal also for H0 with equally many bars
-            born at 0. All other diagrams always allow it.
+        diagonal: Whether bars may be matched to the diagonal also for H0 with the same number
+            of bars born at 0. All other diagrams always allow it.
 
     Returns:
         Distances, (clouds), in the unit of the points; a scalar for a single cloud.
@@ -110,15 +110,15 @@ def bottleneck(first: Diagrams, second: Diagrams) -> Tensor:
         \max_{x \notin M} \tfrac{d_x - b_x}{2},\ \max_{y \notin M} \tfrac{d_y - b_y}{2}\Big)
 
     Bars may be matched to the diagonal, including those of H0. This is the distance of the
-    stability theorem and GUDHI's. It equals the Wasserstein distance of infinite order with
-    ``diagonal=True``. The gradient is that of the pair that attains the maximum, shared between
-    ties.
+    stability theorem, which GUDHI also computes. It equals the Wasserstein distance of infinite
+    order with ``diagonal=True``. The gradient is that of the pair that attains the maximum, shared
+    between ties.
 
     Bisection over the costs takes O(n^2.5 log n) time per cloud, on the CPU.
 
     Args:
         first: Diagrams of one or several clouds, of one dimension; see ``Diagrams.of``.
-        second: Equally many diagrams of the same dimension; the number of bars may differ.
+        second: The same number of diagrams, of the same dimension; the number of bars may differ.
 
     Returns:
         Distances, (clouds), in the unit of the points; a scalar for a single cloud.
@@ -145,7 +145,7 @@ def sliced_wasserstein(first: Diagrams, second: Diagrams, *, directions: int = 5
     r"""Computes sliced Wasserstein distances: the mean distance of projections to lines.
 
     Bars are points :math:`(b, d)` of the plane. Each diagram is extended by the projections
-    :math:`\pi` of the other's bars onto the diagonal, so both have equally many points. For each of
+    :math:`\pi` of the other's bars onto the diagonal, so both have the same size. For each of
     m directions, the points are projected onto a line and compared in sorted order:
 
     .. math::
@@ -160,7 +160,7 @@ def sliced_wasserstein(first: Diagrams, second: Diagrams, *, directions: int = 5
 
     Args:
         first: Diagrams of one or several clouds, of one dimension; see ``Diagrams.of``.
-        second: Equally many diagrams of the same dimension; the number of bars may differ.
+        second: The same number of diagrams, of the same dimension; the number of bars may differ.
         directions: Number of directions, m, equally spaced over 180 degrees.
 
     Returns:
@@ -201,7 +201,9 @@ def _checked(first: Diagrams, second: Diagrams) -> tuple[Tensor, Tensor]:
     """Validates diagrams; returns bars (clouds, n, 2) and (clouds, m, 2), padding 0."""
     if first.mask.shape[:-1] != second.mask.shape[:-1]:
         shapes = tuple(first.mask.shape), tuple(second.mask.shape)
-        raise ValueError(f"diagrams must have equally many clouds, got {shapes[0]} and {shapes[1]}")
+        raise ValueError(
+            f"diagrams must have the same number of clouds, got {shapes[0]} and {shapes[1]}"
+        )
     # Empty diagrams are compatible with every dimension: a batch may have no loops.
     dimensions = [
         [d for d, size in enumerate(diagrams.sizes) if size] for diagrams in (first, second)

@@ -58,8 +58,8 @@ class PersistenceImage(Vectorization):
       because the authors' own fit can produce them.
 
     The weight :math:`w` of a bar is :math:`10 \tanh p + 10 \ln(100 b + 1)` for "topkd", :math:`p`
-    for "persistence" and 1 for "one". Only with "persistence" do short bars vanish in every
-    dimension: :math:`w(1, 0) = 46` for "topkd".
+    for "persistence" and 1 for "one". Short bars vanish in every dimension
+    only with "persistence": :math:`w(1, 0) = 46` for "topkd".
 
     Args:
         births: Range of births, low and high; for densities they may be equal.

@@ -52,7 +52,7 @@ def edge_matching(
 
     Args:
         student: Points :math:`S`, (n, d) or (clouds, n, d).
-        teacher: Points :math:`T`, equally many; the width may differ.
+        teacher: Points :math:`T`, the same number; the width may differ.
         scale: Scale of lengths, see :mod:`topkd.topology.scaling`.
         teacher_scale: Scale of the teacher's lengths. Defaults to ``scale``.
         detach_scale: Whether scales are constants for the gradient.
@@ -118,7 +118,7 @@ def rtd_lite(
 
     Args:
         student: Points, (n, d) or (clouds, n, d).
-        teacher: Points, equally many; the width may differ.
+        teacher: The same number of points; the width may differ.
         scale: Scale of lengths, see :mod:`topkd.topology.scaling`.
         detach_scale: Whether scales are constants for the gradient.
         edges: Edges of a tree that replaces all three, as an ablation control, (n - 1, 2) or
@@ -138,9 +138,9 @@ def rtd_lite(
 
     Examples:
         >>> segment = torch.tensor([[0.0], [1.0], [3.0]])
-        >>> rtd_lite(segment, segment[[1, 0, 2]], scale="none")  # trees 3 and 3, of the minimum 3
+        >>> rtd_lite(segment, segment[[1, 0, 2]], scale="none")  # weights 3 and 3, minimum 3
         tensor(0.)
-        >>> rtd_lite(segment, segment[[0, 2, 1]], scale="none")  # trees 3 and 3, of the minimum 2
+        >>> rtd_lite(segment, segment[[0, 2, 1]], scale="none")  # weights 3 and 3, minimum 2
         tensor(1.)
     """
     clouds = match_clouds(student, teacher, scale, scale, detach_scale)
@@ -223,7 +223,7 @@ def ultrametric(
 
     Args:
         student: Points, (n, d) or (clouds, n, d).
-        teacher: Points, equally many; the width may differ.
+        teacher: The same number of points; the width may differ.
         order: The exponent p, at least 1.
         scale: Scale of lengths, see :mod:`topkd.topology.scaling`.
         detach_scale: Whether scales are constants for the gradient.
@@ -278,7 +278,7 @@ def persistence_weighted(
 
     Args:
         student: Points, (n, d) or (clouds, n, d).
-        teacher: Points, equally many; the width may differ.
+        teacher: The same number of points; the width may differ.
         power: The exponent q, not negative.
         max_dim: Maximum dimension of the diagrams, see :func:`~topkd.topology.rips`.
         symmetric: Whether to add the same sum over the student's critical edges, weighted by the

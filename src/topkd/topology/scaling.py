@@ -121,7 +121,7 @@ def distance_scale(points: Tensor, scale: DistanceScale, *, detach: bool = False
     Args:
         points: (clouds, n, d).
         scale: The statistic, see :mod:`topkd.topology.scaling`.
-        detach: Whether the scale has no gradient.
+        detach: Whether the scale is a constant for the gradient.
 
     Returns:
         Scales, (clouds, 1); 1 where the statistic is 0.

@@ -85,7 +85,6 @@ class VectorizationLayer(nn.Module):
         >>> clouds = torch.randn(10, 64, 8, generator=torch.Generator().manual_seed(0))
         >>> from topkd.topology import PersistenceVector
         >>> layer = VectorizationLayer(PersistenceVector.fit(rips(clouds)))
-        >>> from topkd.topology import PersistenceVector
         >>> again = VectorizationLayer(PersistenceVector((0.0, 1.0), sigma=1.0))
         >>> again.load_state_dict(layer.state_dict())
         <All keys matched successfully>
