@@ -500,9 +500,9 @@ def test_compiled_in_one_piece_equals_eager(distance):
 
 
 def test_says_what_is_wrong_with_the_diagrams(distance):
-    with pytest.raises(ValueError, match=r"equally many clouds, got \(3, 8\) and \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"the same number of clouds, got \(3, 8\) and \(2, 8\)"):
         distance(diagrams(3), diagrams(2))
-    with pytest.raises(ValueError, match=r"equally many clouds, got \(1, 8\) and \(8,\)"):
+    with pytest.raises(ValueError, match=r"the same number of clouds, got \(1, 8\) and \(8,\)"):
         distance(diagrams(1), rips(torch.zeros(9, 2)))
     both = rips(torch.randn(20, 2), max_dim=1)
     with pytest.raises(ValueError, match=r"one dimension.* got dimensions \[0, 1\] and \[0\]"):
