@@ -368,8 +368,8 @@ def test_classes_that_agree(data, teacher):
 @pytest.mark.parametrize(
     ("data", "teacher", "message"),
     [
-        (["a", "b"], ["a"], "^the data have 2 classes, resnet.pt knows 1$"),
-        (["0", "1"], ["0"], "^the data have 2 classes, resnet.pt knows 1$"),
+        (["a", "b"], ["a"], "^the data have 2 classes, but resnet.pt has 1$"),
+        (["0", "1"], ["0"], "^the data have 2 classes, but resnet.pt has 1$"),
         (["a", "b", "c"], ["a", "x", "y"], "^class 1 is 'b' in the data and 'x' for resnet.pt$"),
         (["b", "a"], ["a", "b"], "class 0 is 'b' .* 'a' for resnet.pt: the same names in another"),
         (["1", "0"], ["0", "2"], "class 0 is '1'"),
@@ -489,7 +489,7 @@ def test_a_home_folder_is_understood(small_cifar, monkeypatch):
 
 def test_missing_folder_says_what_is_wanted(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"absent holds neither parquet .* data.root .* data.download"
+        FileNotFoundError, match=r"absent contains neither parquet .* data.root .* data.download"
     ):
         cifar100(root=str(tmp_path / "absent"))
     assert not (tmp_path / "absent").exists()
@@ -499,7 +499,7 @@ def test_damaged_files_of_torchvision_are_not_read(tmp_path):
     (tmp_path / "cifar-100-python").mkdir()
     for name in ("train", "test", "meta"):
         (tmp_path / "cifar-100-python" / name).write_bytes(b"damaged")
-    with pytest.raises(FileNotFoundError, match="nor the whole of torchvision's cifar-100-python"):
+    with pytest.raises(FileNotFoundError, match="nor all files of torchvision's cifar-100-python"):
         cifar100(root=str(tmp_path))
 
 
@@ -508,7 +508,9 @@ def test_missing_shards_are_named(small_cifar, part):
     root, _, _ = small_cifar
     for path in root.rglob(f"{part}-*.parquet"):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"has no {part}-\*.parquet: is it half copied"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"has no {part}-\*.parquet; the copy is incomplete"
+    ):
         cifar100(root=str(root))
 
 
@@ -812,7 +814,7 @@ def test_files_that_are_no_pictures_are_counted_and_named(tree):
         (tree / place).write_bytes(b"")
     data = folder(root=str(tree), size=8)
     (line,) = data.faults.lines()
-    assert line.startswith("4 files that are no pictures were left out: ")
+    assert line.startswith("4 files that are not pictures were left out: ")
     for name in ("list.csv", "1.gif", "notes.txt", ".DS_Store"):
         assert name in line
     assert len(data.train.target) == 2
@@ -835,7 +837,7 @@ def test_folders_of_one_name_in_two_spellings_are_refused(tree, names):
         (tree / "train" / name).mkdir()
     if len(list((tree / "train").iterdir())) < 3:
         pytest.skip("this file system knows them as one")
-    with pytest.raises(ValueError, match="train: the classes .* have the same name but for upper"):
+    with pytest.raises(ValueError, match="train: the classes .* differ only in case"):
         folder(root=str(tree))
 
 

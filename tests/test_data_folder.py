@@ -106,7 +106,7 @@ def test_links_out_of_the_tree_are_followed_once(tree, tmp_path_factory):
 def test_one_folder_is_not_two_classes(tree):
     for part in ("train", "val"):
         (tree / part / "kitten").symlink_to(tree / part / "cat")
-    with pytest.raises(ValueError, match="train: the classes 'cat' and 'kitten' are one folder"):
+    with pytest.raises(ValueError, match="train: the classes 'cat' and 'kitten' are the same"):
         folder(root=str(tree))
 
 

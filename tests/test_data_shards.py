@@ -263,8 +263,8 @@ def test_a_missing_split_is_named(rows, part):
     for path in (rows[0] / "data").glob(f"{part}-*"):
         path.unlink()
     wanted = {
-        "train": "train on: .* says train",
-        "validation": "evaluate on: .* says validation, val",
+        "train": "train on: .* contains train",
+        "validation": "evaluate on: .* contains validation, val",
     }
     with pytest.raises(FileNotFoundError, match=f"has no shard to {wanted[part]}"):
         parquet(root=str(rows[0]))
@@ -330,7 +330,7 @@ def test_a_shard_with_other_columns_is_named(rows):
 
 def test_a_shard_with_classes_in_another_order_is_named(rows):
     write_parquet(second(rows[0]), [png(pixels(1)[0])], [0], names=NAMES[::-1])
-    with pytest.raises(ValueError, match=r"00001.* names other classes than .*00000"):
+    with pytest.raises(ValueError, match=r"00001.* has other classes than .*00000"):
         parquet(root=str(rows[0]))
 
 
@@ -402,7 +402,7 @@ def test_more_rows_than_bytes_are_refused(tmp_path):
     table = pa.table({"image": pa.repeat(pa.scalar(b""), len(rows)), "label": rows})
     for part in ("train", "test"):
         files.write_table(table, tmp_path / f"{part}.parquet")
-    with pytest.raises(ValueError, match=r"parquet has .* bytes and tells of 1,000,000 rows of"):
+    with pytest.raises(ValueError, match=r"parquet has .* bytes and declares 1,000,000 rows of"):
         parquet(root=str(tmp_path))
 
 
@@ -448,10 +448,10 @@ def test_a_name_that_is_stored_once_for_many_rows_is_read_once(tmp_path):
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ("{", "its metadata of huggingface are damaged"),
-        ("[]", "its metadata of huggingface are damaged"),
-        ("[" * 100_000, "its metadata of huggingface are damaged"),
-        ('{"info": {"features": 1}}', "its metadata of huggingface are damaged"),
+        ("{", "its Hugging Face metadata are damaged"),
+        ("[]", "its Hugging Face metadata are damaged"),
+        ("[" * 100_000, "its Hugging Face metadata are damaged"),
+        ('{"info": {"features": 1}}', "its Hugging Face metadata are damaged"),
         (
             '{"info": {"features": {"label": {"_type": "ClassLabel", "names": 1}}}}',
             "expected a list of names of label, got 1",
@@ -478,14 +478,14 @@ def test_a_corrupt_file_is_named(rows, share):
 def test_a_file_that_goes_away_stops_even_where_pictures_may_be_skipped(rows):
     data = parquet(root=str(rows[0]), on_error="skip")
     second(rows[0]).unlink()
-    with pytest.raises(ValueError, match=r"00001.* cannot be read any more"):
+    with pytest.raises(ValueError, match=r"00001.* can no longer be read"):
         read_all(data.train)
 
 
 def test_files_without_a_row_are_named(rows):
     for path in (rows[0] / "data").glob("train-*"):
         files.write_table(files.read_table(path).slice(0, 0), path)
-    with pytest.raises(ValueError, match="the parquet files hold no picture"):
+    with pytest.raises(ValueError, match="the parquet files contain no picture"):
         parquet(root=str(rows[0]))
 
 
@@ -685,7 +685,7 @@ def test_a_shard_that_cannot_be_fetched_is_named(tars):
     [
         ({"cache": None}, "need data.cache"),
         ({"keep": 2}, "data.keep must be 3 or more, got 2"),
-        ({"test": None}, "data.train and data.test go together"),
+        ({"test": None}, "set both data.train and data.test, or neither"),
     ],
 )
 def test_options_that_do_not_go_together(tars, change, message):
@@ -720,7 +720,7 @@ def test_a_compressed_shard_is_refused(tars):
 
     path = tars[0] / "set-train-002.tar"
     path.write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(ValueError, match="train-002.tar is not a whole tar file without compr"):
+    with pytest.raises(ValueError, match="train-002.tar is not a complete, uncompressed tar file"):
         webdataset(root=str(tars[0]))
 
 
@@ -737,7 +737,7 @@ def test_a_shard_that_gets_shorter_stops_even_where_pictures_may_be_skipped(tars
     [
         (("c.png", b"picture"), r": c has no .cls, only .png"),
         (("c.cls", b"1"), r": c has no picture, only .cls"),
-        (("000000.png", b"picture"), r"000000.png is there twice"),
+        (("000000.png", b"picture"), r"000000.png appears twice"),
     ],
 )
 def test_an_incomplete_sample_is_named(tmp_path, member, message):
@@ -794,7 +794,7 @@ def test_a_member_longer_than_any_memory_is_refused(tmp_path):
     about = tarfile.TarInfo("long name")
     about.type, about.size = tarfile.GNUTYPE_LONGNAME, 1 << 60
     (tmp_path / "train.tar").write_bytes(about.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
-    with pytest.raises(ValueError, match=r"train.tar is not a whole tar file"):
+    with pytest.raises(ValueError, match=r"train.tar is not a complete, uncompressed tar file"):
         webdataset(root=str(tmp_path))
 
 

@@ -132,6 +132,6 @@ def test_a_path_whose_name_looks_like_a_command_is_a_path(tmp_path, monkeypatch)
     assert found.train.read(torch.arange(1), None).shape == (1, 3, 8, 8)
     with pytest.raises(FileNotFoundError, match="pipe:touch ran #/x.tar is missing"):
         webdataset(root="pipe:touch ran #", train="x.tar", test="x.tar")
-    with pytest.raises(ValueError, match=r"data\.train: the address .* holds \"'\"; write it"):
+    with pytest.raises(ValueError, match=r"data\.train: the address .* contains \"'\"; write it"):
         webdataset(train="https://a.invalid/';touch ran;'", test="val.tar", cache="c")
     assert not (tmp_path / "ran").exists()

@@ -1,7 +1,7 @@
-"""Stronger augmentation of any images: RandAugment, mixup, CutMix, and two views of each.
+"""Stronger augmentation: RandAugment, mixup, CutMix and two views of each image.
 
-Nothing here draws from torch's generator. It belongs to the networks, which drop out by it in
-another thread at the same time: every number is a hash of (seed, epoch, index) instead.
+Every random number is a hash of (seed, epoch, index). Torch's generator is not used, because the
+networks draw from it for dropout at the same time, in another thread.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def randaugment(picture: Image.Image, uniform: Sequence[float], *, magnitude: in
     Examples:
         >>> from PIL import Image
         >>> picture = Image.new("RGB", (8, 8), "red")
-        >>> randaugment(picture, [0.0, 0.9], magnitude=10) == picture  # the first is no change
+        >>> randaugment(picture, [0.0, 0.9], magnitude=10) == picture  # the first is the identity
         True
     """
     for choice, direction in zip(uniform[::2], uniform[1::2], strict=True):
@@ -261,7 +261,7 @@ def erase(images: Tensor, uniform: Tensor) -> None:
 def cut_box(height: int, width: int, share: float, place: Sequence[float]) -> Tensor:
     """Computes the mask of CutMix: the pixels that an image keeps, at least half of them.
 
-    If the pasted box covers more than half of the image, the two images change roles, so that the
+    If the pasted box covers more than half of the image, the two images swap roles, so that the
     dominant label is always that of the image itself. The mixed images are those of the paper.
 
     Args:

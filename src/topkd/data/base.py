@@ -119,18 +119,18 @@ class DataIssues:
     Examples:
         >>> faults = DataIssues(left_out=["train/cat/notes.txt"])
         >>> faults.lines()
-        ['1 file that is no picture was left out: train/cat/notes.txt']
+        ['1 file that is not a picture was left out: train/cat/notes.txt']
     """
 
     unreadable: dict[str, str] = field(default_factory=dict)  # name of a picture -> reason
-    left_out: list[str] = field(default_factory=list)  # files that are no picture or have no label
+    left_out: list[str] = field(default_factory=list)  # files without a picture or a label
     empty: list[str] = field(default_factory=list)  # classes without a training picture
 
     def lines(self) -> list[str]:
         """Summarizes each kind of issue in one line: the count and the first ten names."""
         lines = []
         if self.left_out:
-            what = "file that is no picture was" if len(self.left_out) == 1 else _MANY_LEFT_OUT
+            what = "file that is not a picture was" if len(self.left_out) == 1 else _MANY_LEFT_OUT
             lines.append(f"{len(self.left_out)} {what} left out: {_first(self.left_out)}")
         if self.unreadable:
             what = "picture" if len(self.unreadable) == 1 else "pictures"
@@ -153,7 +153,7 @@ class DataIssues:
         }
 
 
-_MANY_LEFT_OUT = "files that are no pictures were"
+_MANY_LEFT_OUT = "files that are not pictures were"
 
 
 def _first(names: Sequence[str]) -> str:
@@ -195,7 +195,7 @@ class Data:
         kept, chosen = stratified_split(
             self.train.target, share, f"{self.name}: a validation share"
         )
-        # An unreadable training image may be replaced, an evaluation image never.
+        # An unreadable training image may be replaced; an evaluation image may not.
         train: Any = self.train
         strict = replace(train, on_error="stop") if hasattr(train, "on_error") else train
         remaining, held_out = Subset(self.train, kept), Subset(strict, chosen)
@@ -259,7 +259,7 @@ def stratified_order(target: Tensor) -> Tensor:
 
 
 def stratified_split(target: Tensor, share: float, what: str) -> tuple[Tensor, Tensor]:
-    """Splits images in two stratified parts. The split depends only on the labels.
+    """Splits images into two stratified parts. The split depends only on the labels.
 
     Args:
         target: Labels of the images, (n,).
@@ -281,13 +281,13 @@ def stratified_split(target: Tensor, share: float, what: str) -> tuple[Tensor, T
 
 
 def _by_class(target: Tensor, share: float) -> np.ndarray:
-    """Selects a share of the images of every class, always the same."""
+    """Selects a share of the images of every class, the same for every call."""
     chosen = [images[: round(share * len(images))] for images in _permuted(target)]
     return np.sort(np.concatenate(chosen))
 
 
 def _permuted(target: Tensor) -> Iterator[np.ndarray]:
-    """Yields the indices of every class in a random order, always the same."""
+    """Yields the indices of every class in a random order, the same for every call."""
     generator = np.random.default_rng(20240721)  # arbitrary, but must never change
     labels = target.numpy()
     for label in np.unique(labels):
@@ -313,7 +313,7 @@ def same_order(data: Sequence[str], teacher: Sequence[str], origin: str = "the t
         ValueError: class 0 is 'cat' in the data and 'dog' for the teacher: the same names in ...
     """
     if len(data) != len(teacher):
-        raise ValueError(f"the data have {len(data)} classes, {origin} knows {len(teacher)}")
+        raise ValueError(f"the data have {len(data)} classes, but {origin} has {len(teacher)}")
     numbers = [str(number) for number in range(len(data))]
     if numbers in (list(data), list(teacher)):
         return
@@ -336,7 +336,7 @@ def refuse_clashes(classes: Sequence[str], where: str) -> None:
         plain = unicodedata.normalize("NFC", name).casefold()
         if plain in seen:
             raise ValueError(
-                f"{where}: the classes {seen[plain]!r} and {name!r} have the same name but for "
-                "upper and lower case or the way accents are written; give them one name"
+                f"{where}: the classes {seen[plain]!r} and {name!r} differ only in "
+                "case or in the encoding of accents; give them one name"
             )
         seen[plain] = name

@@ -25,7 +25,7 @@ MEAN, STD = (
     (0.485, 0.456, 0.406),
     (0.229, 0.224, 0.225),
 )  # ImageNet statistics, as pretrained networks use
-# Pillow supports other formats; EPS, for one, runs a program on the content of the file.
+# Pillow supports other formats; EPS, for example, runs a program on the content of the file.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -377,13 +377,13 @@ def _bytes(values: np.ndarray, picture: Image.Image) -> np.ndarray:
         if not (least >= 0 and most <= 1):
             raise ValueError(f"floats must be from 0 to 1, got {least:.4g} to {most:.4g}")
         return (255 * values).round().astype(np.uint8)
-    # Old versions of Pillow open PNG of 16 bits as of 32.
+    # Old versions of Pillow open 16-bit PNG files as 32-bit.
     if picture.mode == "I" and picture.format not in ("PNG", "PPM"):
         if least < 0 or most > 65535:
             raise ValueError(f"integers must be from 0 to 65535, got {least} to {most}")
         if 0 < most < 256:
             raise ValueError(
-                f"integers of 32 bits from {least} to {most} would be nearly black, as 65535 is "
+                f"32-bit integers from {least} to {most} would be nearly black, as 65535 is "
                 "white; save them with 8 bits"
             )
     return (values // 257).astype(np.uint8)

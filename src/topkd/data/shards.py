@@ -1,4 +1,4 @@
-"""Files that hold many pictures each: which there are, of which split, and whether one is lost."""
+"""Shards, which hold many pictures each: their split, their labels and missing ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def splits(root: Path, suffix: str) -> tuple[list[Path], list[Path]]:
     (``train/0000.parquet``).
 
     Args:
-        root: Folder to search, with all folders in it but hidden ones.
+        root: Folder to search, with its subfolders except hidden ones.
         suffix: File extension.
 
     Raises:
@@ -39,7 +39,7 @@ def splits(root: Path, suffix: str) -> tuple[list[Path], list[Path]]:
         wanted = "train" if "train" not in found else ", ".join(EVALUATION)
         raise FileNotFoundError(
             f"{root} has no shard to {'train on' if wanted == 'train' else 'evaluate on'}: "
-            f"no name of a {suffix} file, or of its folder, says {wanted}"
+            f"neither the name of a {suffix} file nor that of its folder contains {wanted}"
         )
     for part in ("train", evaluation):
         refuse_gaps([str(path) for path in found[part]])
@@ -78,7 +78,7 @@ def refuse_gaps(paths: Sequence[str]) -> None:
             groups.setdefault((numbered[1], None, numbered[3]), {})[int(numbered[2])] = path
     for (before, count, after), there in groups.items():
         first, last = min(there), max(there)
-        if count is None and first > 1:  # a year, say
+        if count is None and first > 1:  # such as a year
             continue
         wanted = range(first, last + 1) if count is None else range(int(count))
         missing = [number for number in wanted if number not in there]
@@ -142,7 +142,7 @@ def numbered(
 
 
 def _refuse_beyond(labels: Sequence[int], stored: Stored, classes: int, why: str) -> None:
-    """Refuses the first label that is the number of no class."""
+    """Raises an error for the first label that is not the number of a class."""
     for index, label in enumerate(labels):
         if not 0 <= label < classes:
             raise ValueError(

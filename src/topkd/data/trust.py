@@ -1,4 +1,4 @@
-"""Which data options a file of unknown origin may set."""
+"""Data options that a file of unknown origin may set."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def changed(
         listed = ", ".join(f"data.{key}={_short(tree[key])}" for key in sorted(asked))
         named = " ".join(f"--data {key}=..." for key in sorted(asked))
         raise ValueError(
-            f"{origin} asks to open {listed}, which it may not choose; "
-            f"specify it yourself ({named}), or accept what the file says with --trust"
+            f"{origin} asks to open {listed}, which an untrusted file may not; "
+            f"set it yourself ({named}), or pass --trust"
         )
     return tree
 

@@ -86,7 +86,7 @@ def _load(kind: _Kind, root: Path, download: bool, on_error: OnError) -> Data:
     if any(shards.values()):
         missing = [part for part, files in shards.items() if not files]
         if missing:
-            raise FileNotFoundError(f"{root} has no {missing[0]}-*.parquet: is it half copied?")
+            raise FileNotFoundError(f"{root} has no {missing[0]}-*.parquet; the copy is incomplete")
         for files in shards.values():
             refuse_gaps([str(file) for file in files])
         train, classes = _parquet(kind, shards["train"], on_error, faults)
@@ -113,9 +113,9 @@ def _torchvision(
         dataset = source(str(root), train=train, download=download)
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"{root} holds neither parquet files (train-*.parquet, test-*.parquet) nor the whole "
-            f"of torchvision's {source.base_folder}; set data.root to the folder that does, "
-            "or data.download=true to fetch it"
+            f"{root} contains neither parquet files (train-*.parquet, test-*.parquet) nor all "
+            f"files of torchvision's {source.base_folder}; set data.root to the folder that does, "
+            "or data.download=true to download them"
         ) from error
     pixels, target = torch.from_numpy(dataset.data), torch.tensor(dataset.targets)
     return _images(kind, pixels, target), dataset.classes

@@ -87,7 +87,7 @@ def from_dataset(
             picture of its class. An unreadable evaluation picture always raises an error.
 
     Raises:
-        ValueError: If a data set is empty, or a label is no integer in the range of classes.
+        ValueError: If a data set is empty, or a label is not the number of a class.
 
     Examples:
         >>> samples = [(torch.zeros(3, 8, 8), label) for label in (0, 1)]
@@ -135,7 +135,7 @@ def dataset(
             picture of its class. An unreadable evaluation picture always raises an error.
 
     Raises:
-        ValueError: If there is no such function, or as :func:`from_dataset` says.
+        ValueError: If there is no such function, or :func:`from_dataset` raises it.
     """
     parts = [_called(name, f"data.{key}") for key, name in (("train", train), ("test", test))]
     return from_dataset(
@@ -159,7 +159,7 @@ def _called(name: str, where: str) -> Indexed:
         found: Indexed = getattr(imported(module), function)()
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module exists, and an import in it fails
+            raise  # the module exists, but an import in it fails
         raise ValueError(f"{where}: there is no module {module!r}") from error
     except AttributeError as error:
         if not hasattr(imported(module), function):
@@ -203,7 +203,7 @@ def _picture(image: Any, where: str) -> Image.Image:
             if not (image.min() >= 0 and image.max() <= 1):
                 raise StorageError(
                     f"{where}: floats must be in [0, 1], got {image.min():.4g} to "
-                    f"{image.max():.4g}; leave normalizing to data.mean and data.std"
+                    f"{image.max():.4g}; data.mean and data.std set the normalization"
                 )
             image = (image * 255).round().to(torch.uint8)
         image = image.expand(3, -1, -1).permute(1, 2, 0).numpy()

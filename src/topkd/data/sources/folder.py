@@ -91,8 +91,8 @@ def folder(
 
     Raises:
         FileNotFoundError: If a tree is missing, or a class holds no picture.
-        ValueError: If the classes of the two trees differ, two have the same name but for upper
-            and lower case or are one folder, or a split leaves one without pictures.
+        ValueError: If the classes of the two trees differ, two class names differ only in case,
+            two classes are the same folder, or a split leaves a class without pictures.
 
     References:
         Going Deeper with Convolutions (Szegedy et al., CVPR 2015), for the random crop
@@ -139,7 +139,7 @@ def _unsplit(top: Path, share: float) -> Path:
     if evaluation is not None and (top / "train").is_dir():
         raise ValueError(f"{top} has train/ and {evaluation}/ already; leave out data.split")
     if not top.is_dir():
-        raise FileNotFoundError(f"{top} is missing, which data.root names")
+        raise FileNotFoundError(f"{top} is missing; data.root names it")
     return _class_root(top)
 
 
@@ -166,7 +166,9 @@ def _pictures(tree: Path, classes: list[str], faults: DataIssues) -> tuple[list[
     for name in classes:
         real = os.path.realpath(tree / name)
         if real in places:
-            raise ValueError(f"{tree}: the classes {places[real]!r} and {name!r} are one folder")
+            raise ValueError(
+                f"{tree}: the classes {places[real]!r} and {name!r} are the same folder"
+            )
         places[real] = name
     for label, name in enumerate(classes):
         for place, files in _walk(str(tree / name), list(places), faults):
@@ -175,7 +177,7 @@ def _pictures(tree: Path, classes: list[str], faults: DataIssues) -> tuple[list[
                 (paths if known else faults.left_out).append(os.path.join(place, file))
         if len(paths) == len(target):
             raise FileNotFoundError(
-                f"{tree / name} holds no picture; files that end in {', '.join(EXTENSIONS)} are"
+                f"{tree / name} contains no picture; the extensions are {', '.join(EXTENSIONS)}"
             )
         target += [label] * (len(paths) - len(target))
     return paths, torch.tensor(target)

@@ -105,7 +105,7 @@ class Rows:
                 _refuse_growth(file, path, self.column, [inside])
                 column = pyarrow.chunked_array(_read_in_batches(file, path, self.column, inside))
         except (pyarrow.ArrowException, OSError, IndexError) as error:
-            raise StorageError(f"{path} cannot be read any more: {error}") from error
+            raise StorageError(f"{path} can no longer be read: {error}") from error
         if pyarrow.types.is_struct(column.type):
             column = compute.struct_field(column, "bytes")
         return column
@@ -152,7 +152,7 @@ def parquet(
 
     Raises:
         FileNotFoundError: If a split has no files, or one is missing.
-        ValueError: If a file cannot be read, or has no such columns, or labels that are no classes.
+        ValueError: If a file cannot be read or lacks a column, or a label is not a class.
     """
     frame = CropConfig(size, padding, flip, mean, std, crop)
     top, faults = Path(root).expanduser(), DataIssues()
@@ -195,7 +195,7 @@ def _refuse_unlike(files: Sequence[Path], image: str, label: str, names: Any) ->
                 f"{file} has the columns {listing(columns)}; the first file has {image} and {label}"
             )
         if described.get(label, {}).get("names") != names:
-            raise ValueError(f"{file} names other classes than {files[0]}, or in another order")
+            raise ValueError(f"{file} has other classes than {files[0]}, or another order")
 
 
 def labels_of(files: Sequence[Path], column: str) -> list[int | str]:
@@ -217,7 +217,7 @@ def labels_of(files: Sequence[Path], column: str) -> list[int | str]:
                 )
         labels += found
     if not labels:
-        raise ValueError(f"{files[0].parent}: the parquet files hold no picture")
+        raise ValueError(f"{files[0].parent}: the parquet files contain no picture")
     return labels
 
 
@@ -234,7 +234,7 @@ def schema(file: Path) -> tuple[list[str], dict[str, Any]]:
         features = about.get("info", {}).get("features", {})
         described = {name: each for name, each in features.items() if isinstance(each, dict)}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: its metadata of huggingface are damaged: {error}") from error
+        raise ValueError(f"{file}: its Hugging Face metadata are damaged: {error}") from error
     for name, each in described.items():
         names = each.get("names")
         if each.get("_type") != "ClassLabel" or names is None:
@@ -275,7 +275,7 @@ def _opened(file: Path, dictionaries: Sequence[str] = ()) -> Iterator[Any]:
             rows, size = table.metadata.num_rows, file.stat().st_size
             if rows > size:  # a picture takes more than a byte
                 raise ValueError(
-                    f"{file} has {size:,} bytes and tells of {rows:,} rows of pictures"
+                    f"{file} has {size:,} bytes and declares {rows:,} rows of pictures"
                 )
             yield table
     except (pyarrow.ArrowException, OSError) as error:

@@ -61,7 +61,7 @@ class Shard:
 
 
 class ShardCache:
-    """Opens shards. Remote shards are downloaded to a folder, and the least recently used deleted.
+    """Opens shards; downloads remote ones to a folder and deletes the least recently used.
 
     Args:
         cache: The folder; None if all shards are local.
@@ -82,7 +82,7 @@ class ShardCache:
         """Opens a shard for reading.
 
         Raises:
-            StorageError: If it cannot be opened or fetched.
+            StorageError: If it cannot be opened or downloaded.
         """
         try:
             if not shard.is_remote:
@@ -163,7 +163,7 @@ class Members:
             file.seek(offset)
             content = file.read(size)
         if len(content) < size:
-            raise StorageError(f"{shard} has become shorter since it was looked through")
+            raise StorageError(f"{shard} has become shorter since it was indexed")
         return open_bytes(content)
 
 
@@ -196,8 +196,8 @@ def webdataset(
 
     Args:
         root: Folder of the shards, which is searched if train and test are not given.
-        train: Shards as webdataset writes them, ``imagenet-train-{000000..001281}.tar``, several
-            with ``::`` between; inside ``root`` if they are paths.
+        train: Shards in webdataset's notation, ``imagenet-train-{000000..001281}.tar``, separated
+            by ``::``. Paths are relative to ``root``.
         test: Evaluation shards. If neither is given, file or folder names determine the split.
         label: Extension of the labels, integers or names; ``json:key`` for a key of a JSON file.
         classes: File with the class names, one per line.
@@ -226,7 +226,7 @@ def webdataset(
     top, faults = Path(root).expanduser(), DataIssues()
     parts = _shards(top, train, test)
     if any(shard.is_remote for part in parts for shard in part) and cache is None:
-        raise ValueError("shards from elsewhere need data.cache, a folder to fetch them to")
+        raise ValueError("remote shards need data.cache, the folder to download them to")
     if keep is not None and keep < 3:
         raise ValueError(f"data.keep must be 3 or more, got {keep}")
     folder = None if cache is None else Path(cache).expanduser()
@@ -247,7 +247,7 @@ def _shards(root: Path, train: str | None, test: str | None) -> list[list[Shard]
     if train is None and test is None:
         return [[Shard(str(path), False) for path in part] for part in splits(root, ".tar")]
     if train is None or test is None:
-        raise ValueError("data.train and data.test go together: tell both or neither")
+        raise ValueError("set both data.train and data.test, or neither")
     return [_expanded(root, pattern, key) for key, pattern in (("train", train), ("test", test))]
 
 
@@ -265,7 +265,7 @@ def _expanded(root: Path, pattern: str, key: str) -> list[Shard]:
             continue
         path = root / written
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing, which data.{key} names")
+            raise FileNotFoundError(f"{path} is missing; data.{key} names it")
         shards.append(Shard(str(path), False))
     return shards
 
@@ -275,7 +275,7 @@ def _refuse_quotes(address: str, key: str) -> None:
     wrong = re.search(r"['\"`\\\s\x00-\x1f]", address)
     if wrong and not address.startswith("pipe:"):
         raise ValueError(
-            f"data.{key}: the address {address!r} holds {wrong[0]!r}; write it percent-encoded"
+            f"data.{key}: the address {address!r} contains {wrong[0]!r}; write it percent-encoded"
         )
 
 
@@ -326,7 +326,7 @@ def _index(file: IO[bytes], shard: str, label: str) -> list[Entry]:
                 ):  # consecutive files with one name form a sample
                     samples.append((name, {}))
                 if samples[-1][1].setdefault(rest.lower(), member) is not member:
-                    raise StorageError(f"{shard}: {member.name} is there twice")
+                    raise StorageError(f"{shard}: {member.name} appears twice")
             for name, parts in samples:
                 where = f"{shard}: {name}"
                 picture = next((parts[e[1:]] for e in EXTENSIONS if e[1:] in parts), None)
@@ -338,11 +338,9 @@ def _index(file: IO[bytes], shard: str, label: str) -> list[Entry]:
                 text = _label(content.read(FILE), key, where)
                 entries.append(Entry(picture.name, picture.offset_data, picture.size, text))
     except (tarfile.TarError, EOFError, MemoryError, OverflowError) as error:
-        raise StorageError(
-            f"{shard} is not a whole tar file without compression: {error}"
-        ) from error
+        raise StorageError(f"{shard} is not a complete, uncompressed tar file: {error}") from error
     if not entries:
-        raise StorageError(f"{shard} holds no sample")
+        raise StorageError(f"{shard} contains no sample")
     return entries
 
 
