@@ -144,13 +144,13 @@ def test_of_plain_and_averaged_weights_one_chooses(tmp_path, tree, where):
     assert same(taken(path, "ema"), AVERAGED)
     network = nn.ModuleDict({"layer": nn.Linear(3, 2)})
     said = checkpoint.fill(network, checkpoint.load_weights(path), path.name)
-    assert said.startswith(f"plain weights, under '{where}'; ema ones are there too, under '")
+    assert said.startswith(f"plain weights, under '{where}'; the file also has ema ones, under '")
 
 
 def test_averaged_weights_that_are_not_there_are_told(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"model": WEIGHTS}, path)
-    message = r"weights.pth holds no averaged weights .* \(ema\), only plain ones under 'model'"
+    message = r"weights.pth has no averaged weights .* \(ema\), only plain ones under 'model'"
     with pytest.raises(ValueError, match=message):
         taken(path, "ema")
 
@@ -158,7 +158,7 @@ def test_averaged_weights_that_are_not_there_are_told(tmp_path):
 def test_weights_that_fit_twice_are_told(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"first": WEIGHTS, "second": AVERAGED}, path)
-    message = "weights.pth holds several weights that fit .* under 'first', 'second'; give a file"
+    message = "weights.pth has several weights that fit .* under 'first', 'second'; give a file"
     with pytest.raises(ValueError, match=message):
         taken(path)
     torch.save({"first": WEIGHTS, "again": WEIGHTS}, path)
@@ -176,7 +176,7 @@ def test_a_larger_network_is_refused_though_it_has_all_names(tmp_path, prefix):
 def test_names_that_have_nothing_in_common_are_told(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({f"a{n}.w": torch.zeros(1) for n in range(5)}, path)
-    message = "no name of the network's is in the file, which has a0.w, a1.w, a2.w and 2 more; the"
+    message = "none of its names are in the file, which has a0.w, a1.w, a2.w and 2 more; the"
     with pytest.raises(ValueError, match=f"{message} network has layer.weight, layer.bias$"):
         taken(path)
 
@@ -333,7 +333,9 @@ def test_safetensors_that_are_not_whole_are_named(tmp_path, content):
 )
 def test_what_holds_no_weights_is_told(tmp_path, tree, found):
     torch.save(tree, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=f"weights.pth holds no weights by name; it holds {found}"):
+    with pytest.raises(
+        ValueError, match=f"weights.pth contains no named weights; it contains {found}"
+    ):
         checkpoint.load_weights(tmp_path / "weights.pth")
 
 
@@ -437,7 +439,7 @@ def test_fill_lists_the_first_that_differ():
         "  0.weight: (4, 3, 5, 5) in the file, (4, 3, 3, 3) in the network",
         "  3.weight: absent in the file, (2, 4) in the network",
         "  and 1 more",
-        "  names of the file that the network has not: 5.weight",
+        "  names in the file that the network does not have: 5.weight",
     ]
     assert checkpoint.hash_of(target) == before  # nothing was filled in
 

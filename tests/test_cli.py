@@ -224,7 +224,7 @@ class Evil:
         ),
         (
             ("student", "cifar100/teachers/resnet20", "data.root=nowhere"),
-            "nowhere holds neither parquet files",
+            "nowhere contains neither parquet files",
         ),
     ],
 )
@@ -246,9 +246,9 @@ def test_of_plain_and_averaged_weights_one_is_chosen_and_told(call, tmp_path):
     torch.save({"state_dict": plain, "state_dict_ema": averaged}, tmp_path / "both.pth")
     words = ("evaluate", "both.pth", "--model", "resnet8x0.25", "--data", "digits", "--json")
     _, first, err = call(*words)
-    assert "both.pth: plain weights, under 'state_dict'; ema ones are there too, under" in err
+    assert "both.pth: plain weights, under 'state_dict'; the file also has ema ones, under" in err
     _, second, err = call(*words, "--weights", "ema")
-    assert "both.pth: ema weights, under 'state_dict_ema'; plain ones are there too" in err
+    assert "both.pth: ema weights, under 'state_dict_ema'; the file also has plain ones" in err
     assert json.loads(first)["nll"] != json.loads(second)["nll"]
     changes = ("teacher.recipe=null", "teacher.model=resnet8x0.25", "teacher.checkpoint=both.pth")
     _, _, err = call("doctor", "tiny.yaml", *changes, "teacher.weights=ema")

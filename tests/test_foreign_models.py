@@ -247,7 +247,7 @@ def test_tokens_are_laid_out_row_by_row():
 
 
 def test_tokens_that_make_no_square_are_refused():
-    message = "18 tokens, of which 1 come before the image's, make no square map"
+    message = "18 tokens, of which 1 come before the image's, do not form a square map"
     with pytest.raises(ValueError, match=message):
         fold_tokens(torch.zeros(2, 18, 4), prefix=1)
 
@@ -360,7 +360,7 @@ def test_our_own_names_come_first():
         ),
         ("own_module:built", "own_module has no callable 'built'; did you mean build"),
         ("own_module:number", "own_module has no callable 'number'"),
-        ("own_module:needs_more", "own_module:needs_more needs block, depth, and is given no more"),
+        ("own_module:needs_more", "own_module:needs_more needs block, depth, but is called with"),
         ("wrong_module:build", "wrong_module:build: wrong_module cannot be imported: .*line 1"),
     ],
 )
@@ -440,9 +440,17 @@ def test_networks_of_ones_own_are_read_where_one_says(own_module):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("own_module:Hidden", {}, "no layer of it gives: give its head, .* it has last"),
-        ("own_module:sized_alone", {}, "takes images of no usual size, .* give its head, and the"),
-        ("own_module:makes_nothing", {}, "own_module:makes_nothing made a int, not a torch.nn.Mod"),
+        ("own_module:Hidden", {}, "no layer of .* returns its logits: give its head, .* it has"),
+        (
+            "own_module:sized_alone",
+            {},
+            "accepts images of no common size, .* give its head and",
+        ),
+        (
+            "own_module:makes_nothing",
+            {},
+            "own_module:makes_nothing returned int, not a torch.nn",
+        ),
         ("own_module:build", {"head": "heat"}, "Small has no module 'heat'; it has head"),
         ("own_module:build", {"pretrained": True}, "'own_module:build' has no published weights"),
         ("resnet20", {"pretrained": True}, "'resnet20' has no published weights"),

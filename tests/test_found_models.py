@@ -126,7 +126,7 @@ def test_a_network_from_the_current_folder_is_found_and_read(here):
     network = factory.build("cifar_resnet:resnet20", 10, 32).eval()
     assert network.maps == ("layer1", "layer2", "layer3")
     assert network.found == (
-        "cifar_resnet:resnet20 is read as it was found to compute: "
+        "taps of cifar_resnet:resnet20 were detected by running it: "
         "head linear, maps layer1, layer2, layer3"
     )
     made = network(images(32))
@@ -279,7 +279,7 @@ def test_a_public_network_is_evaluated_by_its_name_alone(here, call):
     words = ("--model", "cifar_resnet:resnet20", "--data", "folder", "--root", "ten", "--json")
     status, out, err = call("evaluate", "resnet20.th", *words)
     assert status == 0, err
-    assert "found to compute: head linear, maps layer1, layer2, layer3" in err
+    assert "detected by running it: head linear, maps layer1, layer2, layer3" in err
     assert json.loads(out)["images"] == 20
     assert json.loads(call("evaluate", "swa.pth", *words)[1]) == json.loads(out)
     pictures(here / "three", 3)
@@ -298,7 +298,7 @@ def test_a_head_that_is_not_found_is_given(here, call):
     words = ("evaluate", "soft.pth", "--model", "cifar_resnet:soft", "--data", "digits")
     status, _, err = call(*words)
     assert status == 2
-    assert "cifar_resnet:soft answers with what no layer of it gives: give its head" in err
+    assert "no layer of cifar_resnet:soft returns its logits: give its head" in err
     status, out, err = call(*words, "--head", "0.linear")
     assert status == 0, err
     assert out.startswith("cifar_resnet:soft on the 540 test images of digits")
@@ -337,11 +337,11 @@ def test_networks_of_ones_own_learn_by_their_maps(here, call):
     status, out, err = call("check", "own.yaml")
     assert status == 0, err
     found = "head linear, maps layer1, layer2, layer3"
-    assert f"resnet8 is read as it was found to compute: {found}; student.head and" in out
-    assert f"resnet20 is read as it was found to compute: {found}; teacher.head and" in out
+    assert f"resnet8 were detected by running it: {found}; student.head and" in out
+    assert f"resnet20 were detected by running it: {found}; teacher.head and" in out
     status, out, err = call("student", "own.yaml")
     assert status == 0, err
-    assert f"resnet8 is read as it was found to compute: {found}; student.head and" in err
+    assert f"resnet8 were detected by running it: {found}; student.head and" in err
     status, _, err = call("evaluate", "runs/own/at+fitnet+vid/seed0", "--trust")
     assert status == 0, err
 

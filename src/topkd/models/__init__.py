@@ -18,10 +18,10 @@ def create(
     """Creates a classifier.
 
     Args:
-        name: A name from :func:`list`; ``torchvision:NAME`` or ``timm:NAME``, with a dot and the
-            name of certain weights if these are wanted; or ``module:callable`` for code of yours.
+        name: A name from :func:`list`; ``torchvision:NAME`` or ``timm:NAME``, optionally followed
+            by a dot and the name of the weights; or ``module:callable`` for your own code.
         classes: Number of classes.
-        size: Pixels on a side of the images, for networks that are built for one size.
+        size: Height and width of the images, for networks built for one size.
         pretrained: Whether to download the weights that torchvision or timm publish.
 
     Returns:
@@ -41,7 +41,7 @@ def create(
         network: nn.Module = model.network(classes, size, pretrained)
         return network
     if pretrained:
-        raise ValueError(f"no weights come with {name!r}; they do with torchvision's and timm's")
+        raise ValueError(f"{name!r} has no published weights; models of torchvision and timm have")
     return model.create(classes)
 
 

@@ -39,7 +39,7 @@ _AVERAGED = {
 _SHOWN = 3  # number of names in a message
 
 Which = Literal["plain", "ema"]
-"""Which weights to load from a file with both: as trained, or averaged over training."""
+"""Weights to load from a file with both: as trained, or averaged over training."""
 
 
 class Named(Section):
@@ -93,8 +93,8 @@ def read_about(path: Path) -> dict[str, Any]:
     """Reads the metadata of a file written by :func:`save_weights`; empty for other files.
 
     Raises:
-        ValueError: If the file is of safetensors and is incomplete or was altered, or an entry of
-            its description has another type than :class:`About` says.
+        ValueError: If a safetensors file is incomplete or was altered, or its metadata do not match
+            :class:`About`.
     """
     if path.suffix != ".safetensors":
         return {}
@@ -106,13 +106,13 @@ def read_about(path: Path) -> dict[str, Any]:
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Loads every tensor in a weights file without running code in it.
 
-    Understood are safetensors, and pickles that hold nothing but tensors and plain values. A tensor
-    in mappings within mappings is named by all keys that lead to it, joined by dots, so that what a
-    file keeps weights under is a prefix like those of wrappers. :func:`fill` finds it.
+    Safetensors are supported, and pickles that contain only tensors and plain values. The name of a
+    tensor in nested mappings consists of all keys that lead to it, joined by dots. The key of a
+    state dict in a checkpoint is thus a prefix like those of wrappers, which :func:`fill` finds.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds no tensors, or code, or was altered.
+        ValueError: If it contains no tensors or contains code, or was altered.
     """
     if path.suffix == ".safetensors":
         return sealed.unpack(path.read_bytes(), str(path))[0]
@@ -120,7 +120,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     weights = _tensors(tree) if isinstance(tree, Mapping) else {}
     if not isinstance(tree, Mapping) or (tree and not weights):
         found = _some(map(str, tree)) if isinstance(tree, Mapping) else f"a {type(tree).__name__}"
-        raise ValueError(f"{path} holds no weights by name; it holds {found}")
+        raise ValueError(f"{path} contains no named weights; it contains {found}")
     return weights
 
 
@@ -129,7 +129,7 @@ def read_accuracy(path: Path) -> float | None:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds code.
+        ValueError: If it contains code.
     """
     tree = None if path.suffix == ".safetensors" else _read_pickle(path)
     if not isinstance(tree, Mapping):
@@ -180,9 +180,8 @@ def fill(
         A note for the user if plain and averaged weights fit; otherwise empty.
 
     Raises:
-        ValueError: If names or shapes differ, of which the message lists the first, if weights that
-            fit are there several times, or not of the kind that is wanted, or if a weight is NaN or
-            infinite.
+        ValueError: If names or shapes differ, several weights fit, none of the requested kind fits,
+            or a weight is NaN or infinite. The message lists the first differences.
     """
     own = network.state_dict()
     prefix, note = _chosen(own, weights, origin, which)
@@ -193,7 +192,7 @@ def fill(
         lost = ~tensor.isfinite() if name in parameters else tensor.isnan()
         if lost.any():
             raise ValueError(
-                f"{origin}: {prefix}{name} holds NaN or infinity; the file is damaged, or its "
+                f"{origin}: {prefix}{name} contains NaN or infinity; the file is damaged, or its "
                 "training diverged"
             )
     network.load_state_dict(found, strict=False)
@@ -207,29 +206,29 @@ def _chosen(
     fitting = [p for p in _prefixes(own, weights) if not _differences(own, weights, p)]
     if not fitting:
         raise ValueError(_misfit(own, weights, origin))
-    # A file of a distillation holds a student and its teacher: the student is what it is about.
+    # A checkpoint of a distillation may contain student and teacher; the student is loaded.
     fitting = [p for p in fitting if "teacher" not in _words(p)] or fitting
     kinds: dict[Which, list[str]] = {"plain": [], "ema": []}
     for prefix in fitting:
         kind: Which = "ema" if _is_averaged(prefix, weights) else "plain"
         kinds[kind].append(prefix)
-    # Averaged weights that are alone are all that the file has: who does not ask gets them.
+    # Averaged weights are the default in a file without others.
     wanted = kinds[which] or (kinds["ema"] if which == "plain" else [])
     if not wanted:
         raise ValueError(
-            f"{origin} holds no averaged weights of this network (ema), only plain ones under "
+            f"{origin} has no averaged weights of this network (ema), only plain ones under "
             f"{_quoted(kinds['plain'])}"
         )
     if any(not _same(own, weights, wanted[0], other) for other in wanted[1:]):
         raise ValueError(
-            f"{origin} holds several weights that fit this network, under {_quoted(wanted)}; "
-            "give a file with those to be taken"
+            f"{origin} has several weights that fit this network, under {_quoted(wanted)}; "
+            "give a file with one of them"
         )
     if not kinds["plain"] or not kinds["ema"]:
         return wanted[0], ""
     other: Which = "plain" if which == "ema" else "ema"
     return wanted[0], (
-        f"{which} weights, under {_quoted(wanted[:1])}; {other} ones are there too, under "
+        f"{which} weights, under {_quoted(wanted[:1])}; the file also has {other} ones, under "
         f"{_quoted(kinds[other][:1])}"
     )
 
@@ -288,21 +287,21 @@ def _misfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: st
     prefixes = _prefixes(own, weights)
     if not prefixes:
         return (
-            f"{origin} does not fit this network: no name of the network's is in the file, which "
-            f"has {_some(weights)}; the network has {_some(own)}"
+            f"{origin} does not fit this network: none of its names are in the file, "
+            f"which has {_some(weights)}; the network has {_some(own)}"
         )
     best = min(prefixes, key=lambda prefix: len(_differences(own, weights, prefix)))
     wrong = _differences(own, weights, best)
     lines = [*wrong[:_SHOWN], *([f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else [])]
     unknown = [name for name in _under(best, own, weights) if name not in own]
     if unknown and wrong[_SHOWN:]:
-        lines.append(f"names of the file that the network has not: {_some(unknown)}")
-    where = f" with what it has under {best!r}" if best else ""
+        lines.append(f"names in the file that the network does not have: {_some(unknown)}")
+    where = f" with its weights under {best!r}" if best else ""
     return "\n  ".join((f"{origin} does not fit this network{where}:", *lines))
 
 
 def _is_averaged(prefix: str, weights: Mapping[str, Tensor]) -> bool:
-    counted = f"{prefix.removesuffix('module.')}n_averaged"  # so torch's AveragedModel does
+    counted = f"{prefix.removesuffix('module.')}n_averaged"  # as torch's AveragedModel does
     return not _AVERAGED.isdisjoint(_words(prefix)) or counted in weights
 
 

@@ -54,17 +54,17 @@ def find(name: str) -> Model:
     """Finds a model by its name.
 
     Args:
-        name: One of :data:`topkd.models.MODELS`; ``torchvision:`` or ``timm:`` and a name there,
-            with a dot and the name of certain weights if these are wanted; or ``module:callable``,
-            of an installed module or one in the current folder. It is called with ``classes=`` or
-            ``num_classes=``, and with ``size=``, as far as it takes them.
+        name: One of :data:`topkd.models.MODELS`; ``torchvision:NAME`` or ``timm:NAME``, optionally
+            followed by a dot and the name of the weights; or ``module:callable``, of an installed
+            module or one in the current folder. It is called with ``classes=`` or
+            ``num_classes=``, and with ``size=``, if it has these parameters.
 
     Raises:
-        ValueError: If there is none of this name, or the package it comes from is not installed.
+        ValueError: If there is none of this name, or its package is not installed.
 
     Examples:
         >>> find("resnet20").about
-        'CIFAR ResNet of 20 layers, 64 wide at the end'
+        'CIFAR ResNet with 20 layers, 64-dimensional embedding'
         >>> find("torchvision:resnet18").build(10).maps
         ('relu', 'layer1', 'layer2', 'layer3', 'layer4')
     """
@@ -105,7 +105,7 @@ def refuse_code(model: str, origin: str) -> None:
             "load it in Python: topkd.load(PATH, network=MODULE)"
         )
     if is_own(model):
-        raise ValueError(f"{origin} asks to run {model}; if that is code of yours, say --trust")
+        raise ValueError(f"{origin} asks to run {model}; if this is your own code, pass --trust")
 
 
 def build(
@@ -121,21 +121,21 @@ def build(
     """Builds a network with its taps, untrained or with published weights.
 
     Args:
-        name: As :func:`find` takes it.
-        classes: Width of the logits. Published weights of another number get a new classifier. A
-            callable of the user that takes no number of classes decides by itself.
-        size: Pixels on a side of the images it will be shown, for networks that are built for one
-            size; position embeddings are interpolated. Their own if not given.
+        name: See :func:`find`.
+        classes: Number of classes. Published weights for another number get a new classifier. A
+            user's callable without such a parameter determines it.
+        size: Height and width of the images, for networks built for one size; position embeddings
+            are interpolated. Defaults to the network's own.
         pretrained: Whether to download the weights that torchvision or timm publish.
-        maps: Taps in place of its family's, which then has no pre-activations either. A network of
-            no family is run once to find maps and head, if they are not given.
-        head: Name of its classifier.
-        preactivations: Taps in place of its family's.
+        maps: Taps that replace the maps of the family, and its pre-activations as well. A network
+            of unknown family is run once to detect maps and head, unless both are given.
+        head: Name of the classifier module.
+        preactivations: Taps that replace the pre-activations of the family.
 
     Raises:
-        ValueError: If the network is unknown, has no published weights, has no module of one of
-            the names, or is of no known family, no head was given and none is found.
-        RuntimeError: If it has to be run, and cannot take images of this size.
+        ValueError: If the network is unknown, has no published weights or lacks a named module, or
+            if its head is neither known nor given nor detected.
+        RuntimeError: If the network has to be run and does not accept images of this size.
         OSError: If weights cannot be downloaded.
     """
     model = find(name)
@@ -162,22 +162,22 @@ def wrap(
 ) -> FeatureExtractor:
     """Wraps any classifier to read its embedding and feature maps.
 
-    Networks of a known family are read where that family is read. A network may also have an
-    attribute ``taps``, a mapping with ``head``, ``maps`` and ``preactivations``. Of others, the
-    classifier and the maps are found by running the network once.
+    Networks of a known family have the taps of the family. A network may also have an attribute
+    ``taps``, a mapping with ``head``, ``maps`` and ``preactivations``. For others, the classifier
+    and the maps are detected by running the network once.
 
     Args:
         network: The classifier. A :class:`~topkd.features.FeatureExtractor` is returned as it is.
         name: Name for messages. Defaults to the name of its class.
         shape: Channels, height and width of its images. Defaults to three channels and the first
-            usual size that it takes.
+            common size that it accepts.
         maps: Modules to read as feature maps, shallow to deep.
         head: The module that computes the logits; its input is the embedding.
         preactivations: Modules to read as maps before their activation.
 
     Raises:
-        ValueError: If the network has no module of one of the names, or no head is found.
-        RuntimeError: If it has to be run, and cannot take images of this size.
+        ValueError: If the network lacks a named module, or no head is found.
+        RuntimeError: If the network has to be run and does not accept images of this size.
 
     Examples:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
@@ -210,20 +210,20 @@ def _tapped(
     taps = {**taps_of(network), **getattr(network, "taps", {}), **own}
     missing = [key for key in ("head", "maps") if key not in taps]
     found = _found(name, network, shape, missing) if missing else {}
-    if "maps" in taps:  # the pre-activations that were found belong to other maps
+    if "maps" in taps:  # the detected pre-activations belong to other maps
         found.pop("preactivations", None)
     taps = {"maps": (), **found, **taps}
     if "head" not in taps:
         some = ", ".join(child for child, _ in network.named_children())
         raise ValueError(
-            f"{name} answers with what no layer of it gives: give its head, the module that makes "
-            f"logits of embeddings; it has {some}"
+            f"no layer of {name} returns its logits: give its head, the module that computes "
+            f"logits from embeddings; it has {some}"
         )
     tapped = FeatureExtractor(network, **taps)
     if missing:
         maps = ", ".join(taps["maps"]) or "none"
         tapped.found = (
-            f"{name} is read as it was found to compute: head {taps['head']}, maps {maps}"
+            f"taps of {name} were detected by running it: head {taps['head']}, maps {maps}"
         )
     return tapped
 
@@ -238,8 +238,8 @@ def _found(
             raise
         if "head" in missing:
             raise ValueError(
-                f"{name} takes images of no usual size, so that it cannot be tried where it is to "
-                "be read: give its head, and the maps to read"
+                f"{name} accepts images of no common size, so its taps cannot be detected: give "
+                "its head and its maps"
             ) from error
         return {}
 
@@ -294,7 +294,7 @@ def _create_torchvision(
             options["image_size"] = size
         return models.get_model(name, num_classes=classes, **options)
     weights = models.get_model_weights(name)[tag]
-    # Refuses a file with code; torchvision then reads that same file in its own way.
+    # Rejects a file with code; torchvision then reads the same file itself.
     weights.get_state_dict(check_hash=True, weights_only=True)
     network = models.get_model(name, weights=weights, **options)
     if name.startswith("vit_") and size not in (None, network.image_size):
@@ -317,7 +317,7 @@ def _resized(name: str, network: Any, size: int | None) -> Any:
 def _replace_head(network: nn.Module, classes: int) -> None:
     head = taps_of(network).get("head")
     if head is None:
-        raise ValueError(f"{type(network).__name__} has no classifier that could be replaced")
+        raise ValueError(f"{type(network).__name__} has no classifier that can be replaced")
     parent, _, name = head.rpartition(".")
     old = network.get_submodule(head)
     assert isinstance(old, nn.Linear)
@@ -377,7 +377,7 @@ def _create_timm(name: str, classes: int, size: int | None, pretrained: bool) ->
     return network
 
 
-# --- the user's own ------------------------------------------------------------------------------
+# --- user-defined --------------------------------------------------------------------------------
 
 
 def _of_user(module: str, attribute: str) -> ExternalModel:
@@ -405,8 +405,8 @@ def _of_user(module: str, attribute: str) -> ExternalModel:
     ]
     if needed:
         raise ValueError(
-            f"{name} needs {', '.join(needed)}, and is given no more than classes and size; name a "
-            "function that gives the rest"
+            f"{name} needs {', '.join(needed)}, but is called with classes and size only; name a "
+            "function that sets the rest"
         )
     return ExternalModel(partial(_create_own, name, function), {}, name)
 
@@ -426,7 +426,7 @@ def _create_own(
     else:
         network = function(**({} if width is None else {width: classes}), **options)
     if not isinstance(network, nn.Module):
-        raise ValueError(f"{name} made a {type(network).__name__}, not a torch.nn.Module")
+        raise ValueError(f"{name} returned {type(network).__name__}, not a torch.nn.Module")
     return network
 
 

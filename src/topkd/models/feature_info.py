@@ -41,17 +41,16 @@ _CHANNELS_LAST = (
 def taps_of(network: nn.Module) -> dict[str, Any]:
     """Returns the taps of a network, as arguments of :class:`topkd.features.FeatureExtractor`.
 
-    Maps are the stem and the stages, each where its size is last seen. A transformer that keeps
-    its size has four stages of equally many blocks. Where stages end in a ReLU, what goes into it
-    is the pre-activation.
+    Maps are the outputs of the stem and of the stages, after the last layer of each resolution. A
+    transformer of constant resolution is divided into four stages with the same number of blocks.
+    If all stages end in a ReLU, its inputs are the pre-activations.
 
     Args:
-        network: Of torchvision or of timm, a subclass, or any other.
+        network: A network of torchvision or timm, of a subclass, or any other.
 
     Returns:
-        What is known: nothing but ``to_map`` of a network of another family. A network that is no
-        family's can tell of itself, as timm's do, ``num_prefix_tokens`` and
-        ``output_fmt = "NHWC"``.
+        The known taps. For a network of another family, this is only ``to_map``; like timm's
+        networks, it may define ``num_prefix_tokens`` and ``output_fmt = "NHWC"``.
 
     Examples:
         >>> from torchvision.models import mobilenet_v2
@@ -75,13 +74,13 @@ def fold_tokens(tokens: Tensor, prefix: int) -> Tensor:
 
     Args:
         tokens: (n, prefix + side², d), the tokens of the image row by row.
-        prefix: How many others come first (of the class, registers), unless they are added later.
+        prefix: Number of tokens before these (class, registers), unless they are added later.
 
     Returns:
         The map (n, d, side, side).
 
     Raises:
-        ValueError: If the tokens are no square.
+        ValueError: If the number of image tokens is not a square.
 
     Examples:
         >>> import torch
@@ -95,8 +94,8 @@ def fold_tokens(tokens: Tensor, prefix: int) -> Tensor:
         if side and others + side**2 == tokens.shape[1]:
             return tokens[:, others:].mT.unflatten(2, (side, side))
     raise ValueError(
-        f"{tokens.shape[1]} tokens, of which {prefix} come before the image's, make no square map; "
-        "the network's num_prefix_tokens tells how many come before"
+        f"{tokens.shape[1]} tokens, of which {prefix} come before the image's, do not form a "
+        "square map; set the network's num_prefix_tokens"
     )
 
 

@@ -49,16 +49,16 @@ def taps_by_running(network: nn.Module, shape: Sequence[int] | None) -> dict[str
 
     Args:
         network: The network, which is unchanged except for lazily shaped layers.
-        shape: Channels, height and width of its images. Defaults to the first usual size that it
-            takes, with three channels.
+        shape: Channels, height and width of its images. Defaults to the first common size that it
+            accepts, with three channels.
 
     Returns:
         ``head``, ``maps`` and ``preactivations``, arguments of
-        :class:`topkd.features.FeatureExtractor`; no ``head`` where no layer is it, and no
-        pre-activations unless a module for the ReLU ends every map.
+        :class:`topkd.features.FeatureExtractor`, without ``head`` if no layer matches, and
+        without pre-activations unless every map ends in a ReLU module.
 
     Raises:
-        RuntimeError: If the network cannot take images of this size.
+        RuntimeError: If the network does not accept images of this size.
 
     Examples:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),

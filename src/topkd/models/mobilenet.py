@@ -22,8 +22,8 @@ TAPS_V2: dict[str, Any] = {
     "preactivations": ("conv1.1", "blocks.1", "blocks.2", "blocks.4", "blocks.6"),
     "head": "classifier.0",
 }
-"""No ReLU follows a block, so that behind the stem maps and pre-activations are the same. The map
-whose averages the classifier reads is that of the tap ``conv2``."""
+"""No ReLU follows a block, so maps and pre-activations are the same except for the stem. The map
+whose averages the classifier reads is at the tap ``conv2``."""
 
 BLOCKS_V1 = (
     (64, 1),
@@ -43,13 +43,13 @@ TAPS_V1: dict[str, Any] = {
     "preactivations": ("model.0.1", "model.3.4", "model.5.4", "model.11.4", "model.13.4"),
     "head": "fc",
 }
-"""The stem, and what stands before the size is halved; the pre-activations are normalizations."""
+"""The stem and the last block of each resolution; pre-activations are batch normalizations."""
 
 
 class InvertedResidual(nn.Module):
-    """A depthwise convolution in a wider space, and a shortcut where both ends are alike.
+    """Inverted residual block: expansion, depthwise convolution and linear projection.
 
-    Nothing is rectified at its end.
+    It has a shortcut if input and output have the same shape.
     """
 
     def __init__(self, channels_in: int, channels: int, stride: int, expansion: int) -> None:
@@ -69,14 +69,15 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     r"""MobileNetV2 for small images.
 
-    The stem halves the size, the second stage does not. The first block has the 1x1 convolution
-    of all others although it expands nothing. Channels are :math:`\lfloor cw \rfloor` without
-    rounding to multiples of 8; the last convolution has 1280, more only above width 1. The state
-    dict has the keys of the weights that RepDistiller, mdistiller and TopKD publish.
+    The stem halves the resolution; the second stage does not. The first block has a 1x1
+    convolution like all others, although its expansion is 1. Channels are
+    :math:`\lfloor cw \rfloor` without rounding to multiples of 8; the last convolution has 1280,
+    and more only above width 1. State-dict keys match the weights published by RepDistiller,
+    mdistiller and TopKD.
 
     Args:
-        width: Factor of the channels; the public benchmark has 0.5.
-        classes: Width of the logits.
+        width: Width multiplier; the public benchmark uses 0.5.
+        classes: Number of classes.
 
     References:
         MobileNetV2: Inverted Residuals and Linear Bottlenecks (Sandler et al., CVPR 2018)
@@ -120,10 +121,10 @@ class MobileNetV2(nn.Module):
 class MobileNetV1(nn.Module):
     """MobileNetV1 for 224x224 images: the student of the public benchmark on ImageNet-1K.
 
-    Weights begin as PyTorch's layers do. The state dict has the keys of mdistiller's.
+    Initialization is PyTorch's default. State-dict keys match mdistiller's weights.
 
     Args:
-        classes: Width of the logits.
+        classes: Number of classes.
 
     References:
         MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications (Howard
@@ -157,7 +158,7 @@ class MobileNetV1(nn.Module):
 def _convolution(
     channels_in: int, channels: int, *, side: int = 3, stride: int = 1, groups: int = 1
 ) -> list[nn.Module]:
-    """A convolution that keeps the size or divides it by the stride, normalized and rectified."""
+    """Builds a convolution with batch normalization and ReLU; the stride divides the resolution."""
     padding = side // 2
     convolution = nn.Conv2d(channels_in, channels, side, stride, padding, groups=groups, bias=False)
     return [convolution, nn.BatchNorm2d(channels), nn.ReLU()]

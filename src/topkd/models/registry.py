@@ -32,27 +32,27 @@ class Model:
 
 def _resnet(depth: int, *widths: int) -> Model:
     """Describes a CIFAR ResNet by the widths of its stem and three stages."""
-    about = f"CIFAR ResNet of {depth} layers, {widths[-1]} wide at the end"
+    about = f"CIFAR ResNet with {depth} layers, {widths[-1]}-dimensional embedding"
     return Model(partial(resnet.ResNet, depth, widths), resnet.taps(depth), about)
 
 
 def _wide_resnet(depth: int, width: int) -> Model:
-    about = f"wide ResNet of {depth} layers, {64 * width} wide at the end"
+    about = f"wide ResNet with {depth} layers, {64 * width}-dimensional embedding"
     return Model(partial(wide_resnet.WideResNet, depth, width), wide_resnet.TAPS, about)
 
 
 def _vgg(depth: int) -> Model:
-    about = f"VGG of depth {depth} with batch normalization, 512 wide at the end"
+    about = f"VGG of depth {depth} with batch normalization, 512-dimensional embedding"
     return Model(partial(vgg.VGG, depth), vgg.TAPS, about)
 
 
 def _mobilenetv2(width: float) -> Model:
-    about = f"MobileNetV2 of width {width} for 32x32 images, 1280 wide at the end"
+    about = f"MobileNetV2 of width {width} for 32x32 images, 1280-dimensional embedding"
     return Model(partial(mobilenet.MobileNetV2, width), mobilenet.TAPS_V2, about)
 
 
 def _shufflev2(times: str, *widths: int) -> Model:
-    about = f"ShuffleNetV2 {times} for 32x32 images, {widths[-1]} wide at the end"
+    about = f"ShuffleNetV2 {times} for 32x32 images, {widths[-1]}-dimensional embedding"
     return Model(partial(shufflenet.ShuffleNetV2, widths), shufflenet.TAPS, about)
 
 
@@ -68,7 +68,7 @@ MODELS: Mapping[str, Model] = {
     "resnet8x4": _resnet(8, 32, 64, 128, 256),
     "resnet32x4": _resnet(32, 32, 64, 128, 256),
     "resnet50": Model(
-        resnet.ResNet50, resnet.taps_50(), "ResNet-50 for 32x32 images, 2048 wide at the end"
+        resnet.ResNet50, resnet.taps_50(), "ResNet-50 for 32x32 images, 2048-dimensional embedding"
     ),
     "wrn_16_1": _wide_resnet(16, 1),
     "wrn_16_2": _wide_resnet(16, 2),
@@ -84,12 +84,14 @@ MODELS: Mapping[str, Model] = {
     "shufflev1": Model(
         shufflenet.ShuffleNetV1,
         shufflenet.TAPS,
-        "ShuffleNet with 3 groups for 32x32 images, 960 wide at the end",
+        "ShuffleNet with 3 groups for 32x32 images, 960-dimensional embedding",
     ),
     "shufflev2": _shufflev2("x1", 116, 232, 464, 1024),
     "shufflev2_1_5": _shufflev2("x1.5", 176, 352, 704, 1024),
     "mobilenetv1": Model(
-        mobilenet.MobileNetV1, mobilenet.TAPS_V1, "MobileNetV1 for ImageNet, 1024 wide at the end"
+        mobilenet.MobileNetV1,
+        mobilenet.TAPS_V1,
+        "MobileNetV1 for ImageNet, 1024-dimensional embedding",
     ),
 }
 """Name -> model.

@@ -13,7 +13,7 @@ BLOCKS_50 = (3, 4, 6, 3)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut around them."""
+    """Basic block: two 3x3 convolutions with a shortcut."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -36,15 +36,15 @@ class ResNet(nn.Module):
     r"""A residual network of three stages for small images.
 
     A network of depth :math:`6k + 2` has :math:`k` blocks of two convolutions in each stage. Its
-    state dict has the keys of the weights that RepDistiller, mdistiller and TopKD publish.
+    state-dict keys match the weights published by RepDistiller, mdistiller and TopKD.
 
     Args:
         depth: Number of layers with weights, 6k + 2.
         widths: Channels of the stem and of the three stages.
-        classes: Width of the logits.
+        classes: Number of classes.
 
     Raises:
-        ValueError: If no whole number of blocks gives this depth.
+        ValueError: If the depth is not of this form.
 
     References:
         Deep Residual Learning for Image Recognition (He et al., CVPR 2016)
@@ -80,7 +80,7 @@ class ResNet(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 3x3 convolution between two of 1x1, and a shortcut around them."""
+    """Bottleneck block: 1x1, 3x3 and 1x1 convolutions with a shortcut."""
 
     def __init__(self, channels_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -103,13 +103,13 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """The residual network of 50 layers, with a stem for small images.
+    """ResNet-50 with a stem for small images.
 
-    The stem is one 3x3 convolution of stride 1, and nothing is pooled before the end. The state
-    dict has the keys of the weights that RepDistiller and mdistiller publish.
+    The stem is one 3x3 convolution of stride 1, without pooling. State-dict keys match the weights
+    published by RepDistiller and mdistiller.
 
     Args:
-        classes: Width of the logits.
+        classes: Number of classes.
 
     References:
         Deep Residual Learning for Image Recognition (He et al., CVPR 2016)
@@ -148,7 +148,7 @@ def taps(depth: int) -> dict[str, Any]:
     """Returns the taps of a :class:`ResNet` of this depth: its stem and three stages.
 
     Raises:
-        ValueError: If no whole number of blocks gives this depth.
+        ValueError: If the depth is not of this form.
 
     Examples:
         >>> taps(20)["preactivations"]

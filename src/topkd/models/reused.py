@@ -16,22 +16,22 @@ from topkd.features import FeatureExtractor, Teacher
 class ReusedClassifierStudent(nn.Module):
     r"""A student's body, a projector and a frozen copy of the teacher's classifier.
 
-    The body is a copy of the student without the layers whose weights its last map does not depend
-    on: its own classifier, and what else stands behind the map, is neither kept nor computed. A
-    map that is larger than the teacher's is averaged down to it. The averages of the projected map
-    are what the teacher's classifier reads.
+    The body is a copy of the student without the layers on whose weights its last map does not
+    depend: its classifier and other layers after the map are neither stored nor computed. A map
+    larger than the teacher's is average-pooled to its size. The teacher's classifier reads the
+    averages of the projected map.
 
-    :func:`reuse` finds the sizes and takes over the teacher's weights. Built from a description,
-    the network has to be filled with weights; its state dict holds all of them.
+    :func:`reuse` determines the sizes and copies the teacher's weights. A network built from a
+    description needs weights, all of which its state dict contains.
 
     Args:
-        student: Its network is copied and stays as it is.
+        student: The student, whose network is copied and not changed.
         tap: Tap of the student's feature map that is projected.
         channels: Channels of this map.
         wide: Channels of the teacher's map.
         size: Height and width of the teacher's map.
-        classes: Width of the logits.
-        bias: Whether the teacher's classifier has one.
+        classes: Number of classes.
+        bias: Whether the teacher's classifier has a bias.
         factor: Channel reduction inside the projector.
         dropped: Names of the student's layers that are left out.
 
@@ -75,7 +75,7 @@ class ReusedClassifierStudent(nn.Module):
         }
         maps, before = [*student.maps[:-1], tap], student.preactivations[:-1]
         self.body = student.retapped(maps, before, without=dropped)
-        # Nothing but names, under which the shallower maps of the body can be tapped.
+        # These only name the shallower maps of the body for taps.
         self.maps = nn.ModuleList(nn.Identity() for _ in student.maps[:-1])
         self.preactivations = nn.ModuleList(nn.Identity() for _ in student.preactivations[:-1])
         self.projector = projector(channels, wide, factor)
@@ -113,7 +113,7 @@ def projector(channels: int, wide: int, factor: int = 2) -> nn.Sequential:
         factor: Channel reduction inside the projector.
 
     Raises:
-        ValueError: If the factor leaves no channel inside.
+        ValueError: If the factor is out of range.
 
     References:
         Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022)
@@ -141,9 +141,9 @@ def reuse(
     """Replaces a student's classifier by its teacher's.
 
     Args:
-        student: It stays as it is; the result has a copy of its weights.
-        teacher: Its classifier is copied.
-        images: Some images as both networks are shown them, from which sizes are read.
+        student: The student, which is not changed; the result has a copy of its weights.
+        teacher: The teacher, whose classifier is copied.
+        images: Example input of both networks, used to determine sizes.
         factor: Channel reduction inside the projector.
         tap: Tap of the student's map that is projected. Defaults to its last map.
         teacher_tap: Tap of the map whose averages the teacher's classifier reads. All networks of
@@ -151,14 +151,15 @@ def reuse(
 
     Returns:
         A :class:`ReusedClassifierStudent` with taps. Its last map is the projected one, its
-        embedding the averages of this, its logits those of the teacher's classifier.
+        embedding consists of the averages of this map, and the teacher's classifier computes its
+        logits.
 
     Raises:
         ValueError: If the teacher's classifier is not one linear layer on the averages of the map,
-            or the student's tap reads no map.
+            or the student's tap does not read a map.
     """
     if tap is None and not student.maps:
-        raise ValueError("the student has no maps: name the tap of its last one")
+        raise ValueError("the student has no maps: give the tap of its last map")
     tap = tap or student.maps[-1]
     weight, bias, size = _classifier(teacher, images, teacher_tap)
     channels, dropped = _explored(student, images, tap)
@@ -185,7 +186,7 @@ def rebuild(student: FeatureExtractor, description: Mapping[str, Any]) -> Featur
 
     Args:
         student: An untrained network of the same architecture.
-        description: :attr:`ReusedClassifierStudent.description`, which JSON can hold.
+        description: :attr:`ReusedClassifierStudent.description`, which can be stored as JSON.
     """
     return _tapped(ReusedClassifierStudent(student, **description))
 
@@ -230,7 +231,7 @@ def _explored(student: FeatureExtractor, images: Tensor, tap: str) -> tuple[int,
         last = body(images.to(next(iter(weights.values())).device)).maps[-1]
         if last.ndim != 4:
             raise ValueError(
-                f"the student's tap {tap!r} reads {tuple(last.shape)}, which is no map"
+                f"the student's tap {tap!r} reads {tuple(last.shape)}, which is not a map"
             )
         gradients = torch.autograd.grad(last.sum(), list(weights.values()), allow_unused=True)
     used = {id(w) for w, g in zip(weights.values(), gradients, strict=True) if g is not None}

@@ -1,4 +1,4 @@
-"""ShuffleNets of both versions for 32x32 images, as in the public distillation benchmark."""
+"""ShuffleNet V1 and V2 for 32x32 images, as in the public distillation benchmark."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,9 +23,10 @@ GROUPS = 3
 
 
 class GroupedBlock(nn.Module):
-    """The block of version 1: a depthwise convolution between grouped 1x1 convolutions.
+    """Block of version 1: a depthwise convolution between grouped 1x1 convolutions.
 
-    With stride 2 the averaged input is put beside the output, else it is added to it.
+    With stride 2, the average-pooled input is concatenated to the output; otherwise, the input is
+    added.
     """
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
@@ -55,12 +56,12 @@ class ShuffleNetV1(nn.Module):
     """ShuffleNet with three groups, for small images.
 
     The stem is one 1x1 convolution and keeps the size; the three stages have 240, 480 and 960
-    channels. As in the public benchmark, and unlike in the paper, the depthwise convolution is
-    rectified too. Weights begin as PyTorch's layers do. The state dict has the keys of the weights
-    that RepDistiller, mdistiller and TopKD publish.
+    channels. As in the public benchmark, and unlike in the paper, a ReLU
+    follows the depthwise convolution. Initialization is PyTorch's default. State-dict keys match
+    the weights published by RepDistiller, mdistiller and TopKD.
 
     Args:
-        classes: Width of the logits.
+        classes: Number of classes.
 
     References:
         ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile Devices (Zhang
@@ -93,7 +94,7 @@ class ShuffleNetV1(nn.Module):
 
 
 class SplitBlock(nn.Module):
-    """The block of version 2: half of the channels are an identity branch."""
+    """Block of version 2: half of the channels are an identity branch."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -110,12 +111,12 @@ class SplitBlock(nn.Module):
         passed, made = x.chunk(2, 1)
         made = F.relu(self.bn1(self.conv1(made)))
         made = self.bn3(self.conv3(self.bn2(self.conv2(made))))
-        # What passes by was rectified before, and is not changed by the ReLU over both halves.
+        # The identity branch is not negative, so the ReLU over both halves does not change it.
         return self.relu(shuffle(torch.cat([passed, made], 1), 2))
 
 
 class HalvingBlock(nn.Module):
-    """The strided block of version 2, with convolutions in both branches."""
+    """Strided block of version 2, with convolutions in both branches."""
 
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
@@ -140,13 +141,13 @@ class HalvingBlock(nn.Module):
 class ShuffleNetV2(nn.Module):
     """ShuffleNetV2 for small images.
 
-    The stem is one 1x1 convolution and keeps the size. Weights begin as PyTorch's layers do. The
-    state dict has the keys of the weights that RepDistiller, mdistiller and TopKD publish.
+    The stem is one 1x1 convolution and keeps the size. Initialization is PyTorch's default.
+    State-dict keys match the weights published by RepDistiller, mdistiller and TopKD.
 
     Args:
         widths: Channels of the three stages and of the last convolution. The paper's network has
-            116, 232, 464 and 1024; half as wide again, it has 176, 352, 704 and 1024.
-        classes: Width of the logits.
+            116, 232, 464 and 1024; the one of 1.5 times the width has 176, 352, 704 and 1024.
+        classes: Number of classes.
 
     Raises:
         ValueError: If a stage cannot be divided into two halves.

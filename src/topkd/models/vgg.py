@@ -13,7 +13,7 @@ CONVOLUTIONS = {
     16: (2, 2, 3, 3, 3),
     19: (2, 2, 4, 4, 4),
 }
-"""Depth in the name, which counts two layers more than there are -> convolutions in each block."""
+"""Depth in the name, two more than the number of layers -> convolutions in each block."""
 
 WIDTHS = (64, 128, 256, 512, 512)
 """Channels of the five blocks."""
@@ -23,19 +23,19 @@ TAPS: dict[str, Any] = {
     "preactivations": ("block0", "block1", "block2", "block3", "block4"),
     "head": "classifier",
 }
-"""A block ends with a normalization; the ReLU behind it is a module of its own."""
+"""A block ends with a normalization; the ReLU after it is a separate module."""
 
 
 class VGG(nn.Module):
     r"""A plain network of 3x3 convolutions with batch normalization, for small images.
 
-    The size is halved behind each of the first three blocks, and for images of 64x64 and more
-    behind the fourth as well; the last map is averaged, and one linear layer classifies. Its state
-    dict has the keys of the weights that RepDistiller, mdistiller and TopKD publish.
+    The resolution is halved after each of the first three blocks, and after the fourth for images
+    of 64x64 and more. The last map is average-pooled, and one linear layer computes the logits.
+    State-dict keys match the weights published by RepDistiller, mdistiller and TopKD.
 
     Args:
-        depth: The depth in its name: 8, 11, 13, 16 or 19.
-        classes: Width of the logits.
+        depth: The depth in the name: 8, 11, 13, 16 or 19.
+        classes: Number of classes.
 
     Raises:
         ValueError: If there is no VGG of this depth.
@@ -86,7 +86,7 @@ class VGG(nn.Module):
 
 
 def _block(channels_in: int, channels: int, convolutions: int) -> nn.Sequential:
-    """Convolutions, each with its normalization and ReLU, without the last ReLU."""
+    """Builds convolutions with batch normalization and ReLU, without the last ReLU."""
     layers: list[nn.Module] = []
     for _ in range(convolutions):
         layers.append(nn.Conv2d(channels_in, channels, 3, padding=1))

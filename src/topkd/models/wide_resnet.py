@@ -12,13 +12,13 @@ TAPS: dict[str, Any] = {
     "preactivations": ("block1.layer.0.bn1", "block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"),
     "head": "fc",
 }
-"""The maps are sums that no ReLU has seen yet: it stands behind the normalization with which the
-next part begins, and the outputs of that are the pre-activations. The tap ``relu`` reads the last
-map behind its normalization and its ReLU, the one whose averages the classifier reads."""
+"""The maps are sums before batch normalization and ReLU, with which the next stage begins; the
+pre-activations are the outputs of this normalization. The tap ``relu`` reads the last map after
+normalization and ReLU, whose averages the classifier reads."""
 
 
 class PreactivationBlock(nn.Module):
-    """Two 3x3 convolutions, each behind its normalization and ReLU, and a shortcut around them."""
+    """Pre-activation block: two 3x3 convolutions after batch normalization and ReLU, a shortcut."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class PreactivationBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks in a row, of which the first may change the number of channels and the size."""
+    """A sequence of blocks; the first may change the number of channels and the resolution."""
 
     def __init__(self, channels_in: int, channels: int, blocks: int, stride: int) -> None:
         super().__init__()
@@ -53,16 +53,16 @@ class WideResNet(nn.Module):
     r"""A wide residual network of three stages for small images.
 
     A network of depth :math:`6k + 4` and width :math:`w` has :math:`k` blocks of two convolutions
-    in each stage, with :math:`16w`, :math:`32w` and :math:`64w` channels. Its state dict has the
-    keys of the weights that RepDistiller, mdistiller and TopKD publish.
+    in each stage, with :math:`16w`, :math:`32w` and :math:`64w` channels. Its state-dict keys
+    match the weights published by RepDistiller, mdistiller and TopKD.
 
     Args:
         depth: Number of layers with weights, 6k + 4.
-        width: Factor of the channels.
-        classes: Width of the logits.
+        width: Width multiplier.
+        classes: Number of classes.
 
     Raises:
-        ValueError: If no whole number of blocks gives this depth.
+        ValueError: If the depth is not of this form.
 
     References:
         Wide Residual Networks (Zagoruyko and Komodakis, BMVC 2016)
