@@ -200,7 +200,7 @@ def test_refuses_a_map_that_the_teachers_classifier_does_not_average():
         reuse(student, teacher, images, teacher_tap="block3")
     with pytest.raises(ValueError, match="has no module 'stages.9'"):
         reuse(student, teacher, images, teacher_tap="stages.9")
-    with pytest.raises(ValueError, match=r"tap 'fc' reads \(2, 10\), which is no map"):
+    with pytest.raises(ValueError, match=r"tap 'fc' reads \(2, 10\), which is not a map"):
         reuse(student, teacher, images, tap="fc")
     with pytest.raises(ValueError, match="factor must be between 1 and the teacher's width 64"):
         reuse(student, teacher, images, factor=65)

@@ -317,7 +317,7 @@ def test_regressors_end_at_the_shape_of_the_teacher(student, teacher, kind, relu
 
 
 def test_regressors_of_other_shapes_are_refused():
-    with pytest.raises(ValueError, match="no regressor takes maps of 2x2 to 5x5: the student's"):
+    with pytest.raises(ValueError, match="no regressor maps 2x2 to 5x5: the student's"):
         regressor((3, 2, 2), (3, 5, 5), relu=True)
 
 
@@ -334,7 +334,9 @@ MADE = {
 def test_networks_with_other_numbers_of_maps_are_refused(source, loss):
     student, teacher = features(5, seed=1), features(5, seed=2)
     teacher = replace(teacher, maps=teacher.maps[1:])
-    said = "the student has 4 maps and the teacher 3; maps are compared in pairs, so select equally"
+    said = (
+        "the student has 4 maps and the teacher 3; maps are compared in pairs, so select the same"
+    )
     with pytest.raises(ValueError, match=said):
         bound(loss, student, teacher, source)
 
@@ -365,7 +367,9 @@ def test_fsp_names_the_maps_whose_channels_differ(source):
     with pytest.raises(ValueError, match=said):
         bound(FSP, features(3, seed=1), features(5, seed=2), source)
     made = features(5, seed=1)
-    with pytest.raises(ValueError, match="fsp goes from map to map and needs two at least, got 1"):
+    with pytest.raises(
+        ValueError, match="fsp compares consecutive maps and needs at least two, got 1"
+    ):
         bound(FSP, made, made, source, skip=3)
 
 

@@ -106,9 +106,9 @@ def test_refuses_networks_whose_stages_do_not_match(tmp_path):
     fewer = replace(teacher, preactivations=teacher.preactivations[1:])
     with pytest.raises(ValueError, match="got 3 stages of the student and 2 of the teacher"):
         bound(ReviewKD, student, fewer, source)
-    with pytest.raises(ValueError, match="the teacher needs pre-activations .* it has 0"):
+    with pytest.raises(ValueError, match="the teacher needs pre-activations .* but has 0"):
         bound(ReviewKD, student, replace(teacher, preactivations=[]), source)
-    with pytest.raises(ValueError, match="the student needs maps of a stem and a stage, it has 1"):
+    with pytest.raises(ValueError, match="the student needs maps of a stem and a stage, but has 1"):
         bound(ReviewKD, replace(student, maps=student.maps[:1]), teacher, source)
     with pytest.raises(ValueError, match="width must be positive, got 0"):
         ReviewKD(width=0)

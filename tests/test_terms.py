@@ -248,7 +248,7 @@ def test_a_view_chooses_maps_and_embedding():
 def test_a_view_of_no_map_is_refused():
     network = tapped(5, seed=1)
     network.also(["fc"])
-    with pytest.raises(ValueError, match=r"the tap 'fc' reads \(2, 4\), which is no map"):
+    with pytest.raises(ValueError, match=r"the tap 'fc' reads \(2, 4\), which is not a map"):
         select(network(torch.zeros(2, 3, 8, 8, dtype=torch.float64)), View(maps=("fc",)))
 
 

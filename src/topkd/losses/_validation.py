@@ -166,7 +166,7 @@ def check_target(target: Tensor, logits: Tensor) -> None:
 
 
 def _is_readable(value: object) -> bool:
-    """Whether a value can be read: in a compiled graph, values of tensors cannot."""
+    """Whether a value can be read; values of tensors cannot in a compiled graph."""
     return not (isinstance(value, Tensor) and torch.compiler.is_compiling())
 
 

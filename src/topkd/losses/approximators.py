@@ -110,8 +110,8 @@ def learn(
         context.progress.say(f"{title}: {measured}")
         if measured.r2 < MIN_R2:
             context.progress.say(
-                f"warning: this {title} explains {max(measured.r2, 0):.0%} of what differs between "
-                "clouds; `via: exact` explains all of it and is faster"
+                f"warning: this {title} explains {max(measured.r2, 0):.0%} of the variance between "
+                "clouds; `via: exact` is exact and faster"
             )
         width = first.shape[-1]
         return Approximation(trained, exact, size, width, context.teacher_hash, measured).to_bytes()

@@ -139,7 +139,7 @@ class Loss(nn.Module, ABC):
         return {}
 
     def term(self, **settings: Any) -> LossTerm:
-        """Makes a term of a training objective from this loss.
+        """Creates a term of a training objective from this loss.
 
         Args:
             settings: ``weight`` or ``share``, ``start``, ``stop``, ``warmup``, ``decay``,
@@ -268,7 +268,7 @@ def select(features: Features, view: View) -> Features:
 def _map(features: Features, tap: str) -> Tensor:
     read = features.others[tap]
     if read.ndim != 4:
-        raise ValueError(f"the tap {tap!r} reads {tuple(read.shape)}, which is no map")
+        raise ValueError(f"the tap {tap!r} reads {tuple(read.shape)}, which is not a map")
     return read
 
 

@@ -17,7 +17,7 @@ from topkd.models.reused import ReusedClassifierStudent, projector
 
 
 def last_map(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Compares two maps with equally many channels, average-pooled to the smaller size.
+    r"""Compares two maps with the same number of channels, average-pooled to the smaller size.
 
     .. math:: \frac{1}{n c h w} \lVert F^s - F^t \rVert^2
 

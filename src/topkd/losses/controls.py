@@ -105,7 +105,7 @@ def check_tree(edges: Edges, dimension: int) -> None:
     """
     if edges == "random" and dimension > 0:
         raise ValueError(
-            "edges: random stands in for the spanning tree, from which only dimension 0 is read; "
+            "edges: random replaces the spanning tree, which determines dimension 0 only; "
             "use dimension: 0"
         )
 

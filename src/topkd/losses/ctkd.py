@@ -88,7 +88,7 @@ class CTKD(Loss):
         super().__init__()
         self.of = one_of("of", of, Of)
         if of == "kd" and not alpha is beta is None:
-            raise ValueError("alpha and beta are options of dkd; set of to dkd, or leave them out")
+            raise ValueError("alpha and beta are options of dkd; set `of: dkd`, or leave them out")
         self.rise = count("rise", rise)
         self.lowest, self.spread = temperature(lowest, "lowest"), positive("spread", spread)
         temperature(lowest + spread, "lowest + spread")

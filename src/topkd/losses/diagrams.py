@@ -37,8 +37,8 @@ class Wasserstein(PermutationInvariant):
     Args:
         dimension: 0 for clusters, 1 for loops.
         order: The exponent p, at least 1.
-        ground_norm: By which norm two bars are apart; in sorted lengths they are the same.
-        diagonal: Whether bars of dimension 0 may be matched with the diagonal, too.
+        ground_norm: Norm of the difference of two bars; it has no effect on sorted lengths.
+        diagonal: Whether bars of dimension 0 may also be matched with the diagonal.
         scale: Scale of lengths: a statistic of the edges of the minimum spanning tree, see
             :mod:`topkd.topology.scaling`. Defaults to their mean.
         edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
@@ -84,8 +84,8 @@ class Wasserstein(PermutationInvariant):
         check_tree(edges, dimension)
         if dimension == 1 and target == "mean":
             raise ValueError(
-                "target: mean needs equally many bars in all clouds, the number of loops varies;"
-                " use other"
+                "target: mean needs the same number of bars in all clouds, but the number of loops "
+                "varies; use other"
             )
         one_of("dimension", dimension, Literal[0, 1])
         one_of("scale", scale, TreeScale)

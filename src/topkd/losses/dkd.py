@@ -97,10 +97,10 @@ def decoupled_distillation(
 class DKD(Loss):
     """:func:`decoupled_distillation` of the logits, DKD.
 
-    For mixed images, the label with the largest weight is the target. Published with a warm-up of
-    20 epochs and ``beta`` 2 for resnet56 to resnet20 and resnet110 to resnet32, 6 for vgg13 and the
-    pairs of WRNs, 8 for resnet32x4 and ResNet50; on ImageNet with T = 1, a warm-up of 1 epoch and
-    ``beta`` 0.5 for ResNet34 to ResNet18.
+    For mixed images, the label with the largest weight is the target. The authors use a
+    warm-up of 20 epochs and ``beta`` 2 for resnet56 to resnet20 and resnet110 to resnet32, 6 for
+    vgg13 and the pairs of WRNs, and 8 for resnet32x4 and ResNet50; on ImageNet, they use T = 1, a
+    warm-up of 1 epoch and ``beta`` 0.5 for ResNet34 to ResNet18.
 
     Args:
         alpha: Weight of the target-class term.
@@ -212,7 +212,7 @@ class NKD(Loss):
     """:func:`normalized_distillation` of the logits, NKD.
 
     For mixed images, the label with the largest weight is the target. The defaults are those for
-    ImageNet; for CIFAR-100, ``gamma`` 3.5 and T = 3 were published.
+    ImageNet; for CIFAR-100, the authors use ``gamma`` 3.5 and T = 3.
 
     Args:
         gamma: Weight of the other classes.

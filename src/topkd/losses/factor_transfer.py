@@ -199,8 +199,9 @@ def learn(
 ) -> tuple[Paraphraser, float]:
     """Trains a paraphraser of the teacher's last maps, or loads it if it was trained before.
 
-    The optimizer is SGD with momentum 0.9 and weight decay 5e-4, the objective the mean squared
-    error. The training state is saved after each epoch; an interrupted training resumes from it.
+    The optimizer is SGD with momentum 0.9 and weight decay 5e-4, and the objective is the mean
+    squared error. The training state is saved after each epoch; an interrupted training resumes
+    from it.
 
     Args:
         context: Training images with the teacher's features, and the folder of the result.
@@ -255,7 +256,7 @@ def _train(
             error = _epoch(network, optimizer, context, epoch, advance)
             advance(0, f"epoch {epoch + 1}, reconstruction error {error:.1%}")
             if not math.isfinite(error):
-                raise ValueError(f"the paraphraser diverged at lr {lr}; give it a smaller one")
+                raise ValueError(f"the paraphraser diverged at lr {lr}; use a smaller one")
             save_state(
                 {
                     "network": network.state_dict(),

@@ -94,7 +94,7 @@ class FSP(Loss):
         compares="products of consecutive feature maps",
         paper="Yim et al., CVPR 2017",
         url="https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html",
-        cost="n d k with k channels, equally many in both networks",
+        cost="n d k with k channels, the same number in both networks",
         any_width=False,
     )
 
@@ -114,7 +114,9 @@ class FSP(Loss):
         """
         pairs = paired(student.maps, teacher.maps, self.skip)
         if len(pairs) < 2:
-            raise ValueError(f"fsp goes from map to map and needs two at least, got {len(pairs)}")
+            raise ValueError(
+                f"fsp compares consecutive maps and needs at least two, got {len(pairs)}"
+            )
         differing = [
             f"map {place} has {s.shape[1]} and {t.shape[1]}"
             for place, (s, t) in enumerate(pairs, self.skip)

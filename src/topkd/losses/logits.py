@@ -143,8 +143,8 @@ class KD(Loss):
     Args:
         temperature: Softmax temperature T. Higher values increase the weight of low-probability
             classes.
-        standardize: Whether to compare :func:`standardized` logits; published with T = 2 and
-            weight 9, next to 0.1 of cross-entropy.
+        standardize: Whether to compare :func:`standardized` logits; the authors use T = 2,
+            weight 9, and weight 0.1 for the cross-entropy.
 
     Raises:
         ValueError: If the temperature is out of range.
@@ -363,7 +363,7 @@ def transformed_teacher_matching(
 class TTM(Loss):
     """:func:`transformed_teacher_matching` of the logits, TTM.
 
-    Published with weight 45 for vgg13 to vgg8. The loss is not multiplied by T².
+    The authors use weight 45 for vgg13 to vgg8. The loss is not multiplied by T².
 
     Args:
         exponent: Inverse temperature of the teacher.
@@ -408,7 +408,7 @@ class TTM(Loss):
 class WTTM(TTM):
     """:func:`transformed_teacher_matching` with weighted images, WTTM.
 
-    Published with weight 4, next to CRD with 0.8.
+    The authors use weight 4, and weight 0.8 for CRD.
 
     Args:
         exponent: Inverse temperature of the teacher.

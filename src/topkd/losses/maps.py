@@ -37,7 +37,7 @@ def paired(
     if len(student) != len(teacher):
         raise ValueError(
             f"the student has {len(student)} {kind} and the teacher {len(teacher)}; maps are "
-            "compared in pairs, so select equally many with the term's taps in the recipe"
+            "compared in pairs, so select the same number with the term's taps"
         )
     if not 0 <= skip < len(student):
         raise ValueError(

@@ -26,7 +26,7 @@ class EdgeMatching(Matched):
         scale: Scale of lengths, see :mod:`topkd.topology.scaling`, or "learned". Defaults to the
             mean of all pairwise distances.
         detach_scale: Whether the scale is a constant for the gradient.
-        symmetric: Whether the edges of the student's tree count, and not the teacher's alone.
+        symmetric: Whether to include the edges of the student's tree as well as the teacher's.
         edges: ``random`` for a random tree, see :mod:`topkd.losses.controls`.
         target: ``permuted`` for the teacher's features of other images, see there.
 

@@ -158,8 +158,8 @@ def _single_view(student: Tensor, teacher: Tensor, faithful: bool, standardize: 
 class MLKD(Loss):
     """:func:`multi_level_distillation` of the logits, MLKD.
 
-    Published with two views, weight 0.9 and, with the cross-entropies of both views added, weight
-    0.1 for these (0.2 for their mean). Two views double the forward passes; compare with runs that
+    The authors use two views, weight 0.9, and weight 0.1 for the sum of the cross-entropies of both
+    views (0.2 for their mean). Two views double the forward passes; compare with runs that
     use two views as well.
 
     Args:

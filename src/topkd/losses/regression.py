@@ -50,7 +50,7 @@ def regressor(student: Sequence[int], teacher: Sequence[int], *, relu: bool) -> 
         convolution = nn.Conv2d(channels_in, channels, (height, width))
     else:
         raise ValueError(
-            f"no regressor takes maps of {size_in[0]}x{size_in[1]} to {size[0]}x{size[1]}: the "
+            f"no regressor maps {size_in[0]}x{size_in[1]} to {size[0]}x{size[1]}: the "
             "student's may be larger, equal or half as large; select others with the term's taps"
         )
     return nn.Sequential(convolution, nn.BatchNorm2d(channels), *([nn.ReLU()] if relu else []))

@@ -133,7 +133,7 @@ def correlation_products(student: Tensor, teacher: Tensor) -> Tensor:
     """
     check_shapes("embeddings", student, teacher, form=EMBEDDINGS)
     if len(student) < 2:
-        raise ValueError(f"embeddings must be of two samples at least, got {tuple(student.shape)}")
+        raise ValueError(f"embeddings must be of at least two samples, got {tuple(student.shape)}")
     n, delta = len(student), (student - teacher).abs()
     return (delta.sum(0).square() - delta.square().sum(0)).sum() / (n * (n - 1))
 

@@ -157,7 +157,7 @@ class ReviewKD(Loss):
         targets = [level.shape[1] for level in _levels(teacher, True, "teacher")]
         if len(widths) != len(targets):
             raise ValueError(
-                "both networks need equally many maps, got "
+                "both networks need the same number of maps, got "
                 f"{len(widths) - 1} stages of the student and {len(targets) - 1} of the teacher"
             )
         middle, last = min(self.width, widths[-1]), len(widths) - 1
@@ -182,5 +182,5 @@ def _levels(features: Features, before: bool, whose: str) -> list[Tensor]:
     maps = features.preactivations if before else features.maps
     if len(maps) < 2:
         kind = "pre-activations" if before else "maps"
-        raise ValueError(f"the {whose} needs {kind} of a stem and a stage, it has {len(maps)}")
+        raise ValueError(f"the {whose} needs {kind} of a stem and a stage, but has {len(maps)}")
     return [*maps[1:], features.embedding[:, :, None, None]]

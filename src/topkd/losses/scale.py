@@ -1,4 +1,4 @@
-"""A control for topological losses: the size of the cloud, and nothing of its shape."""
+"""A control for topological losses: compares the size of the clouds and ignores their shape."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def cloud_scale(student: Tensor, teacher: Tensor) -> Tensor:
 class CloudScale(Loss):
     """:func:`cloud_scale` of the embeddings.
 
-    It is meant as a control: if a topological loss helps no more than this one, it is the size of
-    the embedding that helps, and not its shape.
+    It is a control: if a topological loss helps no more than this one, the size of the embedding
+    explains the gain, not its shape.
 
     References:
         Defined here as a control for
