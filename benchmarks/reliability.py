@@ -2,17 +2,18 @@
 
 python benchmarks/reliability.py [--kills 200] [--recipes 2000] [--changes 1000] [--page FILE]
 
-Kills, damage and hostile files run the real command line in a process of its own, forked after the
+Kills, damage and hostile files run the command line in a separate process, forked after the
 imports. Recipes and changes are parsed and checked in this process.
 
 * Kills: one command is killed at random times and repeated until it ends. A loss is a run whose
   files differ in any bit from those of a run that was never killed.
-* Damage: each file of a finished run is cut off, emptied, deleted, or has one bit flipped; then
-  every command that reads the run follows. Damage is noticed if a command names the file, repaired
-  if the file is written again with the same bytes, without effect if nothing that a user gets
-  differs, and unnoticed otherwise.
-* Recipes and changes: an error is reported as one line for each fault, never as a traceback.
-* Hostile files: nothing that they ask for is run, and each is refused in bounded time and memory.
+* Damage: each file of a finished run is truncated, emptied or deleted, or has one bit flipped;
+  then every command that reads the run is executed. Damage is noticed if a command names the file,
+  repaired if the file is written again with the same bytes, without effect if no output differs,
+  and unnoticed otherwise.
+* Recipes and changes: an error is reported as one line for each fault, without a traceback.
+* Hostile files: no code or command in them is executed, and each is rejected in bounded time and
+  memory.
 """
 
 from __future__ import annotations
@@ -471,7 +472,7 @@ def open_hostile(work: Path) -> Counter[str]:
 
 PAGE = """# Reliability
 
-`{command}` prints these figures; all of them are counted, none is estimated.
+`{command}` prints these figures, which are counted, not estimated.
 
 | what | figures |
 |---|---|

@@ -32,7 +32,7 @@ one seed and the recipes of `methods/resnet20-resnet8`. Their weights were publi
 and 240 epochs.
 
 **This is not a ranking.** It shows that each method runs, and approximately what it costs. Methods
-with an initial stage (ab, fsp) used one epoch for it and one for the labels. DeiT's token has
+with an initial stage (ab, fsp) used one epoch for it and one for the labels. DeiT's token needs
 another student, a transformer of 5.5 million weights.
 
 Two runs shared two cores, with one thread each, and at times other work, so the times are
@@ -54,10 +54,10 @@ for study in collect(RESULTS / "two-epochs"):
 print("""
 ## What a term costs
 
-Measured by `benchmarks/losses.py`: forward and backward pass of a single term, from features to
+`benchmarks/losses.py` measures the forward and backward pass of a single term, from features to
 feature gradients, relative to a training step of ResNet-20 with KD, which includes the teacher's
-forward pass. One thread, interleaved, medians. *Saved* is the memory that a loss saves for the
-backward pass; *state* is its weights and buffers.
+forward pass. Values are medians of interleaved runs with one thread. *Saved* is the memory that a
+loss saves for the backward pass; *state* is its weights and buffers.
 
 | loss | 64 images: ms | of a step | saved, MB | 256: ms | of a step | saved, MB | state, MB |
 |---|--:|--:|--:|--:|--:|--:|--:|""")
