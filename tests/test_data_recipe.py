@@ -108,7 +108,7 @@ def test_weights_that_are_no_numbers_are_named_where_they_are_loaded(forty, teac
     network.fc.bias.data[0] = value
     checkpoint.save_weights(teacher, network, {})
     said = topkd("run", forty, "batch_size=8", teacher=teacher)
-    assert said.startswith(f"{teacher}: layer2.0.conv1.weight holds NaN or infinity; ")
+    assert said.startswith(f"{teacher}: layer2.0.conv1.weight contains NaN or infinity; ")
 
 
 def test_masks_may_be_infinite():

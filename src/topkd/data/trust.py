@@ -77,7 +77,7 @@ def changed(
         named = " ".join(f"--data {key}=..." for key in sorted(asked))
         raise ValueError(
             f"{origin} asks to open {listed}, which an untrusted file may not; "
-            f"set it yourself ({named}), or pass --trust"
+            f"specify it yourself ({named}), or pass --trust"
         )
     return tree
 
