@@ -25,6 +25,7 @@ from topkd.evaluation.metrics import METRICS
 from topkd.studies.analysis import compare
 from topkd.studies.collect import Collected, collect
 from topkd.studies.executors import Local
+from topkd.studies.executors.base import ATTEMPTS
 from topkd.studies.plan import Place
 from topkd.studies.run import run
 from topkd.studies.table import FORMATS
@@ -187,7 +188,9 @@ def test_a_study_that_is_killed_goes_on_to_the_same_bits(file, tmp_path):
 def test_a_job_that_fails_is_named_and_the_others_go_on(file, tmp_path):
     plan = studies.load(file, ("seeds=0",))
     out = tmp_path / "runs"
-    outcome = run(plan, out, Failing(1), QUIET)
+    executor = Failing(1)
+    outcome = run(plan, out, executor, QUIET)
+    assert executor.killed == ATTEMPTS
     assert [ended.job.variant for ended in outcome.failed] == ["topkd"]
     assert "killed by SIGKILL" in outcome.failed[0].error
     assert outcome.left == 1
@@ -196,11 +199,15 @@ def test_a_job_that_fails_is_named_and_the_others_go_on(file, tmp_path):
 class Failing(Local):
     """Kills every attempt of one variant, as a fault in a library would."""
 
-    def _start(self, target, arguments, log):
-        process = super()._start(target, arguments, log)
-        if getattr(arguments[0], "variant", None) == "topkd":
-            process.kill()
-        return process
+    killed = 0
+
+    def start(self, tasks):
+        processes = super().start(tasks)
+        for task, process in zip(tasks, processes, strict=True):
+            if task.title.startswith("main/topkd "):
+                self.killed += 1
+                process.kill()
+        return processes
 
 
 def test_results_of_another_recipe_are_refused(file, tmp_path):

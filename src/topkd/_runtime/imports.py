@@ -1,4 +1,4 @@
-"""Import of user code by module name."""
+"""Imports by module name: user code and optional packages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 def imported(module: str) -> ModuleType:
@@ -27,3 +28,19 @@ def imported(module: str) -> ModuleType:
         sys.path.remove(here)
         if here not in sys.path:
             sys.path.append(here)
+
+
+def optional(package: str, extra: str) -> Any:
+    """Imports a package that an extra of this one installs.
+
+    Args:
+        package: Name of the package.
+        extra: Name of the extra.
+
+    Raises:
+        ImportError: If it is not installed; the message gives the command that installs it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"this needs {package}: pip install 'topkd[{extra}]'") from error

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from topkd._io import files
 from topkd._io.progress import Progress
-from topkd.config.study import Plan, folder_name
+from topkd.config.study import Job, Plan, folder_name
 from topkd.config.validation import write_yaml
 from topkd.studies.collect import primary_metric
 from topkd.studies.executors.base import Ended, Executor
@@ -29,6 +29,11 @@ class Outcome:
     def failed(self) -> list[Ended]:
         """Jobs that failed in every attempt."""
         return [each for each in self.ended if each.error is not None]
+
+    @property
+    def not_started(self) -> int:
+        """Jobs that the time limit kept from starting."""
+        return self.left - len(self.failed)
 
     @property
     def left(self) -> int:
@@ -64,17 +69,22 @@ def run(
     progress.say(estimate(plan, place))
     with progress.bar(plan.file.name, len(jobs), "jobs") as advance:
         advance(outcome.done_before, "")
-        for setting in plan.settings:
-            jobs_here = [job for job in pending if job.setting == setting]
-            if not jobs_here:
-                continue
-            for ended in executor.run(jobs_here, out):
-                outcome.ended.append(ended)
-                how = f"{ended.seconds:.0f} s" if ended.error is None else "failed"
-                advance(1, f"{ended.job.title}, {how}")
-                if ended.error is not None:
-                    progress.say(f"{ended.job.title}: {ended.error}")
+        for ended in _ended(executor, pending, out):
+            outcome.ended.append(ended)
+            how = f"{ended.seconds:.0f} s" if ended.error is None else "failed"
+            advance(1, f"{ended.job.title}, {how}")
+            if ended.error is not None:
+                progress.say(f"{ended.job.title}: {ended.error}")
     return outcome
+
+
+def _ended(executor: Executor, pending: Sequence[Job], out: Path) -> Iterator[Ended]:
+    """Runs jobs setting by setting."""
+    if not pending:
+        return
+    with executor.session(out):
+        for setting in dict.fromkeys(job.setting for job in pending):
+            yield from executor.run([job for job in pending if job.setting == setting], out)
 
 
 def _record(plan: Plan, out: Path) -> None:

@@ -36,9 +36,39 @@ def run_study(
     file: File,
     changes: Changes = None,
     out: Out = Path("runs"),
-    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
+    on: Annotated[
+        str, typer.Option(metavar="NAME", help="Where jobs run: `local`, `ray` or `slurm`.")
+    ] = "local",
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Jobs at a time: 1 by default, on a cluster as many as fit."),
+    ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of each; an equal part by default.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="CPUs per job: an equal part by default, 1 on a cluster. `threads` in a recipe "
+            "takes precedence for the number of threads.",
+        ),
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option(min=0.0, help="Ray: GPUs per job, e.g. 0.25; 1 by default.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Ray: a running cluster, or `auto`; `RAY_ADDRESS` by default. Without either, "
+            "Ray is started on this machine.",
+        ),
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="SLURM: an option of sbatch, e.g. `partition=gpu`, `gpus-per-node=1` or "
+            "`time=120` (minutes); repeat it for others.",
+        ),
     ] = None,
     results: Results = None,
     limit_hours: Annotated[
@@ -48,20 +78,32 @@ def run_study(
 ) -> None:
     """Run all jobs of a study that are not done.
 
-    Jobs that fail are tried again once and then reported; the others go on. Ctrl-C stops, and the
-    same command resumes.
+    Jobs that crash are tried again once and then reported; the others go on. Ctrl-C stops, and the
+    same command resumes. On a cluster, `--out` must be a folder that all machines share.
 
     Example: `topkd study run mine.yaml --jobs 2 --out runs`
     """
     from topkd._io.progress import Progress
-    from topkd.studies.executors import Local
+    from topkd.studies.executors import create
     from topkd.studies.run import run
 
-    until = None if limit_hours is None else time.monotonic() + 3600 * limit_hours
-    executor = Local(jobs, threads=threads, until=until)
+    options = {
+        "jobs": jobs,
+        "threads": threads,
+        "gpus": gpus,
+        "address": address,
+        "slurm": slurm or None,
+        "until": None if limit_hours is None else time.time() + 3600 * limit_hours,
+    }
+    executor = create(on, options)
     outcome = run(_plan(file, changes), out, executor, Progress(quiet=quiet), results or [])
     done = outcome.jobs - outcome.left
     typer.echo(f"{done} of {outcome.jobs} jobs are done")
+    if outcome.not_started:
+        typer.echo(
+            f"{outcome.not_started} jobs were not started, because of --limit-hours; "
+            "rerun the command to run them"
+        )
     for ended in outcome.failed:
         typer.echo(f"failed: {ended.job.title}: {ended.error}", err=True)
     raise typer.Exit(1 if outcome.failed else 0)

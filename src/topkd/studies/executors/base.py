@@ -1,20 +1,26 @@
-"""Executor protocol, and the work of one job."""
+"""Base class of executors: what all of them do with the jobs of a setting."""
 
 from __future__ import annotations
 
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from topkd._io.progress import Progress
 from topkd.config.recipe import Recipe
 from topkd.config.study import Job
 from topkd.data import Data
+from topkd.studies.executors.task import DONE, INVALID, LATE, UNSHARED, Exit, Task
 from topkd.training.build import Objects
 from topkd.training.experiment import Experiment
 
-ATTEMPTS = 2  # attempts per job
+ATTEMPTS = 2  # attempts per task
 
 
 @dataclass(frozen=True)
@@ -23,20 +29,112 @@ class Ended:
 
     job: Job
     seconds: float
+    """Time since its start, or since its submission to a queue."""
     error: str | None = None
     """Last lines of the output if the job failed."""
 
 
-class Executor(Protocol):
-    """Runs jobs. A job can be restarted: runs resume, and finished runs are skipped."""
+class Executor(ABC):
+    """Runs jobs. A job can be restarted: runs resume, and finished runs are skipped.
+
+    A subclass starts tasks and waits for them; it need not retry them. Each task has a process of
+    its own, so that a crash ends one job only.
+
+    Args:
+        jobs: Number of tasks at a time; None for no limit.
+        threads: CPU threads per task.
+        until: Value of :func:`time.time` after which no task is started.
+    """
+
+    def __init__(self, jobs: int | None, threads: int, until: float | None) -> None:
+        for name, value in (("jobs", jobs), ("threads", threads)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        self.jobs, self.threads, self.until = jobs, threads, until
+
+    @contextmanager
+    def session(self, out: Path) -> Iterator[None]:
+        """Holds what all settings of a study need, such as a cluster, while they run.
+
+        Args:
+            out: Parent of the folders of all runs.
+        """
+        yield
+
+    @abstractmethod
+    def start(self, tasks: Sequence[Task]) -> list[Any]:
+        """Starts tasks and returns a hashable handle for each of them."""
+
+    @abstractmethod
+    def wait(self, handles: Sequence[Any]) -> list[tuple[Any, Exit]]:
+        """Waits until at least one of the tasks has ended; returns those that have."""
+
+    @abstractmethod
+    def stop(self, handles: Sequence[Any]) -> None:
+        """Stops tasks, whose runs can be resumed from the last epoch."""
+
+    def data(self, jobs: Sequence[Job]) -> Data | None:
+        """Returns the data set of a setting if its tasks can share it; they load it otherwise."""
+        return None
 
     def run(self, jobs: Sequence[Job], out: Path) -> Iterator[Ended]:
-        """Runs the jobs of one setting and yields each one when it ends.
+        """Prepares a setting, runs its jobs and yields each one when it ends.
+
+        A task that crashes is started again, :data:`ATTEMPTS` times in all. Jobs that may not
+        start any more are not yielded.
 
         Args:
             jobs: Jobs whose recipes share data set and teacher.
             out: Parent of the folders of all runs.
+
+        Raises:
+            FileNotFoundError: If another machine does not share the folders of the study.
         """
+        out = out.resolve()
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        recipes = list({job.recipe.hash: job.recipe for job in jobs}.values())
+        first = self._task(jobs[0].setting, partial(prepare, recipes, out), out)
+        for _, _, error in self._ended([first]):
+            if error is not None:
+                yield from (Ended(job, 0.0, error) for job in jobs)
+                return
+            data, of = self.data(jobs), {job.title: job for job in jobs}
+            tasks = [self._task(job.title, partial(work, job, out, data), out) for job in jobs]
+            for task, seconds, problem in self._ended(tasks):
+                yield Ended(of[task.title], seconds, problem)
+
+    def _task(self, title: str, work: partial[None], out: Path) -> Task:
+        log = out / "logs" / f"{title.replace('/', '-').replace(' ', '-')}.log"
+        return Task(title, work, log, self.threads)
+
+    def _ended(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, float, str | None]]:
+        """Runs tasks, retries those that crash, and yields each with its seconds and its error."""
+        waiting, running = deque(tasks), dict[Any, tuple[Task, float]]()
+        attempts = Counter[str]()
+        try:
+            while waiting or running:
+                begun = [waiting.popleft() for _ in range(self._places(len(waiting), len(running)))]
+                attempts.update(task.title for task in begun)
+                for handle, task in zip(self.start(begun) if begun else [], begun, strict=True):
+                    running[handle] = task, time.monotonic()
+                if not running:
+                    return
+                for handle, end in self.wait(list(running)):
+                    task, start = running.pop(handle)
+                    if end.status == UNSHARED:
+                        raise FileNotFoundError(end.reason)
+                    if end.status not in (DONE, INVALID, LATE) and attempts[task.title] < ATTEMPTS:
+                        waiting.appendleft(task)
+                    elif end.status != LATE:
+                        yield task, time.monotonic() - start, task.error(end)
+        finally:
+            self.stop(list(running))
+
+    def _places(self, waiting: int, running: int) -> int:
+        """Returns how many of the waiting tasks may start."""
+        if self.until is not None and time.time() >= self.until:
+            return 0
+        return waiting if self.jobs is None else min(waiting, self.jobs - running)
 
 
 def prepare(recipes: Sequence[Recipe], out: Path) -> None:
