@@ -18,6 +18,11 @@ from topkd.studies.executors.shared import Remote, shared
 from topkd.studies.executors.task import CRASHED, Exit, Task
 
 CONNECTION = 10.0  # seconds to wait for the head of a cluster
+# Environment of Ray, read when it is imported: no usage reports, and failures are reported once.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
+# A cluster started here: with a password, on the loopback interface.
+STARTED = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+CONNECTED = {"RAY_NUM_REDIS_GET_RETRIES": "1"}  # waits less than a minute for a cluster
 OBJECTS = 100 << 20  # bytes of shared memory for a cluster started here, which holds no data
 
 
@@ -59,7 +64,7 @@ class Ray(Executor):
         self._ray = _connected(self.address or os.environ.get("RAY_ADDRESS") or "local")
         try:
             with shared(out) as self._shared:
-                self._function = self._ray.remote(_execute).options(**self._resources())
+                self._function = self._ray.remote(**self._resources())(_execute)
                 yield
         finally:
             self._ray.shutdown()
@@ -127,16 +132,11 @@ def _connected(address: str) -> Any:
         ImportError: If Ray is not installed.
         ConnectionError: If there is no cluster at this address.
     """
-    # Ray reads these when it is imported; nothing is sent, and failures are reported once.
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     starts = address == "local"
-    if starts:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # no other interface
-    else:
-        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # less than a minute in all
+    if not starts:
         _refuse_unreachable(address)
+    for name, value in (QUIET | (STARTED if starts else CONNECTED)).items():
+        os.environ.setdefault(name, value)
     ray = optional("ray", "ray")
     terminate = signal.getsignal(signal.SIGTERM)
     try:
