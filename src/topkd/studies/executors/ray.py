@@ -84,8 +84,8 @@ class Ray(Executor):
             for machine in machines
         ):
             raise ValueError(
-                f"no machine of the Ray cluster has {self.threads} CPUs and {gpus:g} GPUs; "
-                "lower --threads or --gpus"
+                "no machine of the Ray cluster is large enough for a job with "
+                f"--threads {self.threads} and --gpus {gpus:g}; lower them"
             )
         return {
             "num_cpus": self.threads,
