@@ -26,6 +26,7 @@ from topkd.studies.analysis import compare
 from topkd.studies.collect import Collected, collect
 from topkd.studies.executors import Local
 from topkd.studies.executors.base import ATTEMPTS
+from topkd.studies.forecast import Forecast, opening
 from topkd.studies.plan import Place
 from topkd.studies.run import run
 from topkd.studies.table import FORMATS
@@ -426,3 +427,19 @@ def test_the_command_line(file, tmp_path, monkeypatch):
     status, out, err = call("run", "nowhere.yaml")
     assert (status, out) == (2, "")
     assert err.startswith("topkd: there is no study nowhere.yaml")
+
+
+def test_the_plan_and_what_it_takes_are_said_first(file, tmp_path):
+    """Jobs take as long, and as much space, as the finished ones of their setting."""
+    said: list[str] = []
+    progress = Progress(quiet=True)
+    progress.say = said.append
+    plan, out = studies.load(file), tmp_path / "runs"
+    run(plan, out, Local(1), progress)
+    assert said[0] == "study: 6 jobs (1 setting, 3 variants, 2 seeds), 0 done"
+    pattern = r"main: the other 5 take about \d+ s in one process and 1 MB"
+    assert sum(re.fullmatch(pattern, line) is not None for line in said) == 1
+    forecast = Forecast({"main": [30.0, 90.0]}, {"main": [1_000_000, 3_000_000]})
+    assert forecast.of({"main": 4}) == "about 4 min in one process and 8 MB"
+    (out / "study/main/kd/kd/seed0/result.json").unlink()
+    assert opening(plan, Place(out))[0].startswith(f"{said[0][:-6]}5 done; the others take about ")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from topkd.config.study import Job, Plan, folder_name
 from topkd.config.validation import write_yaml
 from topkd.studies.collect import primary_metric
 from topkd.studies.executors.base import Ended, Executor
+from topkd.studies.forecast import opening
 from topkd.studies.plan import Place
 
 
@@ -66,15 +66,24 @@ def run(
     pending = place.pending(jobs)
     _record(plan, out)
     outcome = Outcome(len(jobs), len(jobs) - len(pending))
-    progress.say(estimate(plan, place))
+    left = Counter(job.setting for job in pending)
+    line, forecast = opening(plan, place)
+    progress.say(line)
     with progress.bar(plan.file.name, len(jobs), "jobs") as advance:
         advance(outcome.done_before, "")
         for ended in _ended(executor, pending, out):
+            job, setting = ended.job, ended.job.setting
             outcome.ended.append(ended)
-            how = f"{ended.seconds:.0f} s" if ended.error is None else "failed"
-            advance(1, f"{ended.job.title}, {how}")
+            left[setting] -= 1
             if ended.error is not None:
-                progress.say(f"{ended.job.title}: {ended.error}")
+                advance(1, f"{job.title}, failed")
+                progress.say(f"{job.title}: {ended.error}")
+                continue
+            advance(1, f"{job.title}, {ended.seconds:.0f} s")
+            if left[setting] and not forecast.knows(setting):
+                forecast.add(setting, place.run(job))
+                rest = forecast.of({setting: left[setting]})
+                progress.say(f"{setting}: the other {left[setting]} take {rest}")
     return outcome
 
 
@@ -91,29 +100,3 @@ def _record(plan: Plan, out: Path) -> None:
     """Writes the study file beside the runs, for documentation."""
     tree = plan.file.model_dump(mode="json", exclude_unset=True)
     files.write(out / folder_name(plan.file.name) / "study.yaml", write_yaml(tree))
-
-
-def estimate(plan: Plan, place: Place) -> str:
-    """Summarizes a plan in a line: number of jobs, finished jobs and remaining time.
-
-    The remaining time is estimated from finished jobs of the same setting.
-    """
-    jobs = plan.jobs()
-    seconds: dict[str, list[float]] = {}
-    pending = []
-    for job in jobs:
-        path = place.result(job)
-        if path is None:
-            pending.append(job)
-        else:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            seconds.setdefault(job.setting, []).append(found.get("train_seconds", 0.0))
-    known = [seconds[job.setting] for job in pending if job.setting in seconds]
-    line = (
-        f"{plan.file.name}: {len(jobs)} jobs ({len(plan.settings)} settings, "
-        f"{len(plan.variants)} variants), {len(jobs) - len(pending)} done"
-    )
-    if pending and len(known) == len(pending):
-        rest = sum(sum(each) / len(each) for each in known)
-        line += f"; about {time.strftime('%H:%M', time.gmtime(rest))} h left in one process"
-    return line
