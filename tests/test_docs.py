@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import BaseModel
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from topkd.cli.app import app
 from topkd.config import recipe, study
@@ -53,6 +54,19 @@ def entries():
     """Each loss with its part of the page."""
     parts = re.split(r"^### (\w+)\n", PAGES["losses.md"], flags=re.M)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+# --- The study on digits -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("form", "ending"), [("latex", "tex"), ("csv", "csv"), ("markdown", "md")])
+def test_tables_of_the_study_are_made_from_its_results(form, ending, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where the documentation says to type it
+    words = "study table studies/digits.yaml --results results/digits-study --format".split()
+    made = CliRunner().invoke(app, [*words, form])
+    assert made.exit_code == 0, made.output
+    written = (ROOT / f"docs/digits-study/table.{ending}").read_text(encoding="utf-8")
+    assert made.stdout == written
 
 
 # --- The page of losses --------------------------------------------------------------------------
