@@ -98,7 +98,7 @@ def as_csv(study: Collected) -> str:
     found = rows(study)
     names = max((list(row) for row in found), key=len)  # the baseline has no difference
     file = io.StringIO()
-    writer = csv.DictWriter(file, names, restval="")
+    writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
     return file.getvalue()
