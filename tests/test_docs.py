@@ -62,8 +62,8 @@ def entries():
 @pytest.mark.parametrize(("form", "ending"), [("latex", "tex"), ("csv", "csv"), ("markdown", "md")])
 def test_tables_of_the_study_are_made_from_its_results(form, ending, monkeypatch):
     monkeypatch.chdir(ROOT)  # where the documentation says to type it
-    words = ["study", "table", "studies/digits.yaml", "--results", "results/digits-study", "--format"]
-    made = CliRunner().invoke(app, [*words, form])
+    words = ["study", "table", "studies/digits.yaml", "--results", "results/digits-study"]
+    made = CliRunner().invoke(app, [*words, "--format", form])
     assert made.exit_code == 0, made.output
     written = (ROOT / f"docs/digits-study/table.{ending}").read_text(encoding="utf-8")
     assert made.stdout == written

@@ -137,7 +137,7 @@ def as_csv(study: Collected) -> str:
         *(f"{s} {what}" for s in study.plan.settings for what in ("mean", "std", "n")),
     ]
     file = io.StringIO()
-    writer = csv.writer(file)
+    writer = csv.writer(file, lineterminator="\n")
     writer.writerow(names)
     for line in lines(study):
         row: list[Any] = [line.name]
