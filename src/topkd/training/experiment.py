@@ -124,7 +124,7 @@ class Experiment:
     def cache_teacher(self) -> None:
         """Computes the teacher's predictions on evaluation images, which all runs share."""
         with cpu_threads(self.recipe.threads):
-            if self.teacher_outputs is not None:
+            if self.teacher_outputs is not None and self.teacher_outputs.section.cache:
                 _ = self.teacher_outputs.predictions
 
     def train_teacher(self) -> Path | None:
@@ -193,12 +193,22 @@ class Experiment:
         )
 
     def teacher_features(self, epoch: int) -> Iterator[tuple[Batch, Features]]:
-        """Computes the teacher's features of the augmented training images, batch by batch."""
+        """Returns the teacher's features of the augmented training images, batch by batch.
+
+        With ``teacher.cache``, they are cached as those of the run with seed 0.
+        """
         assert self.teacher is not None
-        for batch in training_batches(self.data.train, self.recipe.batch_size, 0, epoch):
+        assert self.teacher_outputs is not None
+        teacher, cache = self.teacher, self.teacher_outputs.cache(0)
+        own = self.recipe.data.augmentation_seed
+        batches = training_batches(
+            self.data.train, self.recipe.batch_size, 0, epoch, augmentation_seed=own
+        )
+        for batch in batches:
+            shown = batch.apply(lambda t: t.to(self.device.device))
             with self.device.autocast():
-                teacher_output = self.teacher(batch.images.to(self.device.device))
-            yield batch, teacher_output.apply(lambda t: t.float().cpu())
+                found = teacher(shown.images) if cache is None else cache(shown, epoch, teacher)
+            yield batch, found.apply(lambda t: t.float().cpu())
 
     def new_student(self) -> FeatureExtractor:
         """Builds a new student."""
@@ -288,7 +298,9 @@ class Experiment:
         )
         processes.by_first(lambda: files.refuse_deleted(self.folder))
         history = trainer.run(folder)
-        predictions = metrics.predict(student.eval(), self.data.test, self.device.device)
+        predictions = trainer.predictions
+        if predictions is None:  # resumed after the last epoch
+            predictions = metrics.predict(student.eval(), self.data.test, self.device.device)
         processes.merge(self.data.faults.unreadable)
         trained_by = None if outputs is None else TeacherOfRun(outputs.hash, outputs.predictions)
         outcome = Outcome(self.recipe, self.data, student, losses, predictions, history, trained_by)

@@ -62,7 +62,7 @@ class TeacherCache:
         files.write(self.folder / "about.json", content)
         self.images, self.classes, self.width = images, classes, width
         self.computed = 0  # images that the teacher has evaluated
-        self._epoch = 0
+        self._epoch: int | None = None
         self._open: tuple[NDArray[np.int16], NDArray[np.uint32]]
         # Odd factors, so that any flipped bit changes the checksum.
         self._factors = np.random.default_rng(0).integers(

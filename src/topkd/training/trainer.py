@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -102,7 +103,10 @@ class Trainer:
         self.balance = GradientBalancer()
         parallel = self.accelerator.prepare(student)  # data parallel with several processes
         self.run_student: Callable[[Tensor], Features] = self._compiled(parallel)
-        self.run_teacher = None if teacher is None else self._compiled(teacher)
+        reads_teacher = any(w.loss.needs_teacher for w in self.losses)
+        self.run_teacher = self._compiled(teacher) if teacher and reads_teacher else None
+        self.predictions: metrics.Predictions | None = None
+        """Predictions for the evaluation images after the last epoch."""
 
     def run(self, folder: Path) -> list[dict[str, Any]]:
         """Trains to the last epoch, resuming from the state in the folder.
@@ -200,12 +204,15 @@ class Trainer:
         }
 
     def _evaluation(self, epoch: int) -> dict[str, float]:
-        """Evaluates the student if the recipe schedules it for this epoch."""
-        if epoch % self.recipe.evaluate_every and epoch != self.recipe.epochs:
+        """Evaluates the student if the recipe schedules it; after the last epoch in float32."""
+        is_last = epoch == self.recipe.epochs
+        if epoch % self.recipe.evaluate_every and not is_last:
             return {}
         self.student.eval()
-        with self.device.autocast():
+        with nullcontext() if is_last else self.device.autocast():
             predictions = metrics.predict(self.student, self.data.test, self.device.device)
+        if is_last:
+            self.predictions = predictions
         return {f"{self.data.eval_split}_top1": metrics.top_k(predictions, 1)}
 
     def step(self, batch: Batch, epoch: int, sums: Sums, *, measure: bool) -> None:
@@ -213,7 +220,7 @@ class Trainer:
         batch = batch.apply(lambda t: t.to(device, non_blocking=True))
         with self.device.autocast():
             student_output = self.run_student(batch.images)
-            # Without a teacher, the student's features are a placeholder; losses ignore them.
+            # If no loss reads the teacher, the student's features are a placeholder.
             teacher_output = (
                 student_output if self.run_teacher is None else self._teacher_features(batch, epoch)
             )

@@ -16,9 +16,11 @@ from topkd._io.progress import Progress
 from topkd.config.recipe import Recipe
 from topkd.config.study import Job
 from topkd.data import Data
-from topkd.studies.executors.task import DONE, INVALID, LATE, UNSHARED, Exit, Task
+from topkd.studies.executors.task import DONE, INVALID, LATE, UNSHARED, USER_ERRORS, Exit, Task
 from topkd.training.build import Objects
+from topkd.training.check import check
 from topkd.training.experiment import Experiment
+from topkd.training.trial import try_losses
 
 ATTEMPTS = 2  # attempts per task
 
@@ -73,8 +75,13 @@ class Executor(ABC):
     def stop(self, handles: Sequence[Any]) -> None:
         """Stops tasks, whose runs can be resumed from the last epoch."""
 
-    def data(self, jobs: Sequence[Job]) -> Data | None:
-        """Returns the data set of a setting if its tasks can share it; they load it otherwise."""
+    def data(self, recipes: Sequence[Recipe]) -> Data | None:
+        """Returns the data set of recipes if their tasks can share it; they load it otherwise.
+
+        Raises:
+            ValueError: If the data cannot be read.
+            OSError: If a file is missing.
+        """
         return None
 
     def run(self, jobs: Sequence[Job], out: Path) -> Iterator[Ended]:
@@ -93,12 +100,18 @@ class Executor(ABC):
         out = out.resolve()
         (out / "logs").mkdir(parents=True, exist_ok=True)
         recipes = list({job.recipe.hash: job.recipe for job in jobs}.values())
-        first = self._task(jobs[0].setting, partial(prepare, recipes, out), out)
+        try:
+            data = self.data(recipes)
+        except USER_ERRORS as invalid:
+            reason = str(invalid)
+            yield from (Ended(job, 0.0, reason) for job in jobs)
+            return
+        first = self._task(jobs[0].setting, partial(prepare, recipes, out, data), out)
         for _, _, error in self._ended([first]):
             if error is not None:
                 yield from (Ended(job, 0.0, error) for job in jobs)
                 return
-            data, of = self.data(jobs), {job.title: job for job in jobs}
+            of = {job.title: job for job in jobs}
             tasks = [self._task(job.title, partial(work, job, out, data), out) for job in jobs]
             for task, seconds, problem in self._ended(tasks):
                 yield Ended(of[task.title], seconds, problem)
@@ -137,10 +150,13 @@ class Executor(ABC):
         return waiting if self.jobs is None else min(waiting, self.jobs - running)
 
 
-def prepare(recipes: Sequence[Recipe], out: Path) -> None:
+def prepare(recipes: Sequence[Recipe], out: Path, data: Data | None = None) -> None:
     """Prepares the shared parts of a setting: teacher, its predictions and fitted losses."""
     for recipe in recipes:
-        experiment = Experiment(recipe, out, Progress(quiet=True))
+        check(recipe)
+        try_losses(recipe)  # finds invalid options before the teacher is trained
+    for recipe in recipes:
+        experiment = Experiment(recipe, out, Progress(quiet=True), Objects(data=data))
         experiment.fit_losses()
         experiment.cache_teacher()
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch
 
-from topkd.config.study import Job
-from topkd.data import Data
+from topkd.config.recipe import Recipe
+from topkd.data import DATA, Data
 from topkd.studies.executors.base import Executor
 from topkd.studies.executors.task import CRASHED, Exit, Task
+from topkd.topology import rips
 from topkd.training.build import load_source
+from topkd.training.check import check_name
 
 TERMINATION = 20.0  # seconds between SIGTERM and SIGKILL
 
@@ -25,7 +28,8 @@ TERMINATION = 20.0  # seconds between SIGTERM and SIGKILL
 class Local(Executor):
     """Runs jobs as parallel processes.
 
-    If processes can be forked, the data set of a setting is loaded once and shared by all jobs.
+    If processes can be forked, the data set of a setting is loaded once and shared by all jobs, and
+    so are imported libraries and compiled kernels.
 
     Args:
         jobs: Number of parallel processes.
@@ -42,10 +46,16 @@ class Local(Executor):
         forks = sys.platform == "linux" and not torch.accelerator.is_available()
         self._context: Any = multiprocessing.get_context("fork" if forks else "spawn")
 
-    def data(self, jobs: Sequence[Job]) -> Data | None:
+    def data(self, recipes: Sequence[Recipe]) -> Data | None:
         """See :class:`~topkd.studies.executors.base.Executor`."""
-        forks = self._context.get_start_method() == "fork"
-        return load_source(jobs[0].recipe.data) if forks else None
+        if self._context.get_start_method() != "fork":
+            return None
+        rips(torch.zeros(1, 2, 1))  # loads kernels, and modules that torch imports late
+        first, *others = (recipe.data for recipe in recipes)
+        if any((each.name, each.options) != (first.name, first.options) for each in others):
+            return None
+        check_name(DATA, first.name, "data.name")
+        return load_source(first)
 
     def start(self, tasks: Sequence[Task]) -> list[Any]:
         """See :class:`~topkd.studies.executors.base.Executor`."""
@@ -78,6 +88,13 @@ def _child(task: Task) -> None:
     """Entry point of a job's process, which leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+    # GNU OpenMP waits forever in a forked thread that has used it before; a new thread starts anew.
+    thread = threading.Thread(target=_execute, args=(task,))
+    thread.start()
+    thread.join()
+
+
+def _execute(task: Task) -> None:
     status = CRASHED
     try:
         status = task.execute().status

@@ -17,6 +17,7 @@ DONE, CRASHED, INVALID = 0, 1, 2
 """Exit statuses; ``INVALID`` is that of errors caused by the user, which would come again."""
 LATE, UNSHARED = 3, 4
 """Exit statuses of tasks that did not begin: the time limit is over, or folders are missing."""
+USER_ERRORS = (ValueError, OSError, ImportError)
 SHOWN = 6  # last lines of the log of a failed task
 
 
@@ -49,7 +50,7 @@ class Task:
         with _output_to(self.log):
             try:
                 self.work()
-            except (ValueError, OSError, ImportError) as error:
+            except USER_ERRORS as error:
                 print(error, file=sys.stderr)
                 return Exit.of(INVALID)
             except Exception:
