@@ -1,4 +1,4 @@
-"""How long `topkd --help` takes, and the greatest memory of a CIFAR-100 run.
+"""How long `topkd --help` and the lists of a study take, and the greatest memory of a CIFAR-100 run.
 
 python benchmarks/command.py [folder of CIFAR-100]
 """
@@ -7,17 +7,38 @@ import resource
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 from turns import in_turn
 
 TOPKD = [sys.executable, "-m", "topkd"]
+STUDY = """
+recipe: cifar100/resnet20-resnet8
+baseline: kd
+variants:
+  kd: {recipe: methods/resnet20-resnet8/kd}
+  dkd: {recipe: methods/resnet20-resnet8/dkd}
+  rkd: {recipe: methods/resnet20-resnet8/rkd}
+  topkd: {recipe: methods/resnet20-resnet8/topkd}
+  fitnet: {recipe: methods/resnet20-resnet8/fitnet}
+settings: {all: {}, few: {data.limit: 5000}}
+seeds: 0-99
+"""
 
 
 def quietly(*words: str) -> None:
     subprocess.run([*TOPKD, *words], check=True, capture_output=True)
 
 
-in_turn({"topkd --help": lambda: quietly("--help")}, rounds=10, unit="a process")
+with tempfile.TemporaryDirectory() as out:
+    study = Path(out) / "study.yaml"
+    study.write_text(STUDY, encoding="utf-8")
+    ways = {"topkd --help": lambda: quietly("--help")}
+    for word in ("status", "jobs"):
+        ways[f"topkd study {word}, 1,000 jobs"] = lambda word=word: quietly(
+            "study", word, str(study), "--out", out
+        )
+    in_turn(ways, rounds=10, unit="a process")
 if len(sys.argv) > 1:
     with tempfile.TemporaryDirectory() as out:
         recipe = ("cifar100/teachers/resnet20", f"data.root={sys.argv[1]}", "epochs=1")

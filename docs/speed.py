@@ -114,3 +114,23 @@ bound: our step if everything except its convolutions cost nothing. With AVX2, t
 at some 100 GFLOP/s on one core, which is the limit of its two multiply-add units. Faster
 convolutions need another algorithm with different rounding. In-place ReLUs and additions were
 tested and had no effect.""")
+print("\n# Speed of a study\n")
+print("""\
+`benchmarks/study.py --csv results/speed/study.csv` runs a study on CIFAR-100 in two ways: ResNet-20
+teaches ResNet-8 on 5,000 images for 3 epochs, with CE, KD, DKD, RKD and TopKD and two seeds. The
+plain way (`benchmarks/plain_study.py`) is that of public repositories: one run after another, in
+float32 and contiguous, with images augmented one at a time by torchvision in two worker processes,
+the teacher's forward pass in every step and an evaluation after every epoch. Ours is `topkd study
+run` with a process per CPU, `teacher.cache: true`, `data.augmentation_seed: 0` and one evaluation.
+Its time includes imports and the decoding of the images; that of the plain way does not.
+
+With `--overhead`, it measures the time from the start of a job to its first step. Jobs of `topkd
+study run` are forked from a process that has imported the libraries, decoded the images and loaded
+the kernels. Each `topkd study job` is a new process, which decodes all images.""")
+study = here.parent / "results/speed/study.csv"
+if study.exists():
+    with study.open(encoding="utf-8") as file:
+        ways = list(csv.DictReader(file))
+    print("\n| " + " | ".join(ways[0]) + " |\n|---|" + "--:|" * (len(ways[0]) - 1))
+    for row in ways:
+        print("| " + " | ".join(row.values()) + " |")

@@ -1,5 +1,6 @@
 """Recipes carried out: stages, resuming, folders, and every recipe that ships."""
 
+import json
 import re
 import shutil
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from topkd._io.progress import Progress
 from topkd.config import recipe
 from topkd.config.validation import RecipeError
 from topkd.data import DATA, Data, InMemory
+from topkd.evaluation import metrics
 from topkd.export.student import export
+from topkd.features import FeatureExtractor, Teacher
 from topkd.losses import LOSSES
 from topkd.models import MODELS, checkpoint
 from topkd.topology.approximation import Approximation
@@ -295,6 +298,57 @@ def test_a_teacher_is_asked_once_for_all_arms_and_seeds(taught, tmp_path, monkey
     asked.clear()
     experiment.train_student(1)  # another order: what was left out may be missing
     assert 0 < sum(asked) < len(asked) * 32
+
+
+def test_losses_are_fitted_to_cached_features(taught, tmp_path, monkeypatch):
+    tree = TINY | {"teacher": taught | {"cache": True}, "losses": TINY["controls"]["kd"]}
+    tree |= {"data": TINY["data"] | {"augmentation_seed": 3}, "controls": {}}
+    tree |= {"precision": "float32"}
+    first, again = (Experiment(recipe.parse(tree), tmp_path, QUIET) for _ in range(2))
+    shown = [batch.images for batch, _ in first.teacher_features(0)]
+    asked = [first.teacher(images).embedding for images in shown]
+    (later, _), *_ = first.teacher_features(1)
+    assert not torch.equal(later.images, shown[0])
+    assert again.teacher_outputs.predictions is not None
+    monkeypatch.setattr(Teacher, "forward", None)  # not called for images that are cached
+    found = list(again.teacher_features(0))
+    for (batch, features), images, embedding in zip(found, shown, asked, strict=True):
+        assert torch.equal(batch.images, images)
+        torch.testing.assert_close(features.embedding, embedding, rtol=2**-7, atol=2**-7)
+
+
+def test_a_teacher_that_no_term_reads_is_not_asked_in_training(taught, tmp_path, monkeypatch):
+    sizes = []
+    forward = Teacher.forward
+
+    def counting(self, images):
+        sizes.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(Teacher, "forward", counting)
+    tree = TINY | {"teacher": taught, "losses": [{"name": "ce"}], "controls": {}}
+    result = Experiment(recipe.parse(tree), tmp_path, QUIET).train_student(0)
+    assert sizes.count(32) == 1  # the setup of the losses; training would add 12
+    assert result["teacher_similarity"]
+
+
+def test_the_last_evaluation_is_that_of_the_result(taught, tmp_path, monkeypatch):
+    counted = []
+    predict = metrics.predict
+
+    def counting(network, *arguments):
+        counted.append(isinstance(network, FeatureExtractor))
+        return predict(network, *arguments)
+
+    monkeypatch.setattr(metrics, "predict", counting)
+    tree = TINY | {"teacher": taught, "losses": TINY["controls"]["kd"], "controls": {}}
+    experiment = Experiment(recipe.parse(tree | {"precision": "bfloat16"}), tmp_path, QUIET)
+    result = experiment.train_student(0)
+    assert sum(counted) == 2  # of the student, one in each epoch
+    folder = experiment.folder / experiment.recipe.main / "seed0"
+    last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert last["test_top1"] == result["last"]["top1"]
+    assert result["last"]["top1"] == pytest.approx(evaluate_file(folder, None, (), QUIET)["top1"])
 
 
 def test_answers_of_a_teacher_that_sees_otherwise_are_kept_apart(taught, tmp_path):

@@ -56,6 +56,7 @@ STUDY = {
     },
     "seeds": "0-1",
 }
+NO_TOPOLOGY = {"kd": STUDY["variants"]["kd"]}
 
 
 @pytest.fixture
@@ -184,6 +185,32 @@ def test_a_study_that_is_killed_goes_on_to_the_same_bits(file, tmp_path):
         process.wait()
     subprocess.run(command, check=True)
     assert weights_of(tmp_path / "killed") == weights_of(tmp_path / "whole")
+
+
+def test_jobs_use_threads_after_their_parent_did(file, tmp_path):
+    """GNU OpenMP waits forever in a forked thread that has used it before."""
+    path = written(tmp_path, set={"threads": 2, "epochs": 1}, seeds=0, variants=NO_TOPOLOGY)
+    program = f"""
+import torch
+from pathlib import Path
+from topkd._io.progress import Progress
+from topkd.config import study
+from topkd.studies.executors import Local
+from topkd.studies.run import run
+torch.set_num_threads(2)
+assert (torch.ones(100_000) > 0).all()
+outcome = run(study.load({str(path)!r}), Path({str(tmp_path)!r}), Local(), Progress(quiet=True))
+assert outcome.left == 0, outcome.failed
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+
+
+def test_data_that_do_not_exist_fail_their_jobs_only(file, tmp_path):
+    missing = {"data": {"name": "folder", "root": str(tmp_path / "nowhere")}}
+    path = written(tmp_path, settings={"bad": missing, "good": {}}, seeds=0, variants=NO_TOPOLOGY)
+    outcome = run(studies.load(path), tmp_path / "runs", Local(), QUIET)
+    assert (len(outcome.failed), outcome.left) == (1, 1)
+    assert "nowhere" in outcome.failed[0].error
 
 
 def test_a_job_that_fails_is_named_and_the_others_go_on(file, tmp_path):
