@@ -1,4 +1,4 @@
-"""How long `topkd --help` and the lists of a study take, and the greatest memory of a CIFAR-100 run.
+"""Times `topkd --help` and the lists of a study, and measures the memory of a CIFAR-100 run.
 
 python benchmarks/command.py [folder of CIFAR-100]
 """

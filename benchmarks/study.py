@@ -74,7 +74,9 @@ def ours(asked: argparse.Namespace) -> tuple[float, list[float]]:
         start = time.perf_counter()
         subprocess.run([sys.executable, "-m", "topkd", *words], check=True, stdout=sys.stderr)
         seconds = time.perf_counter() - start
-        results = [json.loads(path.read_text("utf-8")) for path in out.rglob("result.json")]
+        results = [
+            json.loads(path.read_text(encoding="utf-8")) for path in out.rglob("result.json")
+        ]
         return seconds, [result["last"]["top1"] for result in results]
 
 
@@ -133,9 +135,9 @@ def work(asked: argparse.Namespace) -> None:
     started = [asked.started]
 
     class Timed(Local):
-        def _start(self, *job):
+        def start(self, tasks):
             started[0] = time.monotonic()
-            return super()._start(*job)
+            return super().start(tasks)
 
     def first_step(*_, **__):
         seconds = time.monotonic() - started[0]
