@@ -216,7 +216,8 @@ def test_modules_and_data_sets_are_distilled_into_a_folder_of_runs(tmp_path):
     with pytest.raises(ValueError, match=r"without a name .*topkd.load\(PATH, network=MODULE\)"):
         topkd.load(tmp_path / "mine/kd/seed0")
     with pytest.raises(ValueError, match="does not fit this network"):
-        topkd.load(tmp_path / "mine/kd/seed0", network=nn.Sequential(nn.Flatten(), nn.Linear(192, 4)))
+        other = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+        topkd.load(tmp_path / "mine/kd/seed0", network=other)
 
 
 def test_names_are_distilled_as_a_recipe_of_them_is(tmp_path):
