@@ -280,7 +280,7 @@ def test_no_space_left_is_one_line(call, monkeypatch):
 @pytest.mark.parametrize("place", [".", "teacher", "teacher/ce/seed0"])
 @pytest.mark.parametrize("when", ["before the first", "before the last", "after the last"])
 def test_a_folder_that_is_deleted_meanwhile_is_one_line(call, tmp_path, monkeypatch, place, when):
-    train_epoch, predict = Trainer._epoch, metrics.predict
+    train_epoch, computed = Trainer._epoch, metrics.prediction_metrics
     folder = tmp_path / "runs" / place
 
     def epoch(self, number, advance):
@@ -288,12 +288,12 @@ def test_a_folder_that_is_deleted_meanwhile_is_one_line(call, tmp_path, monkeypa
             shutil.rmtree(folder)
         entry = train_epoch(self, number, advance)
         if number == 2 and when == "after the last":
-            monkeypatch.setattr("topkd.training.experiment.metrics.predict", deleting)
+            monkeypatch.setattr("topkd.training.outcome.metrics.prediction_metrics", deleting)
         return entry
 
     def deleting(*words):
         shutil.rmtree(folder)
-        return predict(*words)
+        return computed(*words)
 
     monkeypatch.setattr(Trainer, "_epoch", epoch)
     status, _, err = call("student", "teacher.yaml", "epochs=2", "--quiet")

@@ -215,8 +215,8 @@ def test_modules_and_data_sets_are_distilled_into_a_folder_of_runs(tmp_path):
     assert torch.equal(loaded.predict(images), trained.predict(images))
     with pytest.raises(ValueError, match=r"without a name .*topkd.load\(PATH, network=MODULE\)"):
         topkd.load(tmp_path / "mine/kd/seed0")
+    other = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     with pytest.raises(ValueError, match="does not fit this network"):
-        other = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
         topkd.load(tmp_path / "mine/kd/seed0", network=other)
 
 
