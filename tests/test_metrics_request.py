@@ -339,7 +339,9 @@ def test_metrics_that_cannot_be_computed_are_refused(name, message):
 
 
 def test_a_study_compares_only_metrics_that_its_recipes_compute(tmp_path):
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(SMALL | {"losses": [{"name": "ce"}]}), encoding="utf-8")
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump(SMALL | {"losses": [{"name": "ce"}]}), encoding="utf-8"
+    )
     tree = {"recipe": "r.yaml", "baseline": "ce", "seeds": 0, "primary": {"metric": "knn"}}
     tree |= {"variants": {"ce": [{"name": "ce"}]}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
