@@ -332,6 +332,11 @@ def test_limit_keeps_the_shares_of_the_classes(limit, expected):
     assert len(limited.test.target) == 8
 
 
+@pytest.mark.parametrize("limit", [1, 2, 5, 7, 100])
+def test_a_limit_is_the_number_of_images(limit):
+    assert len(uneven().with_limit(limit).train.target) == limit
+
+
 def test_a_limit_above_the_number_keeps_all():
     assert len(uneven().with_limit(10**6).train.target) == 120
 

@@ -356,6 +356,7 @@ def test_mistakes_are_one_line(run, made, elsewhere, tmp_path, monkeypatch, capf
         ),
         ((run, "onnx", new, "--data=root"), "data.name: there is no 'root'"),
         ((run, "onnx", new, "--data=rot=x"), "data.rot: unknown key"),
+        ((run, "onnx", new, "--data=limit=x"), "data.limit: expected"),
         ((run, "onnx", new, "--data=name=digit"), "there is no 'digit'; did you mean 'digits'?"),
     ]
     for (target, to, out, *more), message in wrong:

@@ -466,6 +466,14 @@ def test_terms_are_faint_below_a_thousandth_and_only_with_a_weight(tmp_path):
     ]
 
 
+def test_a_faint_term_is_named_by_its_label(tmp_path):
+    labeled = [CE, KD, TOPKD | {"label": "added"}]
+    shares = {"ce": 0.9, "kd": 0.0999, "added": 0.0001}
+    put(tmp_path, result("kd+added", 0, 90.0, gradient_share=shares, losses=labeled))
+    (warning,) = sections.faint_terms(collect_one(tmp_path))
+    assert warning.startswith("In kd+added, the term added carries 0.01 % of the gradient")
+
+
 def test_what_keeps_runs_from_being_compared_is_said(tmp_path):
     other = copy.deepcopy(result("kd+topkd", 0, 90.0))
     other["environment"]["torch"], other["teacher"]["hash"] = "2.9.0", "beef"

@@ -426,6 +426,16 @@ def test_settings_with_other_images_have_teachers_of_their_own(file, tmp_path):
     assert limits == {"teacher-limit-100", "teacher-limit-60"}
 
 
+def test_a_part_of_a_plan_is_the_baseline_and_the_named_variants(file):
+    plan = studies.load(file).only(["random"])
+    assert plan.variants == ["kd", "random"]
+    assert [(job.variant, job.seed) for job in plan.jobs()] == [
+        (variant, seed) for seed in (0, 1) for variant in ("kd", "random")
+    ]
+    with pytest.raises(RecipeError, match="there is no variant 'randm'; did you mean 'random'"):
+        plan.only(["randm"])
+
+
 def test_the_command_line(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

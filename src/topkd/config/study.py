@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,6 +121,19 @@ class Plan:
     def variants(self) -> list[str]:
         """Names of all variants, the baseline first."""
         return list(dict.fromkeys(variant for _, variant in self.recipes))
+
+    def only(self, variants: Sequence[str]) -> Plan:
+        """Returns the part of the plan with the named variants and the baseline.
+
+        Raises:
+            RecipeError: If there is no such variant; the message suggests one.
+        """
+        for name in variants:
+            if name not in self.variants:
+                raise RecipeError(f"there is no variant {name!r}{near(name, self.variants)}")
+        kept = {self.file.baseline, *variants}
+        recipes = {place: recipe for place, recipe in self.recipes.items() if place[1] in kept}
+        return replace(self, recipes=recipes)
 
     def jobs(self) -> list[Job]:
         """Lists the runs of each setting seed by seed, so that all variants progress equally."""

@@ -202,12 +202,13 @@ class Data:
         return replace(self, train=remaining, test=held_out, eval_split="validation")
 
     def with_limit(self, images: int) -> Data:
-        """Limits training to a stratified number of images.
+        """Limits training to a number of images, in :func:`stratified_order`.
 
-        Classes left without an image are recorded in :attr:`faults`.
+        A smaller number is a subset of a larger one. Classes left without an image are recorded in
+        :attr:`faults`.
         """
         target = self.train.target
-        chosen = torch.from_numpy(_by_class(target, min(1.0, images / len(target))))
+        chosen = stratified_order(target)[:images].sort().values
         lost = sorted(set(target.tolist()) - set(target[chosen].tolist()))
         self.faults.empty += [self.classes[label] for label in lost]
         return replace(self, train=Subset(self.train, chosen))

@@ -15,7 +15,7 @@ import topkd
 from topkd._io import files
 from topkd._io.progress import Progress
 from topkd.config.recipe import DataSection
-from topkd.config.validation import RecipeError, near, read_yaml
+from topkd.config.validation import RecipeError, near, read_yaml, validated
 from topkd.data import DATA, Data, Images, InMemory, Subset, plain_batches
 from topkd.data.pictures import CROP
 from topkd.data.trust import changed
@@ -239,7 +239,7 @@ def _load(
     if tree["name"] not in DATA:
         raise RecipeError(f"data.name: there is no {tree['name']!r}{near(tree['name'], [*DATA])}")
     try:
-        images = load_data(DataSection.model_validate(tree))
+        images = load_data(validated(DataSection, tree, "data"))
     except FileNotFoundError as error:
         return None, str(error)
     if len(images.classes) != len(about["classes"]):

@@ -23,8 +23,6 @@ from topkd.topology.approximation import MIN_R2, Approximation, cut_clouds
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FAINT = 0.001  # gradient share below which a term has no measurable effect
-POOR = 0.5  # R² below which an approximator is unreliable
 CLOUDS = 4  # number of clouds shown per approximator
 NO_METRICS = "No curves: metrics.jsonl is missing."
 NO_EXAMPLES = "examples.safetensors of student or teacher is missing."
@@ -97,7 +95,7 @@ def faint_terms(study: Study) -> list[str]:
     """Warns of weighted terms with a negligible gradient share at the last epoch."""
     warnings = []
     for variant, seeds in study.variants.items():
-        weighted = [t.name for t in next(iter(seeds.values())).result.losses if t.weight]
+        weighted = [t.title for t in next(iter(seeds.values())).result.losses if t.weight]
         for term, share in _last_shares(seeds).items():
             if term in weighted and share.mean < MIN_GRADIENT_SHARE:
                 warnings.append(
@@ -179,7 +177,7 @@ def _teacher(run: Run) -> str:
 
 
 def shape(study: Study) -> Section | None:
-    """Plots the H0 diagrams of teacher, baseline and student for one cloud of test images."""
+    """Plots the H0 diagrams of teacher, baseline and student for one cloud of evaluation images."""
     if study.first.result.teacher is None:
         return None
     sentences = _distances(study)
@@ -198,7 +196,7 @@ def shape(study: Study) -> Section | None:
     pictures = [
         Picture(
             plots.barcode(values, title=name, end=end, unit=unit, color=colors[name]),
-            f"bars of the H0 diagram of {name}, {size} test images",
+            f"bars of the H0 diagram of {name}, {size} {study.first.result.eval_split} images",
         )
         for name, values in deaths.items()
     ]
@@ -217,7 +215,10 @@ def _distances(study: Study) -> list[str]:
     )
     if not listed:
         return []
-    sentences = [f"Topological distance to the teacher, over all clouds of test images: {listed}."]
+    sentences = [
+        f"Topological distance to the teacher, over all clouds of {study.first.result.eval_split} "
+        f"images: {listed}."
+    ]
     for variant, found in study.compare(metric.name).items():
         if found is not None and found.interval is not None:
             ends = " to ".join(fixed(end, f"+{spec}") for end in found.interval)
@@ -225,8 +226,8 @@ def _distances(study: Study) -> list[str]:
             sentences.append(
                 f"Paired by seed, {variant} is {abs(found.mean):{spec}} "
                 f"{'closer' if found.mean < 0 else 'farther'} than {study.baseline} (95 % interval "
-                f"of the difference {ends}, {count(found.n, 'seed')})"
-                f"{', which is not significant.' if low <= 0 <= high else '.'}"
+                f"of the difference {ends}, {count(found.n, 'seed')}, not corrected for the number "
+                f"of variants){', which includes 0.' if low <= 0 <= high else '.'}"
             )
     return sentences
 
@@ -322,7 +323,8 @@ def maps(study: Study) -> Section | None:
     for name, embedding in embeddings.items():
         places, method = plots.project(embedding.numpy())
         figure = plots.scatter(places, classes, title=f"{name} ({method})")
-        alt = f"{method} of the embeddings of {len(classes)} test images by {name}"
+        images = f"{len(classes)} {study.first.result.eval_split} images"
+        alt = f"{method} of the embeddings of {images} by {name}"
         pictures.append(Picture(figure, alt, raster=True))
     run = next(iter(_shown(study).values()))
     weights = run.folder / "student.safetensors"

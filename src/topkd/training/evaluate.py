@@ -9,7 +9,7 @@ from typing import Any
 from topkd._io.progress import Progress
 from topkd._runtime import processes
 from topkd.config.recipe import DataSection
-from topkd.config.validation import RecipeError
+from topkd.config.validation import RecipeError, validated
 from topkd.data import DATA
 from topkd.data.trust import changed
 from topkd.evaluation import metrics
@@ -61,7 +61,7 @@ def evaluate_file(
     with locating_errors("--model"):
         factory.find(model)
     check_name(DATA, tree["name"], "--data")
-    section = DataSection.model_validate(tree)
+    section = validated(DataSection, tree, "data")
     loaded = checkpoint.load_weights(path)
     images = load_data(section)
     recorded = about if about.get("model") == model else {}

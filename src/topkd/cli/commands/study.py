@@ -31,10 +31,17 @@ Results = Annotated[
 ]
 
 
+Only = Annotated[
+    str | None,
+    typer.Option("--variants", metavar="NAME,NAME", help="Only these variants, and the baseline."),
+]
+
+
 @study.command("run")
 def run_study(
     file: File,
     changes: Changes = None,
+    variants: Only = None,
     out: Out = Path("runs"),
     on: Annotated[
         str, typer.Option(metavar="NAME", help="Where jobs run: `local`, `ray` or `slurm`.")
@@ -96,7 +103,9 @@ def run_study(
         "until": None if limit_hours is None else time.time() + 3600 * limit_hours,
     }
     executor = create(on, options)
-    outcome = run(_plan(file, changes), out, executor, Progress(quiet=quiet), results or [])
+    outcome = run(
+        _plan(file, changes, variants), out, executor, Progress(quiet=quiet), results or []
+    )
     done = outcome.jobs - outcome.left
     typer.echo(f"{done} of {outcome.jobs} jobs are done")
     if outcome.not_started:
@@ -113,12 +122,13 @@ def run_study(
 def status(
     file: File,
     changes: Changes = None,
+    variants: Only = None,
     out: Out = Path("runs"),
     results: Results = None,
     as_json: AsJson = False,
 ) -> None:
     """Count the jobs of a study that are done, for each setting and variant."""
-    plan, place = _plan(file, changes), _place(out, results)
+    plan, place = _plan(file, changes, variants), _place(out, results)
     rows = [
         {
             "setting": setting,
@@ -141,12 +151,13 @@ def status(
 def jobs(
     file: File,
     changes: Changes = None,
+    variants: Only = None,
     out: Out = Path("runs"),
     results: Results = None,
     as_json: AsJson = False,
 ) -> None:
     """List the jobs of a study that are not done, for any scheduler: one command each."""
-    plan = _plan(file, changes)
+    plan = _plan(file, changes, variants)
     pending = _place(out, results).pending(plan.jobs())
     entries = [
         {
@@ -189,6 +200,7 @@ def one_job(
 def table(
     file: File,
     changes: Changes = None,
+    variants: Only = None,
     out: Out = Path("runs"),
     results: Results = None,
     form: Annotated[
@@ -205,13 +217,16 @@ def table(
     from topkd.studies.collect import collect
 
     formats = {"comparison": comparison.FORMATS, "benchmark": benchmark.FORMATS}[layout]
-    typer.echo(formats[form](collect(_plan(file, changes), _place(out, results))), nl=False)
+    typer.echo(
+        formats[form](collect(_plan(file, changes, variants), _place(out, results))), nl=False
+    )
 
 
 @study.command()
 def report(
     file: File,
     changes: Changes = None,
+    variants: Only = None,
     out: Out = Path("runs"),
     results: Results = None,
     to: Annotated[
@@ -228,7 +243,7 @@ def report(
     from topkd.studies.collect import collect
     from topkd.studies.report import write_report
 
-    plan, place = _plan(file, changes), _place(out, results)
+    plan, place = _plan(file, changes, variants), _place(out, results)
     page = to or out / f"{file.stem}.html"
     write_report(collect(plan, place), place, page, Progress(quiet=quiet))
     typer.echo(f"report: {page}")
@@ -256,10 +271,11 @@ def new(
     typer.echo(f"{file}: edit it, then `topkd study run {file}`")
 
 
-def _plan(file: Path, changes: list[str] | None) -> Plan:
+def _plan(file: Path, changes: list[str] | None, variants: str | None = None) -> Plan:
     from topkd.config import study as studies
 
-    return studies.load(file, tuple(changes or ()))
+    plan = studies.load(file, tuple(changes or ()))
+    return plan if variants is None else plan.only(variants.split(","))
 
 
 def _place(out: Path, results: list[Path] | None) -> Place:
