@@ -33,7 +33,7 @@ TINY = {
     "losses": [
         {"name": "ce"},
         {"name": "kd", "weight": 2.0},
-        {"name": "topkd", "weight": 5.0, "via": "ripsnet", "training": {"passes": 2, "epochs": 2}},
+        {"name": "topkd", "weight": 5e3, "via": "ripsnet", "training": {"passes": 2, "epochs": 2}},
     ],
     "controls": {
         "kd": [{"name": "ce"}, {"name": "kd", "weight": 2.0}],
