@@ -352,6 +352,16 @@ def test_options_reach_slurm_in_its_own_words(sbatch, tmp_path):
     }
 
 
+def test_slurm_decides_how_many_jobs_run_unless_it_is_told(sbatch, tmp_path):
+    executor = Slurm()
+    with executor.session(tmp_path / "out"):
+        executor.start([task(tmp_path, partial(print))] * 300)
+    (line,) = re.findall(r"--array=(\S+)", sbatch.read_text(encoding="utf-8"))
+    first, _, most = line.partition("%")
+    assert first == "0-299"
+    assert int(most or 300) >= 300
+
+
 def test_what_slurm_rejects_is_one_line(sbatch, tmp_path):
     executor = Slurm(slurm=["partition=none"])
     with (

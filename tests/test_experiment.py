@@ -20,6 +20,7 @@ from topkd.features import FeatureExtractor, Teacher
 from topkd.losses import LOSSES
 from topkd.models import MODELS, checkpoint
 from topkd.topology.approximation import Approximation
+from topkd.training import run_folder
 from topkd.training.check import check
 from topkd.training.evaluate import evaluate_file
 from topkd.training.experiment import Experiment
@@ -136,6 +137,45 @@ def test_a_folder_of_another_recipe_is_refused(tiny):
     other = experiment.recipe.model_copy(update={"epochs": 7})
     with pytest.raises(ValueError, match="another recipe: epochs: 2 there, 7 here; .* name=NAME"):
         Experiment(other, experiment.out, QUIET).train_student(0, "kd")
+
+
+def test_a_finished_run_of_another_teacher_is_refused(tmp_path):
+    path, tree = tmp_path / "teacher.safetensors", TINY | {"controls": {}, "epochs": 1}
+    tree |= {"losses": [{"name": "ce"}, {"name": "kd"}]}
+    tree |= {"teacher": {"model": "resnet8", "checkpoint": str(path)}}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        checkpoint.save_weights(path, MODELS["resnet8"].build(10).network, {})
+        experiment = Experiment(recipe.parse(tree), tmp_path / "runs", QUIET)
+        if seed == 0:
+            assert experiment.train_student(0) == experiment.train_student(0)
+    message = "kd/seed0 was trained with another teacher than .*teacher.safetensors now holds"
+    with pytest.raises(ValueError, match=message):
+        experiment.train_student(0)
+
+
+def test_a_result_of_another_recipe_is_refused_without_its_recipe_file(tiny, tmp_path):
+    shutil.copytree(tiny[0].folder, tmp_path / "runs/tiny")
+    (tmp_path / "runs/tiny/recipe.yaml").unlink()
+    other = tiny[0].recipe.model_copy(update={"epochs": 7})
+    with pytest.raises(ValueError, match="kd/seed0 is the run of another recipe"):
+        Experiment(other, tmp_path / "runs", QUIET).train_student(0, "kd")
+
+
+def test_a_folder_in_which_a_run_has_just_begun_is_not_taken_over(tmp_path):
+    ours, theirs = (
+        recipe.parse(
+            TINY | {"teacher": None, "controls": {}, "losses": [{"name": "ce"}], "epochs": epochs}
+        )
+        for epochs in (5, 9)
+    )
+    folder = tmp_path / "tiny"
+    run_folder.claim(folder, ours)
+    with run_folder.locked(folder / "ce/seed0", QUIET):
+        run_folder.claim(folder, ours, own=folder / "ce/seed0")
+        with pytest.raises(ValueError, match="holds runs of another recipe: epochs: 5 there"):
+            run_folder.claim(folder, theirs)
+    run_folder.claim(folder, theirs)  # nothing has come of the first
 
 
 def test_an_unknown_run_is_refused(tiny):

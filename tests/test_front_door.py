@@ -220,6 +220,47 @@ def test_modules_and_data_sets_are_distilled_into_a_folder_of_runs(tmp_path):
         topkd.load(tmp_path / "mine/kd/seed0", network=other)
 
 
+def other_pixels(pairs):
+    return [(1 - picture, label) for picture, label in pairs]
+
+
+def test_objects_with_other_content_are_other_runs(tmp_path):
+    """A result is not returned for another teacher, student or data set of the same class."""
+    torch.manual_seed(0)
+    teacher, student, data = small(), small(), (pairs(64, 0), pairs(32, 1))
+
+    def distill(student, teacher, data, out="mine"):
+        options = {"epochs": 1, "batch_size": 16, "out": tmp_path / out, "quiet": True}
+        return topkd.distill(student, teacher, data, [CE(), KD()], **options).results()
+
+    first = distill(student, teacher, data)
+    assert distill(student, teacher, data) == first
+    others = {
+        "teacher": (student, small(), data),
+        "student": (small(), teacher, data),
+        "pixels": (student, teacher, (data[0], other_pixels(data[1]))),
+        "labels": (student, teacher, (data[0], data[1][:-4])),
+    }
+    for arguments in others.values():
+        with pytest.raises(ValueError, match="holds runs of another recipe: .* choose another"):
+            distill(*arguments)
+
+
+def test_data_sets_with_random_pictures_are_distilled_again(tmp_path):
+    class Noisy:
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, index):
+            return torch.rand(3, 8, 8), index % CLASSES
+
+    torch.manual_seed(0)
+    options = {"epochs": 1, "batch_size": 16, "out": tmp_path / "mine", "quiet": True}
+    arguments = small(), None, (Noisy(), Noisy()), [CE()]
+    first = topkd.distill(*arguments, **options).results()
+    assert topkd.distill(*arguments, **options).results() == first
+
+
 def test_names_are_distilled_as_a_recipe_of_them_is(tmp_path):
     from topkd._io.progress import Progress
     from topkd.config import recipe

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,10 @@ import numpy as np
 import pytest
 import yaml
 from scipy import stats
+from typer.testing import CliRunner
 
 from topkd._io.progress import Progress
+from topkd.cli.commands.study import study as study_app
 from topkd.config import study as studies
 from topkd.config.validation import RecipeError
 from topkd.evaluation.metrics import METRICS
@@ -26,7 +29,9 @@ from topkd.studies.analysis import compare
 from topkd.studies.collect import Collected, collect
 from topkd.studies.executors import Local
 from topkd.studies.executors.base import ATTEMPTS
+from topkd.studies.executors.task import Exit, Task
 from topkd.studies.forecast import Forecast, opening
+from topkd.studies.new import template
 from topkd.studies.plan import Place
 from topkd.studies.run import run
 from topkd.studies.table import FORMATS
@@ -434,6 +439,111 @@ def test_a_part_of_a_plan_is_the_baseline_and_the_named_variants(file):
     ]
     with pytest.raises(RecipeError, match="there is no variant 'randm'; did you mean 'random'"):
         plan.only(["randm"])
+
+
+def test_commands_of_jobs_have_the_changes_and_can_be_pasted(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["jobs", str(file), "seeds=7", "set.student.model=a b", "--out", "my runs", "--json"]
+    listed = json.loads(CliRunner().invoke(study_app, words).stdout)
+    assert [shlex.split(entry["command"]) for entry in listed][0] == [
+        *("topkd", "study", "job", str(file), "seeds=7", "set.student.model=a b"),
+        *("--setting", "main", "--variant", "kd", "--seed", "7", "--out", "my runs"),
+    ]
+
+
+@pytest.mark.parametrize("key", ["losses", "controls.x", "name"])
+@pytest.mark.parametrize("place", ["set", "settings", "variants"])
+def test_a_change_that_would_be_lost_is_refused(file, tmp_path, key, place):
+    changes = {
+        "set": {"set": {key: "x"}},
+        "settings": {"settings": {"main": {key: "x"}}},
+        "variants": {"variants": STUDY["variants"] | {"random": {"set": {key: "x"}}}},
+    }
+    with pytest.raises(RecipeError, match=f"{key}: .* cannot be changed here"):
+        studies.load(written(tmp_path, **changes[place]))
+
+
+def test_options_of_terms_are_changed_for_all_variants_that_have_them(file, tmp_path):
+    """Nearer changes win: the file, the setting, the variant, the grid."""
+    variants = STUDY["variants"] | {"ce": [{"name": "ce"}]}
+    variants["random"] = {"of": "topkd", "set": {"topkd.edges": "random", "kd.weight": 9.0}}
+    plan = studies.load(
+        written(
+            tmp_path,
+            variants=variants,
+            set={"kd.weight": 3.0, "topkd.share": 0.2},
+            settings={"main": {}, "hot": {"kd.temperature": 8.0}},
+            grid={"topkd.share": [0.02, 0.3]},
+        )
+    )
+
+    def option(setting, variant, name, key):
+        terms = {term.title: term for term in plan.recipes[setting, variant].losses}
+        return getattr(terms[name], key, None) or terms[name].options.get(key)
+
+    assert [option(s, "kd", "kd", "weight") for s in ("main", "hot")] == [3.0, 3.0]
+    assert [option(s, "kd", "kd", "temperature") for s in ("main", "hot")] == [None, 8.0]
+    assert option("hot", "random[share=0.02]", "kd", "weight") == 9.0
+    assert option("hot", "topkd[share=0.3]", "topkd", "share") == 0.3
+    assert [term.title for term in plan.recipes["hot", "ce"].losses] == ["ce"]
+    same = studies.load(written(tmp_path, set={"losses.kd.weight": 3.0})).recipes["main", "kd"]
+    assert {term.title: term.weight for term in same.losses} == {"ce": 1.0, "kd": 3.0}
+    with pytest.raises(RecipeError, match="^kd is a term; set one of its options"):
+        studies.load(written(tmp_path, set={"kd": 3.0}))
+    with pytest.raises(RecipeError, match="set: there is no key or term 'kdd'; did you mean 'kd'"):
+        studies.load(written(tmp_path, set={"kdd.weight": 3.0}))
+
+
+def test_one_invalid_variant_does_not_stop_the_others(file, tmp_path):
+    variants = STUDY["variants"] | {"large": {"set": {"batch_size": 4096}}}
+    path = written(tmp_path, variants=variants, seeds="0")
+    outcome = run(studies.load(path), tmp_path / "runs", Local(2), QUIET)
+    assert [ended.job.variant for ended in outcome.failed] == ["large"]
+    assert "100 training images are too few for a batch of 4096" in outcome.failed[0].error
+
+
+def test_a_study_shows_the_log_of_its_own_job(file, tmp_path):
+    """Two studies have a job of the same name, and the second one says nothing before it dies."""
+    plans = []
+    for name in ("first", "second"):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(STUDY | {"seeds": 0}), encoding="utf-8")
+        plans.append(studies.load(path))
+    logs = [Local(1).log(plan.jobs()[0], tmp_path / "runs") for plan in plans]
+    assert logs[0] != logs[1]
+    logs[0].parent.mkdir(parents=True)
+    logs[0].write_text("of an earlier attempt\n", encoding="utf-8")
+    task = Task("x", lambda: None, logs[0], 1)
+    begun = task.begun()
+    with open(logs[0], "a", encoding="utf-8") as log:
+        log.write("now\n")
+    assert task.error(Exit(1, "killed"), begun) == "killed\nnow"
+
+
+def test_variants_of_a_grid_with_two_keys_are_named(file, tmp_path):
+    path = written(tmp_path, grid={"topkd.share": [0.1, 0.2], "topkd.edges": ["mst", "random"]})
+    words = [
+        "status",
+        str(path),
+        "--variants",
+        "topkd[edges=mst,share=0.1],random[edges=mst,share=0.2]",
+    ]
+    done = CliRunner().invoke(study_app, words)
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == [
+        "main/kd",
+        "main/topkd[edges=mst,share=0.1]",
+        "main/random[edges=mst,share=0.2]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [(["ce", "kd"], "--methods: ce is part of every variant"), (["kd", "kd"], "kd appears twice")],
+)
+def test_a_template_that_could_not_be_run_is_refused(methods, message):
+    with pytest.raises(RecipeError, match=message):
+        template("digits", methods, "0")
 
 
 def test_the_command_line(file, tmp_path, monkeypatch):

@@ -247,6 +247,32 @@ def test_a_range_is_searched_the_same_way_for_the_same_seed(here, scored):
     assert tuned.recipe.losses[1].weight == tuned.best.values["kd.weight"]
 
 
+@pytest.mark.parametrize(("change", "values"), [("kd.weight=4..4.002", 20), ("kd.weight=1,2", 2)])
+def test_narrow_spaces_have_an_end(here, scored, change, values):
+    scored(lambda recipe: -recipe.losses[1].weight)
+    found = tune(change, trials=20)
+    assert len(found.trials) == values
+    weights = [trial.values["kd.weight"] for trial in found.trials]
+    assert len(set(weights)) == values
+
+
+def test_a_search_without_a_complete_trial_says_why(here, scored):
+    def fail(recipe):
+        raise ValueError("the loss kd is NaN in epoch 1")
+
+    scored(fail)
+    with pytest.raises(
+        ValueError, match=r"none of 2 trials is complete: the loss kd is NaN in epo"
+    ):
+        tune("kd.weight=1,2", trials=2)
+
+
+def test_no_held_out_images_are_refused(call):
+    status, _, err = call("tune", "tiny.yaml", "kd.weight=1,2", "--validation", "0")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--validation: expected a fraction" in err
+
+
 def test_lists_and_ranges_are_read():
     space = read_space(["a=1e-3,2", "b=[1, 2],[3]", "c=ab,null", "d=.5..1e1", "e=-1..1"])
     assert space["a"] == (0.001, 2)
@@ -274,7 +300,7 @@ def test_a_key_is_one_of_the_recipe_or_of_a_term(here, key):
         (["kdd.weight=1"], "there is no key or term 'kdd'; did you mean 'kd'?"),
         (["optimizr.lr=1"], "there is no key or term 'optimizr'; did you mean 'optimizer'?"),
         (["losses.kdd.weight=1"], "there is no 'kdd'; there are ce, kd"),
-        (["kd=1"], "kd is a term; tune one of its options, such as kd.weight"),
+        (["kd=1"], "kd is a term; set one of its options, such as kd.weight"),
         (["optimizer.lr=0.1", "kd.temprature=1,2"], "losses[1].temprature: unknown key; did you"),
         (["kd.temperature=1,2,-1"], "losses[1]: temperature must be positive, got -1"),
         (["optimizer.lr=0.1,x"], "optimizer.lr: expected number, got 'x'"),

@@ -118,6 +118,18 @@ def locked(path: Path, wait: Callable[[], None]) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(path: Path) -> bool:
+    """Tests whether a process holds the lock of a path; see :func:`locked`."""
+    place = path.parent / f".{path.name}.lock"
+    if not place.exists():
+        return False
+    try:
+        with FileLock(place).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON."""
     write(path, json.dumps(value, indent=2) + "\n")

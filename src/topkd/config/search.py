@@ -126,13 +126,10 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    term = key.removeprefix("losses.")
-    if term.partition(".")[2] and set_term(tree["losses"], term, value):
+    if set_term(tree["losses"], key, value):
         return
     first = re.split(r"[.\[]", key)[0]
     titles = [name for term in tree["losses"] for name in (term.get("label"), term["name"]) if name]
-    if first in titles:
-        raise RecipeError(f"{key} is a term; tune one of its options, such as {key}.weight")
     if first not in Recipe.model_fields:
         known = [*titles, *Recipe.model_fields]
         raise RecipeError(f"there is no key or term {first!r}{near(first, known)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from topkd.config.validation import RecipeError, Section, change_by, near, read_
 Terms = tuple[dict[str, Any], ...]
 MOST_JOBS = 100_000
 _EXCLUSIVE = {"share": "weight", "weight": "share"}
+_OF_STUDY = ("name", "losses", "controls")  # keys of a recipe that the study sets itself
 
 
 class Variant(Section):
@@ -182,20 +183,19 @@ def expand(file: StudyFile, beside: Path = Path()) -> Plan:
         RecipeError: If a variant or a change is invalid; the message locates the error.
     """
     base = _tree(file.recipe, beside)
-    _change(base, file.set, "set")
-    base["controls"] = {}
-    variants = dict(_in_grid(_variants(file, beside), file))
-    names = [file.baseline, *(name for name in variants if name != file.baseline)]
-    _have_own_folders("variants", names)
     _have_own_folders("settings", list(file.settings))
     found = {}
     for setting, changes in file.settings.items():
+        variants = dict(_in_grid(_variants(file, beside, {**file.set, **changes}), file))
+        names = [file.baseline, *(name for name in variants if name != file.baseline)]
+        _have_own_folders("variants", names)
+        titles = {title for terms, _ in variants.values() for title in _titles(terms)}
         for name in names:
             terms, overrides = variants[name]
-            tree = copy.deepcopy(base)
-            _change(tree, changes, f"settings.{setting}")
+            tree = copy.deepcopy(base) | {"controls": {}, "losses": copy.deepcopy(terms)}
+            for given, where in ((file.set, "set"), (changes, f"settings.{setting}")):
+                _change(tree, _of_recipe(given, titles, where), where)
             _change(tree, overrides, f"variants.{name}.set")
-            tree["losses"] = copy.deepcopy(list(terms))
             tree["name"] = "/".join(map(folder_name, (file.name, setting, name)))
             try:
                 found[setting, name] = recipes.parse(tree)
@@ -237,9 +237,25 @@ def _tree(name: str, beside: Path) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
+def _of_recipe(changes: Mapping[str, Any], titles: Collection[str], where: str) -> dict[str, Any]:
+    """Selects the changes of keys of a recipe, i.e. not of options of terms."""
+    kept = {key: value for key, value in changes.items() if term_option(key)[0] not in titles}
+    for key in kept:
+        first = key.partition(".")[0]
+        if first not in recipes.Recipe.model_fields:
+            known = [*titles, *recipes.Recipe.model_fields]
+            raise RecipeError(f"{where}: there is no key or term {first!r}{near(first, known)}")
+    return kept
+
+
 def _change(tree: dict[str, Any], changes: Mapping[str, Any], where: str) -> None:
     for key, value in changes.items():
         steps, here = key.split("."), tree
+        if steps[0] in _OF_STUDY:
+            raise RecipeError(
+                f"{where}: {key}: {steps[0]} cannot be changed here; `variants` sets the losses, "
+                "and runs are named after the study"
+            )
         for step in steps[:-1]:
             if here.get(step) is None:
                 here[step] = {}
@@ -252,8 +268,12 @@ def _change(tree: dict[str, Any], changes: Mapping[str, Any], where: str) -> Non
 Variants = dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]  # name -> terms, other changes
 
 
-def _variants(file: StudyFile, beside: Path) -> Variants:
-    """Resolves every variant to its terms, following ``of``."""
+def _variants(file: StudyFile, beside: Path, common: Mapping[str, Any]) -> Variants:
+    """Resolves every variant to its terms, following ``of``.
+
+    Changes of the file and of the setting apply to terms where they are listed, so that a variant
+    or the grid can change them again.
+    """
     resolved: Variants = {}
 
     def resolve(name: str, above: tuple[str, ...]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -266,18 +286,24 @@ def _variants(file: StudyFile, beside: Path) -> Variants:
             resolved[name] = from_file(name, above)
         return resolved[name]
 
+    def listed(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        terms = copy.deepcopy([dict(term) for term in given])
+        for key, value in common.items():
+            set_term(terms, key, value)
+        return terms
+
     def from_file(name: str, above: tuple[str, ...]) -> tuple[list[Any], dict[str, Any]]:
         given = file.variants[name]
         if not isinstance(given, Variant):
-            return [dict(term) for term in given], {}
+            return listed(given), {}
         if given.recipe is not None:
-            terms, changes = list(_tree(given.recipe, beside)["losses"]), dict[str, Any]()
+            terms, changes = listed(_tree(given.recipe, beside)["losses"]), dict[str, Any]()
         else:
             if name == file.baseline and given.of is None:
                 raise RecipeError(f"variants.{name}: the baseline must list its terms")
             terms, changes = resolve(given.of or file.baseline, (*above, name))
             terms, changes = copy.deepcopy(terms), dict(changes)
-        terms += [dict(term) for term in given.add or ()]
+        terms += listed(given.add or ())
         for key, value in given.set.items():
             if not set_term(terms, key, value):
                 changes[key] = value
@@ -288,23 +314,39 @@ def _variants(file: StudyFile, beside: Path) -> Variants:
     return resolved
 
 
+def term_option(key: str) -> tuple[str, str]:
+    """Splits ``TERM.option`` or ``losses.TERM.option`` into title of the term and option."""
+    title, _, option = key.removeprefix("losses.").partition(".")
+    return title, option
+
+
 def set_term(terms: list[dict[str, Any]], key: str, value: Any) -> bool:
-    """Sets ``TERM.option`` of the terms with this title; returns False if there is none."""
-    title, _, option = key.partition(".")
+    """Sets ``TERM.option`` of the terms with this title; returns False if there is none.
+
+    Raises:
+        RecipeError: If the key names a term without an option.
+    """
+    title, option = term_option(key)
     found = [term for term in terms if title in (term.get("label"), term.get("name"))]
     for term in found:
+        if not option:
+            raise RecipeError(f"{key} is a term; set one of its options, such as {key}.weight")
         if option in _EXCLUSIVE:
             term.pop(_EXCLUSIVE[option], None)
         _change(term, {option: value}, key)
     return bool(found)
 
 
+def _titles(terms: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Returns the names and labels of terms."""
+    return {title for term in terms for title in (term.get("label"), term.get("name")) if title}
+
+
 def _in_grid(variants: Variants, file: StudyFile) -> Iterator[tuple[str, Any]]:
     """Expands each variant with terms of the grid to one variant per combination of values."""
     used = set()
     for name, (terms, changes) in variants.items():
-        titles = {title for term in terms for title in (term.get("label"), term.get("name"))}
-        keys = [key for key in file.grid if key.partition(".")[0] in titles]
+        keys = [key for key in file.grid if term_option(key)[0] in _titles(terms)]
         used |= set(keys)
         if keys and name == file.baseline:
             yield name, (terms, changes)
@@ -313,8 +355,8 @@ def _in_grid(variants: Variants, file: StudyFile) -> Iterator[tuple[str, Any]]:
             for key, value in zip(keys, values, strict=True):
                 set_term(copied, key, value)
             suffix = ",".join(
-                f"{key.partition('.')[2]}={value}" for key, value in zip(keys, values, strict=True)
+                f"{term_option(key)[1]}={value}" for key, value in zip(keys, values, strict=True)
             )
             yield (f"{name}[{suffix}]" if suffix else name), (copied, changes)
     for key in file.grid.keys() - used:
-        raise RecipeError(f"grid: no variant has a term {key.partition('.')[0]!r}, from {key}")
+        raise RecipeError(f"grid: no variant has a term {term_option(key)[0]!r}, from {key}")

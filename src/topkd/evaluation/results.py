@@ -58,6 +58,7 @@ class TeacherResult(_Part):
 
     model: str
     hash: str
+    file: str | None = None  # hash of its weights file
     top1: FiniteFloat
 
     def value(self, name: str) -> float | None:

@@ -341,7 +341,8 @@ def hash_of(network: nn.Module) -> str:
     content = io.BytesIO()
     for name, tensor in sorted(network.state_dict().items()):
         content.write(name.encode())
-        content.write(tensor.detach().cpu().contiguous().numpy().tobytes())
+        data = tensor.detach().cpu().contiguous().reshape(-1)
+        content.write(data.view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return files.sha256(content.getvalue())
 
 

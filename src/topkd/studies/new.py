@@ -32,7 +32,7 @@ def template(recipe: str, methods: Sequence[str], seeds: str) -> str:
         seeds: Seeds in the format of a study file.
 
     Raises:
-        RecipeError: If the recipe or a loss does not exist.
+        RecipeError: If the recipe or a loss does not exist, a loss appears twice or is ce.
         ValueError: If the seeds are invalid.
     """
     recipes.load(recipe)
@@ -40,6 +40,10 @@ def template(recipe: str, methods: Sequence[str], seeds: str) -> str:
     for name in methods:
         if name not in LOSSES:
             raise RecipeError(f"--methods: there is no {name!r}{near(name, list(LOSSES))}")
+        if name == "ce":
+            raise RecipeError("--methods: ce is part of every variant; name the losses beside it")
+        if methods.count(name) > 1:
+            raise RecipeError(f"--methods: {name} appears twice")
     first, *others = methods
     lines = [f"  {first}: [{{name: ce}}, {{name: {first}}}]"]
     for name in others:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
+from topkd._io import files
 from topkd._io.progress import Progress
 from topkd.config import recipe as recipes
 from topkd.data import Data, from_dataset
@@ -24,6 +27,7 @@ from topkd.training.experiment import Experiment
 
 Network = str | Path | nn.Module
 Losses = Sequence[Loss | LossTerm]
+SAMPLED = 16  # images of a split that a recipe's name of data takes into account
 
 
 def distill(
@@ -124,10 +128,13 @@ def _plain(tree: Any) -> Any:
     return tree
 
 
-def _object(value: object) -> str:
-    """Returns the placeholder name of an object in a recipe."""
-    name = getattr(value, "__name__", type(value).__name__)
-    return f"{OBJECT}{name.strip('<>')}"
+def _object(name: str, content_hash: str) -> str:
+    """Returns the name of an object in a recipe; another object has another name."""
+    return f"{OBJECT}{name}-{content_hash[:8]}"
+
+
+def _module(network: nn.Module) -> str:
+    return _object(type(network).__name__, checkpoint.hash_of(network))
 
 
 def _student(
@@ -135,10 +142,10 @@ def _student(
 ) -> tuple[dict[str, Any], Callable[[], nn.Module] | None]:
     if isinstance(student, str):
         return {"model": student}, None
-    section = {"model": _object(student)}
     if isinstance(student, nn.Module):
-        return section, lambda: copy.deepcopy(student)
-    return section, student
+        return {"model": _module(student)}, lambda: copy.deepcopy(student)
+    name = getattr(student, "__name__", type(student).__name__)
+    return {"model": f"{OBJECT}{name.strip('<>')}"}, student
 
 
 def _teacher(
@@ -147,7 +154,7 @@ def _teacher(
     if teacher is None:
         return None, None
     if isinstance(teacher, nn.Module):
-        return {"model": _object(teacher), "checkpoint": "object"}, teacher
+        return {"model": _module(teacher), "checkpoint": "object"}, teacher
     if isinstance(teacher, tuple):
         return {"model": teacher[0], "checkpoint": str(teacher[1])}, None
     path = Path(teacher).expanduser()
@@ -170,10 +177,26 @@ def _data(
         return {"name": data}, None
     if isinstance(data, Mapping):
         return dict(data), None
-    if isinstance(data, Data):
-        return {"name": f"{OBJECT}{data.name}"}, data
-    train, test = data
-    return {"name": _object(train)}, from_dataset(train, test, size=_side(train[0][0]))
+    if not isinstance(data, Data):
+        train, test = data
+        data = from_dataset(train, test, size=_side(train[0][0]))
+    return {"name": _object(data.name, _hash_of(data))}, data
+
+
+def _hash_of(data: Data) -> str:
+    """Computes a hash of the classes, the labels and a few images of each split.
+
+    Images that differ between two reads are left out: a repeated call must find its runs.
+    """
+    parts = [json.dumps([list(data.classes), list(data.mean), list(data.std)]).encode()]
+    for images in (data.train, data.test):
+        count = len(images.target)
+        some = torch.linspace(0, count - 1, min(count, SAMPLED)).long()
+        first, again = images.read_bytes(some, None), images.read_bytes(some, None)
+        parts.append(images.target.numpy().tobytes())
+        if torch.equal(first, again):
+            parts.append(first.contiguous().numpy().tobytes())
+    return files.sha256(b"".join(parts))
 
 
 def _side(image: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 VALIDATION = 0.2  # fraction of the training images that is held out if the recipe holds out none
 SEEDS = (100,)  # not among the first seeds, which final runs use
+MOST_REPEATS = 100  # of values that were tried, one after another, before a search ends
 MARK = "# Tuned from "  # first words of a tuned recipe
 HEADER = """{mark}{source}: {score}, on held-out training images
 #
@@ -142,21 +144,30 @@ def tune(
         (2, 'complete', 0.0)
     """
     _optuna()
-    share = validation or recipe.data.validation or VALIDATION
+    share = (recipe.data.validation or VALIDATION) if validation is None else validation
     search = _Search(recipe, space, out / f"{recipe.name}-tuning", share, tuple(seeds), metric)
     first = search.check()
-    if not (validation or recipe.data.validation):
+    if validation is None and not recipe.data.validation:
         progress.say(f"trials hold out {share:g} of the training images (data.validation is 0)")
     Experiment(first, search.folder, progress, trackers=()).train_teacher()
     search.run(trials, progress, epochs=first.epochs)
     scores = [trial.score for trial in search.trials if trial.score is not None]
     if not scores:
-        raise ValueError(f"none of {len(search.trials)} trials is complete; see the messages above")
+        reasons = ", ".join(dict.fromkeys(trial.note for trial in search.trials))
+        raise ValueError(f"none of {len(search.trials)} trials is complete: {reasons}")
     found = METRICS[metric]
     top = max(scores) if found.higher_is_better else min(scores)
     best = next(trial for trial in search.trials if trial.score == top)
     chosen = with_values(recipe, best.values)
     return Tuned(recipe.name, found, search.trials, best, chosen, share, search.seeds)
+
+
+def _readable(drawn: float, within: Range) -> float:
+    """Rounds a number to a ten-thousandth of a range, at most, so that recipes are readable."""
+    low, high = within.low, within.high
+    narrowness = max(abs(low), abs(high)) / (high - low)
+    digits = 4 + max(0, math.ceil(math.log10(narrowness)))
+    return min(max(float(f"{drawn:.{digits}g}"), low), high)
 
 
 def refuse_other_file(path: Path) -> None:
@@ -213,18 +224,18 @@ class _Search:
         return found[0][1]
 
     def run(self, most: int, progress: Progress, *, epochs: int) -> None:
-        """Runs trials until there are ``most`` of them, or all combinations are tried.
+        """Runs trials until there are ``most`` of them, or nothing new is suggested.
 
         Args:
             most: Maximum number of trials.
             progress: Shows progress.
             epochs: Usual number of epochs of a run.
         """
-        study, each = self._study(most, epochs), epochs * len(self.seeds)
+        study, each, repeats = self._study(most, epochs), epochs * len(self.seeds), 0
         combinations = size(self.space)
         total = most if combinations is None else min(most, combinations)
         with progress.bar(f"tuning {self.recipe.name}", total * each, "epochs") as advance:
-            while len(self.trials) < total:
+            while len(self.trials) < total and repeats < MOST_REPEATS:
                 before, left = len(self.trials), each
 
                 def on_epoch() -> None:
@@ -233,6 +244,7 @@ class _Search:
                     left -= min(left, 1)
 
                 study.optimize(lambda trial: self._objective(trial, on_epoch), n_trials=1)
+                repeats = 0 if len(self.trials) > before else repeats + 1
                 if len(self.trials) > before:
                     advance(left, f"trial {len(self.trials)} of {total}, {self._news()}")
 
@@ -277,7 +289,7 @@ class _Search:
             if isinstance(candidates, Range):
                 low, high, log = candidates.low, candidates.high, candidates.is_logarithmic
                 drawn = trial.suggest_float(key, low, high, log=log)
-                values[key] = min(max(float(f"{drawn:.4g}"), low), high)  # readable in a recipe
+                values[key] = _readable(drawn, candidates)
             else:
                 values[key] = candidates[trial.suggest_categorical(key, range(len(candidates)))]
         return values

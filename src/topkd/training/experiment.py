@@ -121,6 +121,14 @@ class Experiment:
         recipe = teacher_recipe(self.recipe)
         return self.out / recipe.name / recipe.main / "seed0" / "student.safetensors"
 
+    @property
+    def _teacher_file_hash(self) -> str | None:
+        """Hash of the teacher's weights file; None if there is none yet."""
+        section = self.recipe.teacher
+        if section is None or section.pretrained or self.objects.teacher is not None:
+            return None
+        return files.sha256_of(self.teacher_file) if self.teacher_file.exists() else None
+
     def cache_teacher(self) -> None:
         """Computes the teacher's predictions on evaluation images, which all runs share."""
         with cpu_threads(self.recipe.threads):
@@ -258,15 +266,34 @@ class Experiment:
 
         Raises:
             RecipeError: If the recipe has no such variant.
-            ValueError: If the folder has runs of another recipe.
+            ValueError: If the folder has runs of another recipe, or the finished run had another
+                teacher.
         """
         variant = variant or self.recipe.main
         check_name(self.recipe.variants, variant, "variant")
         claim(self.folder, self.recipe)
         folder = self.folder / variant / f"seed{seed}"
         with locked(folder, self.progress), cpu_threads(self.recipe.threads):
-            done = processes.by_first(lambda: finished(folder))
+            claim(self.folder, self.recipe, own=folder)  # again, now that no other run can
+            done = processes.by_first(lambda: self._finished(folder))
             return self._train_student(variant, seed, folder) if done is None else done
+
+    def _finished(self, folder: Path) -> dict[str, Any] | None:
+        """Reads the result of a finished run; refuses one of another recipe or teacher."""
+        done, file = finished(folder), self._teacher_file_hash
+        if done is None:
+            return None
+        if done["recipe_hash"] != self.recipe.hash:
+            raise ValueError(
+                f"{folder} is the run of another recipe ({done['recipe_hash']}, not "
+                f"{self.recipe.hash}); choose another name with name=NAME, or --out"
+            )
+        if file is not None and (done.get("teacher") or {}).get("file", file) != file:
+            raise ValueError(
+                f"{folder} was trained with another teacher than {self.teacher_file} now holds; "
+                "choose another name with name=NAME, or another folder with --out"
+            )
+        return done
 
     def run(self, seeds: Iterable[int]) -> list[dict[str, Any]]:
         """Runs all stages: the teacher, fitted losses, and every variant with every seed."""
@@ -302,7 +329,10 @@ class Experiment:
         if predictions is None:  # resumed after the last epoch
             predictions = metrics.predict(student.eval(), self.data.test, self.device.device)
         processes.merge(self.data.faults.unreadable)
-        trained_by = None if outputs is None else TeacherOfRun(outputs.hash, outputs.predictions)
+        trained_by = None
+        if outputs is not None:
+            file = self._teacher_file_hash
+            trained_by = TeacherOfRun(outputs.hash, outputs.predictions, file)
         outcome = Outcome(self.recipe, self.data, student, losses, predictions, history, trained_by)
         result = outcome.result(variant, seed, self.device)
         if processes.rank() == 0:

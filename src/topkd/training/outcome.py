@@ -35,6 +35,8 @@ class TeacherOfRun:
 
     hash: str
     predictions: metrics.Predictions
+    file: str | None = None
+    """Hash of its weights file, if it has one."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Outcome:
         if self.teacher is None or self.recipe.teacher is None:
             return {}
         described = {"model": self.recipe.teacher.model, "hash": self.teacher.hash}
+        if self.teacher.file is not None:
+            described["file"] = self.teacher.file
         return {
             "teacher": described | metrics.prediction_metrics(self.teacher.predictions),
             "teacher_similarity": metrics.teacher_similarity(

@@ -14,19 +14,24 @@ from topkd.config.recipe import Recipe
 from topkd.config.validation import RecipeError
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
+def claim(folder: Path, recipe: Recipe, *, own: Path | None = None) -> None:
     """Writes the recipe to the folder of its runs.
+
+    Args:
+        folder: Folder of all runs of the recipe.
+        recipe: The recipe.
+        own: Folder of the run whose lock this process holds.
 
     Raises:
         RecipeError: If the recipe in the folder was altered.
-        ValueError: If the folder has runs of another recipe.
+        ValueError: If the folder has runs of another recipe, or such a run is active.
     """
-    processes.by_first(lambda: _claim(folder, recipe))
+    processes.by_first(lambda: _claim(folder, recipe, own))
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
+def _claim(folder: Path, recipe: Recipe, own: Path | None) -> None:
     path = folder / "recipe.yaml"
-    if not (path.exists() and _has_runs(folder)):
+    if not (path.exists() and _has_runs(folder, own)):
         files.write(path, recipes.write(recipe))
         return
     try:
@@ -41,10 +46,14 @@ def _claim(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def _has_runs(folder: Path) -> bool:
-    """Tests whether a run has a result or a state."""
+def _has_runs(folder: Path, own: Path | None) -> bool:
+    """Tests whether a run has a result or a state, or another process is working on one."""
     patterns = ("*/seed*/result.json", "*/seed*/checkpoint/latest.json")
-    return any(True for pattern in patterns for _ in folder.glob(pattern))
+    locks = (path for path in folder.glob("*/.seed*.lock"))
+    runs = (path.with_name(path.name[1:].removesuffix(".lock")) for path in locks)
+    return any(True for pattern in patterns for _ in folder.glob(pattern)) or any(
+        files.is_locked(run) for run in runs if run != own
+    )
 
 
 @contextmanager

@@ -288,7 +288,7 @@ class Trainer:
             if not value.isfinite():
                 raise Diverged(
                     f"epoch {epoch}, {located(title)}: the loss is {value.item()}; "
-                    "try a smaller optim.lr, or gradient_clip=1"
+                    "try a smaller optimizer.lr, or gradient_clip=1"
                 )
             values[title] = value
         return values

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from topkd.studies.plan import Place
 
 PANEL = "Train"
+_COMMA = re.compile(r",(?![^\[]*\])")  # not inside the brackets of a variant of a grid
 
 study = typer.Typer(
     no_args_is_help=True,
@@ -164,8 +167,11 @@ def jobs(
             "setting": job.setting,
             "variant": job.variant,
             "seed": job.seed,
-            "command": f"topkd study job {file} --setting {job.setting!r} "
-            f"--variant {job.variant!r} --seed {job.seed} --out {out}",
+            "command": shlex.join(
+                ["topkd", "study", "job", str(file), *(changes or [])]
+                + ["--setting", job.setting, "--variant", job.variant]
+                + ["--seed", str(job.seed), "--out", str(out)]
+            ),
         }
         for job in pending
     ]
@@ -275,7 +281,7 @@ def _plan(file: Path, changes: list[str] | None, variants: str | None = None) ->
     from topkd.config import study as studies
 
     plan = studies.load(file, tuple(changes or ()))
-    return plan if variants is None else plan.only(variants.split(","))
+    return plan if variants is None else plan.only(_COMMA.split(variants))
 
 
 def _place(out: Path, results: list[Path] | None) -> Place:

@@ -98,7 +98,6 @@ class Executor(ABC):
             FileNotFoundError: If another machine does not share the folders of the study.
         """
         out = out.resolve()
-        (out / "logs").mkdir(parents=True, exist_ok=True)
         recipes = list({job.recipe.hash: job.recipe for job in jobs}.values())
         try:
             data = self.data(recipes)
@@ -106,40 +105,50 @@ class Executor(ABC):
             reason = str(invalid)
             yield from (Ended(job, 0.0, reason) for job in jobs)
             return
-        first = self._task(jobs[0].setting, partial(prepare, recipes, out, data), out)
+        log = self.log(jobs[0], out)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        preparation = partial(prepare, recipes, out, data)
+        setting = jobs[0].setting
+        first = Task(setting, preparation, log.with_name(f"{setting}.log"), self.threads)
         for _, _, error in self._ended([first]):
             if error is not None:
                 yield from (Ended(job, 0.0, error) for job in jobs)
                 return
             of = {job.title: job for job in jobs}
-            tasks = [self._task(job.title, partial(work, job, out, data), out) for job in jobs]
+            tasks = [
+                Task(job.title, partial(work, job, out, data), self.log(job, out), self.threads)
+                for job in jobs
+            ]
             for task, seconds, problem in self._ended(tasks):
                 yield Ended(of[task.title], seconds, problem)
 
-    def _task(self, title: str, work: partial[None], out: Path) -> Task:
-        log = out / "logs" / f"{title.replace('/', '-').replace(' ', '-')}.log"
-        return Task(title, work, log, self.threads)
+    def log(self, job: Job, out: Path) -> Path:
+        """Returns the file with the output of a job, in a folder of its study."""
+        study = job.recipe.name.partition("/")[0]
+        return out / "logs" / study / f"{job.title.replace('/', '-').replace(' ', '-')}.log"
 
     def _ended(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, float, str | None]]:
         """Runs tasks, retries those that crash, and yields each with its seconds and its error."""
-        waiting, running = deque(tasks), dict[Any, tuple[Task, float]]()
+        waiting, running = deque(tasks), dict[Any, tuple[Task, float, int]]()
         attempts = Counter[str]()
         try:
             while waiting or running:
                 begun = [waiting.popleft() for _ in range(self._places(len(waiting), len(running)))]
                 attempts.update(task.title for task in begun)
-                for handle, task in zip(self.start(begun) if begun else [], begun, strict=True):
-                    running[handle] = task, time.monotonic()
+                sizes = [task.begun() for task in begun]
+                handles = self.start(begun) if begun else []
+                for handle, task, size in zip(handles, begun, sizes, strict=True):
+                    running[handle] = task, time.monotonic(), size
                 if not running:
                     return
                 for handle, end in self.wait(list(running)):
-                    task, start = running.pop(handle)
+                    task, start, size = running.pop(handle)
                     if end.status == UNSHARED:
                         raise FileNotFoundError(end.reason)
                     if end.status not in (DONE, INVALID, LATE) and attempts[task.title] < ATTEMPTS:
                         waiting.appendleft(task)
                     elif end.status != LATE:
-                        yield task, time.monotonic() - start, task.error(end)
+                        yield task, time.monotonic() - start, task.error(end, size)
         finally:
             self.stop(list(running))
 
@@ -151,14 +160,27 @@ class Executor(ABC):
 
 
 def prepare(recipes: Sequence[Recipe], out: Path, data: Data | None = None) -> None:
-    """Prepares the shared parts of a setting: teacher, its predictions and fitted losses."""
+    """Prepares the shared parts of a setting: teacher, its predictions and fitted losses.
+
+    Jobs of a recipe that cannot be prepared report it themselves.
+
+    Raises:
+        ValueError: If no recipe can be prepared; this and the following for the first one.
+        OSError: If a file is missing.
+        ImportError: If a package is missing.
+    """
+    errors = list[Exception]()
     for recipe in recipes:
-        check(recipe)
-        try_losses(recipe)  # finds invalid options before the teacher is trained
-    for recipe in recipes:
-        experiment = Experiment(recipe, out, Progress(quiet=True), Objects(data=data))
-        experiment.fit_losses()
-        experiment.cache_teacher()
+        try:
+            check(recipe)
+            try_losses(recipe)  # finds invalid options before the teacher is trained
+            experiment = Experiment(recipe, out, Progress(quiet=True), Objects(data=data))
+            experiment.fit_losses()
+            experiment.cache_teacher()
+        except USER_ERRORS as error:
+            errors.append(error)
+    if len(errors) == len(recipes):
+        raise errors[0]
 
 
 def work(job: Job, out: Path, data: Data | None = None) -> None:

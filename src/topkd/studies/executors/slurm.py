@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from topkd._runtime.imports import optional
+from topkd.config.study import MOST_JOBS
 from topkd.studies.executors.base import Executor
 from topkd.studies.executors.shared import Remote, shared
 from topkd.studies.executors.task import CRASHED, Exit, Task
@@ -68,7 +69,7 @@ class Slurm(Executor):
                 name="topkd",
                 timeout_min=self.minutes,
                 cpus_per_task=self.threads,
-                slurm_array_parallelism=self.parallel,
+                slurm_array_parallelism=self.parallel or MOST_JOBS,  # submitit: 256
                 slurm_additional_parameters=self.options,
             )
             yield

@@ -58,12 +58,21 @@ class Task:
                 return Exit.of(CRASHED)
         return Exit.of(DONE)
 
-    def error(self, end: Exit) -> str | None:
-        """Describes a failure: its reason and the last lines of the log; None if it is done."""
+    def begun(self) -> int:
+        """Returns the size of the log, where the output of the next attempt begins."""
+        return self.log.stat().st_size if self.log.exists() else 0
+
+    def error(self, end: Exit, begun: int = 0) -> str | None:
+        """Describes a failure: its reason and the last lines of the log; None if it is done.
+
+        Args:
+            end: How the task ended.
+            begun: Where its output begins in the log.
+        """
         if end.status == DONE:
             return None
-        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
-        lines = text.splitlines()[-SHOWN:]
+        content = self.log.read_bytes()[begun:] if self.log.exists() else b""
+        lines = content.decode("utf-8", errors="replace").splitlines()[-SHOWN:]
         return "\n".join([end.reason, *(line for line in lines if line.strip())])
 
 
