@@ -138,7 +138,7 @@ def test_a_job_killed_on_ray_is_retried_to_the_same_bits(reference, tmp_path):
     ]
     assert (kills(folder, "kd"), kills(folder, "doomed")) == (1, ATTEMPTS)
     assert weights(folder) == reference
-    assert {path.name for path in (folder / "runs/logs").iterdir()} == {
+    assert {path.name for path in (folder / "runs/logs/study").iterdir()} == {
         "main.log",
         "main-kd-seed-0.log",
         "main-doomed-seed-0.log",

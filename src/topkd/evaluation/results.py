@@ -127,7 +127,9 @@ class Result(_Part):
     def as_json(self) -> dict[str, Any]:
         """Converts to plain values, without the parts that were not measured."""
         optional = ("teacher", "teacher_similarity", "per_class")
-        absent = {name for name in optional if not getattr(self, name)}
+        absent: dict[str, Any] = {name: True for name in optional if not getattr(self, name)}
+        if self.teacher is not None and self.teacher.file is None:
+            absent["teacher"] = {"file"}
         return self.model_dump(mode="json", exclude=absent)
 
 
