@@ -156,6 +156,23 @@ def test_a_job_killed_under_submitit_is_retried_to_the_same_bits(reference, tmp_
     assert weights(Path()) == reference
 
 
+@pytest.mark.slow
+def test_a_job_interrupted_by_slurm_is_queued_again_to_the_same_bits(
+    reference, tmp_path, monkeypatch
+):
+    """A signal announces the time limit or preemption; submitit then asks for a requeue."""
+    submitit = pytest.importorskip("submitit")
+    announced = f"signal.SIG{submitit.JobEnvironment.USR_SIG}"
+    monkeypatch.chdir(written(tmp_path / "requeued"))
+    Path("networks.py").write_text(NETWORKS.replace("signal.SIGKILL", announced), encoding="utf-8")
+    plan = studies.load("study.yaml").only(["kd"])
+    assert run(plan, Path("runs"), Slurm(cluster="local"), QUIET).failed == []
+    assert kills(Path(), "kd") == 1
+    log = Path("runs/logs/study/main-kd-seed-0.log").read_text(encoding="utf-8")
+    assert "Requeued job" in log
+    assert weights(Path()) == reference
+
+
 def test_after_the_time_limit_no_job_starts(tmp_path):
     folder = written(tmp_path / "limited")
     out, err = call(folder, "--limit-hours", "0", status=0)
