@@ -1,5 +1,6 @@
 """The documentation: what is generated is fresh, what it shows is right, what it names is there."""
 
+import csv
 import importlib.util
 import re
 import runpy
@@ -11,12 +12,14 @@ from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from topkd._io import files
 from topkd.cli.app import app
 from topkd.config import recipe, study
 from topkd.config.validation import RecipeError
 from topkd.data import DATA
 from topkd.losses import LOSSES
 from topkd.models import MODELS
+from topkd.studies.plan import Place
 from topkd.training.check import check
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +27,7 @@ PAGES = {
     path.name: path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
 }
+PUBLISHED = "sources.csv", "accuracies.csv"
 OWN = """
 from torch import nn
 
@@ -77,11 +81,34 @@ def test_page_of_losses_is_fresh():
     assert fresh, "run `python docs/losses.py > docs/losses.md`"
 
 
-@pytest.mark.parametrize("name", ["speed", "methods"])
+@pytest.mark.parametrize("name", ["speed", "methods", "published"])
 def test_pages_of_results_are_fresh(name, capsys):
     runpy.run_path(str(ROOT / f"docs/{name}.py"))
     fresh = capsys.readouterr().out == PAGES[f"{name}.md"]
     assert fresh, f"run `python docs/{name}.py > docs/{name}.md`"
+
+
+def test_page_of_published_results_has_our_runs_when_there_are_any(tmp_path):
+    page = runpy.run_path(str(ROOT / "docs/published.py"))["page"]
+    assert page(tmp_path).count("not run yet") == 6
+    pair, place = "resnet56-resnet20", Place(tmp_path)
+    accuracies = {("kd", 0): 71.0, ("kd", 1): 72.0, ("ce", 0): 69.0}
+    for job in study.load(ROOT / "studies/topology/paper.yaml").jobs():
+        if job.setting == pair and (job.variant, job.seed) in accuracies:
+            reached = {"top1": accuracies[job.variant, job.seed]}
+            result = {"recipe_hash": job.recipe.hash, "last": reached, "teacher": {"top1": 73.5}}
+            files.write_sealed(place.run(job) / "result.json", result)
+    text = page(tmp_path)
+    assert "KD alone | 71.50 ± 0.71 | 73.50 | 69.00 | 1 : 2 | – | 4 | 240 | 2 | last |" in text
+    assert text.count("not run yet") == 5
+
+
+def test_sources_of_published_results_are_listed_and_used():
+    listed, used = (
+        {row["source"] for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines())}
+        for path in (ROOT / "results/published" / name for name in PUBLISHED)
+    )
+    assert listed == used
 
 
 def test_every_loss_has_one_entry():
