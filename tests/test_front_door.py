@@ -224,6 +224,10 @@ def other_pixels(pairs):
     return [(1 - picture, label) for picture, label in pairs]
 
 
+def other_labels(pairs):
+    return [(picture, (label + 1) % CLASSES) for picture, label in pairs]
+
+
 def test_objects_with_other_content_are_other_runs(tmp_path):
     """A result is not returned for another teacher, student or data set of the same class."""
     torch.manual_seed(0)
@@ -239,7 +243,8 @@ def test_objects_with_other_content_are_other_runs(tmp_path):
         "teacher": (student, small(), data),
         "student": (small(), teacher, data),
         "pixels": (student, teacher, (data[0], other_pixels(data[1]))),
-        "labels": (student, teacher, (data[0], data[1][:-4])),
+        "labels": (student, teacher, (other_labels(data[0]), data[1])),
+        "number": (student, teacher, (data[0], data[1][:-4])),
     }
     for arguments in others.values():
         with pytest.raises(ValueError, match="holds runs of another recipe: .* choose another"):

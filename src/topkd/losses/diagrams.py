@@ -152,9 +152,8 @@ def persistent_cross_entropy(
         ValueError: If the lifetimes are not floating-point (bars), or an option is out of range.
 
     References:
-        Persistent Cross Entropy (Yeom & Jung, manuscript 2026, not public), which starts from
-        Do Topological Characteristics Help in Knowledge Distillation? (Kim et al., ICML 2024)
-        https://proceedings.mlr.press/v235/kim24aj.html
+        Persistent Cross Entropy (Yeom & Jung 2026)
+        https://arxiv.org/abs/2608.24549
 
     Examples:
         >>> one, two = torch.tensor([1.0]), torch.tensor([1.0, 1.0])
@@ -246,9 +245,8 @@ class PCE(PermutationInvariant):
         ValueError: If only one of bandwidth and tolerance is given, or an option is out of range.
 
     References:
-        Persistent Cross Entropy (Yeom & Jung, manuscript 2026, not public), which starts from
-        Do Topological Characteristics Help in Knowledge Distillation? (Kim et al., ICML 2024)
-        https://proceedings.mlr.press/v235/kim24aj.html
+        Persistent Cross Entropy (Yeom & Jung 2026)
+        https://arxiv.org/abs/2608.24549
 
     Examples:
         >>> cloud = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
@@ -262,8 +260,8 @@ class PCE(PermutationInvariant):
         name="pce",
         group="topology",
         compares="how densely lifetimes of the embeddings lie",
-        paper="Yeom & Jung, manuscript 2026",
-        url="https://proceedings.mlr.press/v235/kim24aj.html",
+        paper="Yeom & Jung 2026",
+        url="https://arxiv.org/abs/2608.24549",
         cost="n² d",
     )
 
