@@ -247,7 +247,10 @@ def test_a_range_is_searched_the_same_way_for_the_same_seed(here, scored):
     assert tuned.recipe.losses[1].weight == tuned.best.values["kd.weight"]
 
 
-@pytest.mark.parametrize(("change", "values"), [("kd.weight=4..4.002", 20), ("kd.weight=1,2", 2)])
+@pytest.mark.parametrize(
+    ("change", "values"),
+    [("kd.weight=4..4.002", 20), ("kd.weight=1..1.0000000000000002", 2), ("kd.weight=1,2", 2)],
+)
 def test_narrow_spaces_have_an_end(here, scored, change, values):
     scored(lambda recipe: -recipe.losses[1].weight)
     found = tune(change, trials=20)
