@@ -351,7 +351,7 @@ def test_without_a_known_spread_nothing_is_decided(base, new):
 def collected(file, values, metric="top1"):
     """Results of a study with these values, without training."""
     changes = (f"primary={{metric: {metric}, margin: 0.3}}", f"set={{evaluation: [{metric}]}}")
-    plan = studies.load(file, changes)
+    plan = studies.load(file, changes).only(list(values))
     part = "teacher_similarity" if METRICS[metric].needs_teacher else "last"
     other = "last" if part == "teacher_similarity" else "teacher_similarity"
     return Collected(
@@ -494,6 +494,17 @@ def test_options_of_terms_are_changed_for_all_variants_that_have_them(file, tmp_
         studies.load(written(tmp_path, set={"kd": 3.0}))
     with pytest.raises(RecipeError, match="set: there is no key or term 'kdd'; did you mean 'kd'"):
         studies.load(written(tmp_path, set={"kdd.weight": 3.0}))
+
+
+def test_a_weight_replaces_a_share_and_the_other_way_round(file, tmp_path):
+    variants = STUDY["variants"] | {
+        "weighted": {"of": "topkd", "set": {"topkd.weight": 5.0}},
+        "shared": {"of": "weighted", "set": {"topkd.share": 0.3}},
+    }
+    recipes = studies.load(written(tmp_path, variants=variants)).recipes
+    found = {name: recipes["main", name].losses[-1] for name in ("weighted", "shared")}
+    assert (found["weighted"].weight, found["weighted"].share) == (5.0, None)
+    assert (found["shared"].weight, found["shared"].share) == (1.0, 0.3)
 
 
 def test_one_invalid_variant_does_not_stop_the_others(file, tmp_path):

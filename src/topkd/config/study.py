@@ -112,6 +112,8 @@ class Plan:
     file: StudyFile
     recipes: Mapping[tuple[str, str], Recipe]
     """(setting, variant) -> recipe."""
+    compared: int
+    """Number of variants of the whole study, without the baseline."""
 
     @property
     def settings(self) -> list[str]:
@@ -203,7 +205,7 @@ def expand(file: StudyFile, beside: Path = Path()) -> Plan:
                 raise RecipeError(f"{setting}, variant {name}: {error}") from error
     if len(found) * len(file.all_seeds) > MOST_JOBS:
         raise RecipeError(f"{len(found) * len(file.all_seeds):,} jobs are more than {MOST_JOBS:,}")
-    return Plan(file, found)
+    return Plan(file, found, len({variant for _, variant in found}) - 1)
 
 
 def _have_own_folders(where: str, names: Sequence[str]) -> None:

@@ -21,6 +21,9 @@ from topkd.evaluation.statistics import Paired, paired
 
 Value = TypeVar("Value")
 
+MADE_WITH = ("processor", "threads", "device", "dtype", "topkd", "commit", "torch", "python")
+"""What a result may depend on besides its recipe: keys of ``environment``."""
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True)

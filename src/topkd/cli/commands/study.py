@@ -221,11 +221,15 @@ def table(
     from topkd.studies import benchmark
     from topkd.studies import table as comparison
     from topkd.studies.collect import collect
+    from topkd.studies.sentences import cautions, selection
 
     formats = {"comparison": comparison.FORMATS, "benchmark": benchmark.FORMATS}[layout]
-    typer.echo(
-        formats[form](collect(_plan(file, changes, variants), _place(out, results))), nl=False
-    )
+    found = collect(_plan(file, changes, variants), _place(out, results))
+    typer.echo(formats[form](found), nl=False)
+    notes = [f"{s}: {line}" for s in found.plan.settings for line in cautions(found, s)]
+    for line in [selection(found.plan), *notes]:
+        if line is not None:
+            typer.echo(line, err=True)
 
 
 @study.command()
