@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from topkd._io.progress import Progress
-from topkd.cli import app
 from topkd.config import recipe as recipes
 from topkd.config.search import Range, read_space, with_values
 from topkd.config.validation import RecipeError
@@ -63,20 +62,6 @@ def here(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, here):
-    """Calls the command and gives its status, output and messages."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["topkd", *words])
-        with pytest.raises(SystemExit) as end:
-            app.main()
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
-
-
-@pytest.fixture
 def scored(monkeypatch):
     """Replaces training by a formula of the values; returns the trials that were run."""
     run = []
@@ -110,7 +95,7 @@ def plain_run(seed, *changes):
 # --- What is found -------------------------------------------------------------------------------
 
 
-def test_the_best_value_is_that_of_plain_runs_on_validation_images(call, monkeypatch):
+def test_the_best_value_is_that_of_plain_runs_on_validation_images(call, here, monkeypatch):
     digits = DATA["digits"]
     words = ("tune", "tiny.yaml", "kd.weight=4", "optimizer.lr=0.0001,0.1")
     with monkeypatch.context() as patch:
@@ -270,7 +255,7 @@ def test_a_search_without_a_complete_trial_says_why(here, scored):
         tune("kd.weight=1,2", trials=2)
 
 
-def test_no_held_out_images_are_refused(call):
+def test_no_held_out_images_are_refused(call, here):
     status, _, err = call("tune", "tiny.yaml", "kd.weight=1,2", "--validation", "0")
     assert (status, err.count("\n")) == (2, 1)
     assert "--validation: expected a fraction" in err
@@ -339,7 +324,7 @@ def test_a_comparison_with_the_teacher_needs_one(here):
         tune("optimizer.lr=0.1,0.2", name="teacher.yaml", metric="agreement")
 
 
-def test_without_optuna_the_line_that_installs_it_is_told(call, monkeypatch):
+def test_without_optuna_the_line_that_installs_it_is_told(call, here, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     status, _, err = call("tune", "tiny.yaml", "kd.weight=1,2")
     assert status == 2
