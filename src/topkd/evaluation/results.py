@@ -62,6 +62,7 @@ class TeacherResult(_Part):
     model: str
     hash: str
     file: str | None = None  # hash of its weights file
+    recipe_hash: str | None = None  # of the recipe that trained it
     top1: FiniteFloat
 
     def value(self, name: str) -> float | None:
@@ -131,8 +132,9 @@ class Result(_Part):
         """Converts to plain values, without the parts that were not measured."""
         optional = ("teacher", "teacher_similarity", "per_class")
         absent: dict[str, Any] = {name: True for name in optional if not getattr(self, name)}
-        if self.teacher is not None and self.teacher.file is None:
-            absent["teacher"] = {"file"}
+        if self.teacher is not None:
+            hashes = ("file", "recipe_hash")
+            absent["teacher"] = {name for name in hashes if getattr(self.teacher, name) is None}
         return self.model_dump(mode="json", exclude=absent)
 
 
@@ -166,7 +168,7 @@ class Run:
 
     @cached_property
     def examples(self) -> dict[str, Tensor]:
-        """Embeddings and labels of some test images; empty if the file is absent.
+        """Embeddings and labels of some evaluation images; empty if the file is absent.
 
         Raises:
             ValueError: If ``examples.safetensors`` is broken.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -128,6 +128,14 @@ class Experiment:
         if section is None or section.pretrained or self.objects.teacher is not None:
             return None
         return files.sha256_of(self.teacher_file) if self.teacher_file.exists() else None
+
+    @property
+    def _teacher_recipe_hash(self) -> str | None:
+        """Hash of the recipe that trains the teacher; None if no recipe does."""
+        section = self.recipe.teacher
+        if section is None or section.recipe is None or section.checkpoint is not None:
+            return None
+        return None if self.objects.teacher is not None else teacher_recipe(self.recipe).hash
 
     def cache_teacher(self) -> None:
         """Computes the teacher's predictions on evaluation images, which all runs share."""
@@ -270,17 +278,36 @@ class Experiment:
                 teacher.
         """
         variant = variant or self.recipe.main
-        check_name(self.recipe.variants, variant, "variant")
+        folder = self.run_folder(seed, variant)
         claim(self.folder, self.recipe)
-        folder = self.folder / variant / f"seed{seed}"
         with locked(folder, self.progress), cpu_threads(self.recipe.threads):
             claim(self.folder, self.recipe, own=folder)  # again, now that no other run can
-            done = processes.by_first(lambda: self._finished(folder))
+            done = processes.by_first(lambda: self.finished(seed, variant))
             return self._train_student(variant, seed, folder) if done is None else done
 
-    def _finished(self, folder: Path) -> dict[str, Any] | None:
-        """Reads the result of a finished run; refuses one of another recipe or teacher."""
-        done, file = finished(folder), self._teacher_file_hash
+    def run_folder(self, seed: int, variant: str | None = None) -> Path:
+        """Returns the folder of a run; the variant defaults to the recipe's ``losses``.
+
+        Raises:
+            RecipeError: If the recipe has no such variant.
+        """
+        variant = variant or self.recipe.main
+        check_name(self.recipe.variants, variant, "variant")
+        return self.folder / variant / f"seed{seed}"
+
+    def finished(self, seed: int, variant: str | None = None) -> dict[str, Any] | None:
+        """Reads the result of a run; returns None if it is not finished.
+
+        Args:
+            seed: Seed of the run.
+            variant: Name of a control. Defaults to the recipe's ``losses``.
+
+        Raises:
+            RecipeError: If the recipe has no such variant.
+            ValueError: If the run had another recipe or teacher, or a file of it was altered.
+        """
+        folder, file = self.run_folder(seed, variant), self._teacher_file_hash
+        done = finished(folder)
         if done is None:
             return None
         if done["recipe_hash"] != self.recipe.hash:
@@ -293,7 +320,24 @@ class Experiment:
                 f"{folder} was trained with another teacher than {self.teacher_file} now holds; "
                 "choose another name with name=NAME, or another folder with --out"
             )
+        self._refuse_other_teacher_recipe(done)
         return done
+
+    def _refuse_other_teacher_recipe(self, done: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` if the teacher of a result was trained with another recipe."""
+        expected, section = self._teacher_recipe_hash, self.recipe.teacher
+        if expected is None or section is None:
+            return
+        used = (done.get("teacher") or {}).get("recipe_hash")
+        result = self.teacher_file.with_name("result.json")
+        if used is None and result.exists():  # earlier versions did not record the recipe
+            used = files.read_sealed(result)["recipe_hash"]
+        if used not in (None, expected):
+            raise ValueError(
+                f"{self.folder} has a teacher of another recipe than {section.recipe} now is "
+                f"({used}, not {expected}); undo the change of teacher.recipe, or choose another "
+                "folder with --out"
+            )
 
     def run(self, seeds: Iterable[int]) -> list[dict[str, Any]]:
         """Runs all stages: the teacher, fitted losses, and every variant with every seed."""
@@ -332,7 +376,9 @@ class Experiment:
         trained_by = None
         if outputs is not None:
             file = self._teacher_file_hash
-            trained_by = TeacherOfRun(outputs.hash, outputs.predictions, file)
+            trained_by = TeacherOfRun(
+                outputs.hash, outputs.predictions, file, self._teacher_recipe_hash
+            )
         outcome = Outcome(self.recipe, self.data, student, losses, predictions, history, trained_by)
         result = outcome.result(variant, seed, self.device)
         if processes.rank() == 0:

@@ -37,6 +37,8 @@ class TeacherOfRun:
     predictions: metrics.Predictions
     file: str | None = None
     """Hash of its weights file, if it has one."""
+    recipe_hash: str | None = None
+    """Hash of the recipe that trained it, if one did."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class Outcome:
         described = {"model": self.recipe.teacher.model, "hash": self.teacher.hash}
         if self.teacher.file is not None:
             described["file"] = self.teacher.file
+        if self.teacher.recipe_hash is not None:
+            described["recipe_hash"] = self.teacher.recipe_hash
         return {
             "teacher": described | metrics.prediction_metrics(self.teacher.predictions),
             "teacher_similarity": metrics.teacher_similarity(
