@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from topkd._io.progress import Progress
@@ -14,6 +15,7 @@ from topkd.config import recipe as recipes
 from topkd.config.search import Range, read_space, with_values
 from topkd.config.validation import RecipeError
 from topkd.data import DATA
+from topkd.models import MODELS, checkpoint
 from topkd.studies import tune as tuning
 from topkd.training.experiment import Experiment
 from topkd.training.trainer import Trainer
@@ -183,6 +185,22 @@ def test_a_killed_search_resumes_and_trains_nothing_twice(here, monkeypatch):
     assert len(trained) == 1 + 4 * 2 + 1
     monkeypatch.setattr(Trainer, "_epoch", None)
     assert tune(*changes) == expected
+
+
+def test_scores_of_another_teacher_choose_nothing(here):
+    teacher = {"model": "resnet8x0.25", "checkpoint": "teacher.safetensors"}
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY | {"teacher": teacher}), encoding="utf-8")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        path = Path("teacher.safetensors")
+        checkpoint.save_weights(path, MODELS["resnet8x0.25"].build(10).network, {})
+        if seed == 0:
+            tuned = tune("kd.weight=1,2")
+            assert tune("kd.weight=1,2") == tuned
+    with pytest.raises(ValueError, match="was trained with another teacher than"):
+        tune("kd.weight=1,2")
+    with pytest.raises(ValueError, match="was trained with another teacher than"):
+        tune("kd.weight=1,2,3,4")  # although some trials are new
 
 
 def test_a_trial_that_diverges_loses_and_the_others_go_on(here):
