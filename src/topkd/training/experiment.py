@@ -105,9 +105,15 @@ class Experiment:
         """The teacher's outputs that all runs share; None if there is no teacher."""
         if self.teacher is None or self.recipe.teacher is None:
             return None
-        section, images = self.recipe.teacher, self.recipe.data
-        folder = self.out / "answers"
-        return TeacherOutputs(self.teacher, section, images, self.data, self.device, folder)
+        return TeacherOutputs(
+            self.teacher,
+            self.recipe.teacher,
+            self.recipe.data,
+            self.data,
+            self.device,
+            folder=self.out / "answers",
+            is_object=self.objects.teacher is not None,
+        )
 
     @property
     def teacher_file(self) -> Path:
