@@ -125,6 +125,10 @@ def test_the_best_value_is_that_of_plain_runs_on_validation_images(call, here, m
     assert best["score"] == pytest.approx(max(by_hand.values()))
     assert by_hand[tuple(best["values"].values())] == max(by_hand.values())
 
+    trial = next(Path("runs/tiny-tuning/trials").rglob("result.json")).parent
+    assert json.loads(call("evaluate", str(trial), "--json")[1])["eval_split"] == "validation"
+    assert " on the 250 validation images of digits\n" in call("evaluate", str(trial))[1]
+
     written = Path(tuned["file"])
     text, recipe = written.read_text(encoding="utf-8"), recipes.load(str(written))
     assert written == Path("runs/tiny-tuned.yaml")
