@@ -301,6 +301,31 @@ def test_a_key_is_one_of_the_recipe_or_of_a_term(here, key):
     assert with_values(chosen, {"kd.weight": 3}).losses[1].model_dump()["share"] is None
 
 
+def test_an_option_of_a_term_is_that_of_every_control_with_it():
+    topkd = {"name": "topkd", "share": 0.1}
+    tree = TINY | {
+        "losses": [*TINY["losses"], topkd],
+        "controls": {
+            "ce": [{"name": "ce"}],
+            "kd": [{"name": "ce"}, {"name": "kd", "weight": 2.0}],
+            "random": [*TINY["losses"], topkd | {"edges": "random", "label": "topkd-random"}],
+            "weak": [*TINY["losses"], topkd | {"share": 0.01}],
+        },
+    }
+    chosen = with_values(recipes.parse(tree), {"kd.weight": 8, "topkd.share": 0.3})
+    found = {
+        variant: [(term.name, term.share or term.weight) for term in terms]
+        for variant, terms in chosen.variants.items()
+    }
+    assert found == {
+        "ce": [("ce", 1.0)],
+        "kd": [("ce", 1.0), ("kd", 8.0)],
+        "random": [("ce", 1.0), ("kd", 8.0), ("topkd", 0.3)],
+        "weak": [("ce", 1.0), ("kd", 8.0), ("topkd", 0.01)],
+        "kd+topkd": [("ce", 1.0), ("kd", 8.0), ("topkd", 0.3)],
+    }
+
+
 # --- What is refused -----------------------------------------------------------------------------
 
 
