@@ -178,6 +178,27 @@ def test_a_finished_run_is_refused_after_its_teachers_recipe_changed(tmp_path, r
         Experiment(parsed, tmp_path / "runs", QUIET).train_student(0)
 
 
+def test_a_run_is_finished_when_seen_from_another_folder(tmp_path, monkeypatch):
+    taught = {key: TINY[key] for key in ("data", "student", "batch_size")}
+    taught |= {"losses": [{"name": "ce"}], "epochs": 1}
+    tree = TINY | {"controls": {}, "losses": [{"name": "ce"}, {"name": "kd"}], "epochs": 1}
+    tree |= {"teacher": {"model": "resnet8x0.25", "recipe": "taught.yaml"}}
+    for folder in (tmp_path, tmp_path / "inner"):
+        folder.mkdir(exist_ok=True)
+        for name, content in (("tiny", tree), ("taught", taught)):
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        taught = taught | {"epochs": 2, "name": "other"}
+    found = []
+    for place, path in ((".", "tiny.yaml"), ("inner", "../tiny.yaml")):
+        monkeypatch.chdir(tmp_path / place)
+        experiment = Experiment(recipe.load(path), tmp_path / "runs", QUIET)
+        found.append(experiment.train_student(0))
+    assert found[0] == found[1]
+    other = Experiment(recipe.load("tiny.yaml"), tmp_path / "runs", QUIET)
+    with pytest.raises(ValueError, match=r"has a teacher of another recipe than taught.yaml"):
+        other.train_student(0)
+
+
 def test_a_result_of_another_recipe_is_refused_without_its_recipe_file(tiny, tmp_path):
     shutil.copytree(tiny[0].folder, tmp_path / "runs/tiny")
     (tmp_path / "runs/tiny/recipe.yaml").unlink()

@@ -332,8 +332,12 @@ class Recipe(Section):
 
         Settings at their default are excluded, so a key added by a later version does not change
         the hashes of existing recipes. The default of a setting must therefore never change.
+
+        If ``teacher.recipe`` is a file, its name counts without the folder, so that the hash does
+        not depend on the working directory. Before a run is reused, its content is compared.
         """
-        content = self.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+        tree = self.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+        content = _without_folder(tree)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -442,7 +446,16 @@ def difference(there: Recipe, here: Recipe) -> str:
 
     exclude = {"name"}
     trees = (recipe.model_dump(mode="json", exclude=exclude) for recipe in (there, here))
-    return leaf("", *trees) or "no difference"
+    return leaf("", *map(_without_folder, trees)) or "no difference"
+
+
+def _without_folder(tree: dict[str, Any]) -> dict[str, Any]:
+    """Removes the folder from ``teacher.recipe`` if it is the path of a file."""
+    teacher = tree.get("teacher") or {}
+    path = Path(teacher.get("recipe") or "")
+    if path.suffix not in (".yaml", ".yml"):
+        return tree
+    return tree | {"teacher": teacher | {"recipe": path.name}}
 
 
 def _shown(value: Any) -> str:
