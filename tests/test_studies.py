@@ -507,6 +507,21 @@ def test_a_weight_replaces_a_share_and_the_other_way_round(file, tmp_path):
     assert (found["shared"].weight, found["shared"].share) == (1.0, 0.3)
 
 
+def test_finished_jobs_of_another_teacher_are_refused(file, tmp_path):
+    path, out = (
+        written(tmp_path, variants={"kd": STUDY["variants"]["kd"]}, seeds="0"),
+        tmp_path / "runs",
+    )
+    assert run(studies.load(path), out, Local(1), QUIET).left == 0
+    assert run(studies.load(path), out, Local(1), QUIET).done_before == 1
+    (trained,) = [
+        p for p in out.rglob("student.safetensors") if "teacher" in str(p.relative_to(out))
+    ]
+    trained.write_bytes(trained.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match="seed0 was trained with another teacher than"):
+        run(studies.load(path), out, Local(1), QUIET)
+
+
 def test_one_invalid_variant_does_not_stop_the_others(file, tmp_path):
     variants = STUDY["variants"] | {"large": {"set": {"batch_size": 4096}}}
     path = written(tmp_path, variants=variants, seeds="0")

@@ -312,7 +312,7 @@ class Experiment:
             RecipeError: If the recipe has no such variant.
             ValueError: If the run had another recipe or teacher, or a file of it was altered.
         """
-        folder, file = self.run_folder(seed, variant), self._teacher_file_hash
+        folder = self.run_folder(seed, variant)
         done = finished(folder)
         if done is None:
             return None
@@ -321,29 +321,46 @@ class Experiment:
                 f"{folder} is the run of another recipe ({done['recipe_hash']}, not "
                 f"{self.recipe.hash}); choose another name with name=NAME, or --out"
             )
-        if file is not None and (done.get("teacher") or {}).get("file", file) != file:
-            raise ValueError(
-                f"{folder} was trained with another teacher than {self.teacher_file} now holds; "
-                "choose another name with name=NAME, or another folder with --out"
-            )
-        self._refuse_other_teacher_recipe(done)
+        self.refuse_other_teacher({folder: done})
         return done
 
-    def _refuse_other_teacher_recipe(self, done: Mapping[str, Any]) -> None:
-        """Raises ``ValueError`` if the teacher of a result was trained with another recipe."""
-        expected, section = self._teacher_recipe_hash, self.recipe.teacher
-        if expected is None or section is None:
-            return
-        used = (done.get("teacher") or {}).get("recipe_hash")
-        result = self.teacher_file.with_name("result.json")
-        if used is None and result.exists():  # earlier versions did not record the recipe
-            used = files.read_sealed(result)["recipe_hash"]
-        if used not in (None, expected):
-            raise ValueError(
-                f"{self.folder} has a teacher of another recipe than {section.recipe} now is "
-                f"({used}, not {expected}); undo the change of teacher.recipe, or choose another "
-                "folder with --out"
-            )
+    def refuse_other_teacher(self, results: Mapping[Path, Mapping[str, Any]]) -> None:
+        """Compares the teacher of finished runs with the present one.
+
+        Args:
+            results: Folder of a run -> its result.
+
+        Raises:
+            ValueError: If the weights of the teacher, or the recipe that trains it, have changed.
+        """
+        file, recipe, section = (
+            self._teacher_file_hash,
+            self._teacher_recipe_hash,
+            self.recipe.teacher,
+        )
+        for folder, result in results.items():
+            used = result.get("teacher") or {}
+            if file is not None and used.get("file", file) != file:
+                raise ValueError(
+                    f"{folder} was trained with another teacher than {self.teacher_file} now "
+                    "holds; choose another name with name=NAME, or another folder with --out"
+                )
+            if recipe is not None and section is not None and self._recipe_of(used) != recipe:
+                raise ValueError(
+                    f"{folder} has a teacher of another recipe than {section.recipe} now is; undo "
+                    "the change of teacher.recipe, or choose another folder with --out"
+                )
+
+    def _recipe_of(self, used: Mapping[str, Any]) -> str | None:
+        """Returns the hash of the recipe that trained the teacher of a result."""
+        if "recipe_hash" in used:
+            recorded: str = used["recipe_hash"]
+            return recorded
+        beside = self.teacher_file.with_name("result.json")  # earlier versions did not record it
+        found: str | None = self._teacher_recipe_hash
+        if beside.exists():
+            found = files.read_sealed(beside)["recipe_hash"]
+        return found
 
     def run(self, seeds: Iterable[int]) -> list[dict[str, Any]]:
         """Runs all stages: the teacher, fitted losses, and every variant with every seed."""
