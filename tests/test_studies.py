@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -431,6 +433,27 @@ def test_settings_with_other_images_have_teachers_of_their_own(file, tmp_path):
     teachers = (tmp_path / "runs").glob("teacher*/ce/seed0/result.json")
     limits = {json.loads(path.read_text(encoding="utf-8"))["recipe"] for path in teachers}
     assert limits == {"teacher-limit-100", "teacher-limit-60"}
+
+
+def test_settings_with_images_of_other_files_have_teachers_of_their_own(file, tmp_path):
+    pictures = tmp_path / "pictures"
+    for split, label, number in itertools.product(("train", "val"), ("a", "b"), range(20)):
+        path = pictures / split / label / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 255 * (label == "b"))).save(path)
+    shutil.copytree(pictures, tmp_path / "moved")
+    settings = {"digits": {}} | {
+        name: {"data": {"name": "folder", "root": str(tmp_path / name), "size": 8}, "epochs": 1}
+        for name in ("pictures", "moved")
+    }
+    path = written(tmp_path, settings=settings, seeds=0, variants=NO_TOPOLOGY)
+    outcome = run(studies.load(path), tmp_path / "runs", Local(1), QUIET)
+    assert (outcome.failed, outcome.left) == ([], 0)
+    names = sorted(each.name for each in (tmp_path / "runs").glob("teacher*"))
+    assert names[0] == "teacher-limit-100"
+    assert [re.sub(r"[0-9a-f]{8}$", "HASH", name) for name in names[1:]] == [
+        "teacher-limit-100-size-8-HASH"
+    ] * 2
 
 
 def test_a_part_of_a_plan_is_the_baseline_and_the_named_variants(file):
