@@ -27,6 +27,7 @@ from topkd.cli.commands.study import study as study_app
 from topkd.config import study as studies
 from topkd.config.validation import RecipeError
 from topkd.evaluation.metrics import METRICS
+from topkd.losses import LOSSES
 from topkd.studies.analysis import compare
 from topkd.studies.collect import Collected, collect
 from topkd.studies.executors import Local
@@ -37,6 +38,8 @@ from topkd.studies.new import template
 from topkd.studies.plan import Place
 from topkd.studies.run import run
 from topkd.studies.table import FORMATS
+from topkd.training.check import check
+from topkd.training.trial import try_losses
 
 QUIET = Progress(quiet=True)
 TEACHER = {
@@ -575,11 +578,35 @@ def test_variants_of_a_grid_with_two_keys_are_named(file, tmp_path):
 
 @pytest.mark.parametrize(
     ("methods", "message"),
-    [(["ce", "kd"], "--methods: ce is part of every variant"), (["kd", "kd"], "kd appears twice")],
+    [
+        (["ce", "kd"], "--methods: ce is part of every variant"),
+        (["kd", "kd"], "kd appears twice"),
+        (["simkd", "kd"], "--methods: simkd replaces the student's classifier, so it cannot be"),
+    ],
 )
 def test_a_template_that_could_not_be_run_is_refused(methods, message):
     with pytest.raises(RecipeError, match=message):
         template("digits", methods, "0")
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"ce", "kd"}))
+def test_a_template_can_be_run_with_every_loss(file, tmp_path, monkeypatch, name, cache):
+    monkeypatch.chdir(tmp_path)
+    Path("new.yaml").write_text(template("recipe.yaml", ["kd", name], "0"), encoding="utf-8")
+    changes = () if cache else ("set.teacher.cache=false",)
+    plan = studies.load("new.yaml", changes)
+    for recipe in plan.recipes.values():
+        check(recipe)
+    recipe = plan.recipes["main", name]
+    if name == "deit":
+        with pytest.raises(RecipeError, match="deit needs a student with a distillation token"):
+            try_losses(recipe)
+        return
+    try_losses(recipe)
+    term = recipe.losses[-1]
+    assert (term.share is None) == (LOSSES[name].reads_maps or LOSSES[name].info.group == "logits")
+    assert recipe.teacher.cache == (cache and not LOSSES[name].reads_maps)
 
 
 def test_the_command_line(file, tmp_path, monkeypatch):
