@@ -146,6 +146,36 @@ def test_what_is_wrong_is_one_line_that_says_where(file, tmp_path, changes, mess
         studies.load(path)
 
 
+def test_names_of_logs_are_names_of_files(file, tmp_path):
+    path = written(tmp_path, settings={"a/b c": {}}, variants=NO_TOPOLOGY, seeds=0)
+    outcome = run(studies.load(path), tmp_path / "runs", Local(), QUIET)
+    assert outcome.failed == []
+    logs = {log.name for log in (tmp_path / "runs/logs/changed").iterdir()}
+    assert logs == {"a-b-c.log", "a-b-c-kd-seed-0.log"}
+
+
+def test_names_that_no_file_can_have_are_refused(file, tmp_path):
+    taps = [[f"layer{number}.block{number}.conv" for number in range(20)]]
+    path = written(tmp_path, grid={"topkd.taps.student.maps": taps})
+    with pytest.raises(RecipeError, match=r"variants: \"topkd\[.* at most 200 are possible"):
+        studies.load(path)
+    with pytest.raises(RecipeError, match=r"settings: 'é+\.\.\.' makes a file name of 24. bytes"):
+        studies.load(written(tmp_path, settings={"é" * 120: {}}))
+    studies.load(written(tmp_path, settings={"é" * 60: {}}))
+
+
+def test_a_variant_whose_code_fails_does_not_stop_the_others(file, tmp_path, monkeypatch):
+    (tmp_path / "nets.py").write_text("def broken(classes):\n    return missing", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    variants = NO_TOPOLOGY | {"broken": {"set": {"student.model": "nets:broken"}}}
+    path = written(tmp_path, variants=variants, seeds=0)
+    outcome = run(studies.load(path), tmp_path / "runs", Local(), QUIET)
+    assert [ended.job.variant for ended in outcome.failed] == ["broken"]
+    assert "name 'missing' is not defined" in outcome.failed[0].error
+    log = (tmp_path / "runs/logs/changed/main.log").read_text(encoding="utf-8")
+    assert "NameError" in log
+
+
 def results_of(folder):
     return {
         str(path.relative_to(folder)): json.loads(path.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from topkd.config.validation import RecipeError, Section, change_by, near, read_
 
 Terms = tuple[dict[str, Any], ...]
 MOST_JOBS = 100_000
+LONGEST_NAME = 200  # bytes of a setting and a variant in a file name, which has at most 255
 _EXCLUSIVE = {"share": "weight", "weight": "share"}
 _OF_STUDY = ("name", "losses", "controls")  # keys of a recipe that the study sets itself
 
@@ -185,12 +186,13 @@ def expand(file: StudyFile, beside: Path = Path()) -> Plan:
         RecipeError: If a variant or a change is invalid; the message locates the error.
     """
     base = _tree(file.recipe, beside)
+    _have_own_folders("name", [file.name])
     _have_own_folders("settings", list(file.settings))
     found = {}
     for setting, changes in file.settings.items():
         variants = dict(_in_grid(_variants(file, beside, {**file.set, **changes}), file))
         names = [file.baseline, *(name for name in variants if name != file.baseline)]
-        _have_own_folders("variants", names)
+        _have_own_folders("variants", names, folder_name(setting))
         titles = {title for terms, _ in variants.values() for title in _titles(terms)}
         for name in names:
             terms, overrides = variants[name]
@@ -208,8 +210,14 @@ def expand(file: StudyFile, beside: Path = Path()) -> Plan:
     return Plan(file, found, len({variant for _, variant in found}) - 1)
 
 
-def _have_own_folders(where: str, names: Sequence[str]) -> None:
-    """Refuses names without a folder name, and two names with the same one in any case."""
+def _have_own_folders(where: str, names: Sequence[str], setting: str = "") -> None:
+    """Refuses names without a folder name, or a long one, and equal ones in any case.
+
+    Args:
+        where: Location in the study file.
+        names: Names of settings or variants.
+        setting: Folder name of the setting of the variants, with which names of logs begin.
+    """
     owners: dict[str, str] = {}
     for name in names:
         folder = folder_name(name).casefold()
@@ -221,6 +229,13 @@ def _have_own_folders(where: str, names: Sequence[str]) -> None:
                 "rename one"
             )
         owners[folder] = name
+        length = len(f"{setting}-{folder_name(name)}".encode())
+        if length > LONGEST_NAME:
+            shown = name if len(name) <= 60 else f"{name[:57]}..."
+            raise RecipeError(
+                f"{where}: {shown!r} makes a file name of {length} bytes, and at most "
+                f"{LONGEST_NAME} are possible; choose a shorter name, or shorter values in the grid"
+            )
 
 
 def folder_name(name: str) -> str:
