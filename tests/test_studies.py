@@ -134,6 +134,16 @@ def test_changes_replace_what_the_file_says(file):
             {"variants": STUDY["variants"] | {"top kd": {}, "top-kd": {}}},
             "variants: 'top kd' and 'top-kd' would share the folder top-kd; rename one",
         ),
+        ({"grid": {"topkd.share": [0.1, 0.2, 0.1]}}, "topkd.share: the value 0.1 appears twice"),
+        ({"grid": {"topkd.share": [1, 1.0]}}, "topkd.share: the value 1.0 appears twice"),
+        ({"grid": {"topkd.edges": ["1", 1]}}, "topkd.edges: the value 1 appears twice"),
+        (
+            {
+                "grid": {"topkd.share": [0.2]},
+                "variants": STUDY["variants"] | {"topkd[share=0.2]": {}},
+            },
+            r"'topkd\[share=0.2\]' and 'topkd\[share=0.2\]' would share the folder",
+        ),
         ({"variants": {"kd": [{"name": "kdd"}]}}, None),
     ],
 )
@@ -174,6 +184,26 @@ def test_a_variant_whose_code_fails_does_not_stop_the_others(file, tmp_path, mon
     assert "name 'missing' is not defined" in outcome.failed[0].error
     log = (tmp_path / "runs/logs/changed/main.log").read_text(encoding="utf-8")
     assert "NameError" in log
+
+
+def test_too_many_jobs_are_refused_before_their_recipes_are_built(file, tmp_path):
+    values = [number / 1000 for number in range(1, 301)]
+    grid = {f"topkd.{key}": values for key in ("share", "temperature", "scale")}
+    path = written(tmp_path, grid=grid)
+    start = time.monotonic()
+    with pytest.raises(RecipeError, match=r"^108,000,002 jobs are more than 100,000$"):
+        studies.load(path)
+    assert time.monotonic() - start < 10
+
+
+def test_jobs_are_counted_as_they_are_planned(file, tmp_path, monkeypatch):
+    grid = {"topkd.share": [0.1, 0.2], "kd.weight": [1.0, 2.0, 3.0]}
+    path = written(tmp_path, grid=grid, settings={"a": {}, "b": {}})
+    monkeypatch.setattr(studies, "MOST_JOBS", (1 + 3 + 6 + 6) * 2 * 2)
+    assert len(studies.load(path).jobs()) == studies.MOST_JOBS
+    monkeypatch.setattr(studies, "MOST_JOBS", studies.MOST_JOBS - 1)
+    with pytest.raises(RecipeError, match="64 jobs are more than 63"):
+        studies.load(path)
 
 
 def results_of(folder):

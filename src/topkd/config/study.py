@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +68,16 @@ class StudyFile(Section):
     """Name -> changes to the recipe; variants are compared within a setting."""
     seeds: str | Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...]
     primary: Primary = Primary()
+
+    @field_validator("grid")
+    @classmethod
+    def _names_differ(cls, grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        for key, values in grid.items():
+            names = [str(value) for value in values]  # variants are named after them
+            for number, value in enumerate(values):
+                if value in values[:number] or names[number] in names[:number]:
+                    raise ValueError(f"{key}: the value {value!r} appears twice")
+        return grid
 
     @field_validator("seeds")
     @classmethod
@@ -188,11 +199,19 @@ def expand(file: StudyFile, beside: Path = Path()) -> Plan:
     base = _tree(file.recipe, beside)
     _have_own_folders("name", [file.name])
     _have_own_folders("settings", list(file.settings))
+    listed = {
+        setting: _variants(file, beside, {**file.set, **changes})
+        for setting, changes in file.settings.items()
+    }
+    jobs = sum(_number(variants, file) for variants in listed.values()) * len(file.all_seeds)
+    if jobs > MOST_JOBS:  # before their recipes are built, which would take hours
+        raise RecipeError(f"{jobs:,} jobs are more than {MOST_JOBS:,}")
     found = {}
     for setting, changes in file.settings.items():
-        variants = dict(_in_grid(_variants(file, beside, {**file.set, **changes}), file))
-        names = [file.baseline, *(name for name in variants if name != file.baseline)]
+        expanded = list(_in_grid(listed[setting], file))
+        names = [file.baseline, *(name for name, _ in expanded if name != file.baseline)]
         _have_own_folders("variants", names, folder_name(setting))
+        variants = dict(expanded)
         titles = {title for terms, _ in variants.values() for title in _titles(terms)}
         for name in names:
             terms, overrides = variants[name]
@@ -205,8 +224,6 @@ def expand(file: StudyFile, beside: Path = Path()) -> Plan:
                 found[setting, name] = recipes.parse(tree)
             except RecipeError as error:
                 raise RecipeError(f"{setting}, variant {name}: {error}") from error
-    if len(found) * len(file.all_seeds) > MOST_JOBS:
-        raise RecipeError(f"{len(found) * len(file.all_seeds):,} jobs are more than {MOST_JOBS:,}")
     return Plan(file, found, len({variant for _, variant in found}) - 1)
 
 
@@ -359,11 +376,26 @@ def _titles(terms: Sequence[Mapping[str, Any]]) -> set[str]:
     return {title for term in terms for title in (term.get("label"), term.get("name")) if title}
 
 
+def _grid_keys(terms: Sequence[Mapping[str, Any]], file: StudyFile) -> list[str]:
+    """Lists the keys of the grid that apply to a variant with these terms."""
+    return [key for key in file.grid if term_option(key)[0] in _titles(terms)]
+
+
+def _number(variants: Variants, file: StudyFile) -> int:
+    """Counts the variants that :func:`_in_grid` returns."""
+    total = 0
+    for name, (terms, _) in variants.items():
+        keys = _grid_keys(terms, file)
+        total += math.prod(len(file.grid[key]) for key in keys)
+        total += bool(keys) and name == file.baseline
+    return total
+
+
 def _in_grid(variants: Variants, file: StudyFile) -> Iterator[tuple[str, Any]]:
     """Expands each variant with terms of the grid to one variant per combination of values."""
     used = set()
     for name, (terms, changes) in variants.items():
-        keys = [key for key in file.grid if term_option(key)[0] in _titles(terms)]
+        keys = _grid_keys(terms, file)
         used |= set(keys)
         if keys and name == file.baseline:
             yield name, (terms, changes)
