@@ -156,6 +156,93 @@ def test_what_is_wrong_is_one_line_that_says_where(file, tmp_path, changes, mess
         studies.load(path)
 
 
+def changed(path, *changes, setting="main", variant="kd"):
+    """Loads a study with changes of the command line and returns one of its recipes."""
+    return studies.load(path, changes).recipes[setting, variant]
+
+
+def test_a_change_of_the_command_line_keeps_the_rest_of_its_section(file, tmp_path):
+    tuned = RECIPE | {"optimizer": {"schedule": "one-cycle", "weight_decay": 0.001}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tuned), encoding="utf-8")
+    path = written(tmp_path, settings={"few": {"data.limit": 64}, "lr-0.1/b": {}, "lr-0": {}})
+    before = studies.load(path).recipes["few", "topkd"].optimizer
+    after = before.model_copy(update={"lr": 0.2})
+
+    where = {"setting": "few", "variant": "topkd"}
+    for change in ("set.optimizer.lr=0.2", "set.optimizer={lr: 0.2}", "set={optimizer: {lr: 0.2}}"):
+        assert changed(path, change, **where).optimizer == after
+    assert changed(path, "variants.topkd.set.optimizer.lr=0.2", **where).optimizer == after
+    for change in ("optimizer.lr=0.2", "optimizer={lr: 0.2}"):
+        assert changed(path, f"variants.random.set.{change}", **where).optimizer == before
+        recipe = changed(path, f"variants.random.set.{change}", setting="few", variant="random")
+        assert recipe.optimizer == after
+        assert recipe.losses[-1].options == {"edges": "random"}
+    longest = changed(path, "settings.lr-0.1/b.optimizer.lr=0.2", setting="lr-0.1/b")
+    assert longest.optimizer == after
+
+    assert changed(path, "set.teacher.cache=false", **where).teacher.cache is False
+    assert changed(path, "settings.few.data.limit=70", **where).data.limit == 70
+    assert changed(path, "settings.few={epochs: 5}", **where).data.limit == 100
+    assert changed(path, "settings.new={data.limit: 80}", setting="new").data.limit == 80
+    assert changed(path, "set.topkd.share=0.3", **where).losses[-1].share == 0.3
+    assert changed(path, "variants.topkd.add.topkd.share=0.3", **where).losses[-1].share == 0.3
+    assert changed(path, "variants.kd.kd.weight=9", setting="few").losses[1].weight == 9
+    grid = studies.load(path, ("grid.topkd.share=[0.2, 0.3]",))
+    assert "topkd[share=0.2]" in grid.variants
+
+
+def test_a_setting_of_a_file_without_settings_is_changed(file):
+    assert changed(file, "settings.main.data.limit=70").data.limit == 70
+
+
+def test_a_mapping_changes_only_the_keys_that_it_lists(file, tmp_path):
+    tuned = RECIPE | {"optimizer": {"schedule": "one-cycle", "weight_decay": 0.001}}
+    tuned["data"] = {"name": "digits", "limit": 100, "flip": True}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tuned), encoding="utf-8")
+    variants = STUDY["variants"] | {
+        "slow": {"set": {"optimizer": {"lr": 0.01}}},
+        "heavy": {"of": "slow", "set": {"optimizer": {"weight_decay": 0.1}}},
+    }
+    settings = {
+        "main": {"data": {"randaugment": {"magnitude": 3}}},
+        "other": {"data": {"name": "folder", "root": "images"}},
+        "shifted": {"data": {"augmentation_seed": 1}},
+    }
+    plan = studies.load(written(tmp_path, variants=variants, settings=settings))
+    optimizer = plan.recipes["main", "heavy"].optimizer
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.schedule) == (0.01, 0.1, "one-cycle")
+    data = plan.recipes["main", "kd"].data
+    assert (data.limit, data.randaugment.magnitude, data.options) == (100, 3, {"flip": True})
+    data = plan.recipes["other", "kd"].data
+    assert (data.limit, data.options) == (100, {"root": "images"})
+    assert plan.recipes["shifted", "kd"].data.options == {"flip": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.lr=0.1", "no key 'optimizer'; .* write set.optimizer.lr=0.1$"),
+        ("epochs=3", "no key 'epochs'; .* write set.epochs=3$"),
+        ("topkd.share=0.3", "no key 'topkd'; .* write set.topkd.share=0.3$"),
+        ("sets.epochs=3", "no key 'sets'; did you mean 'set'"),
+        ("seed=3", "no key 'seed'; did you mean 'seeds'"),
+        ("settings.man.epochs=3", "settings has no 'man'; did you mean 'main'"),
+        ("variants.topk.set.epochs=3", "variants has no 'topk'; did you mean 'topkd'"),
+        ("variants.kd.set.epochs=3", "there is no 'set'; there are ce, kd"),
+        ("set.optimizer", "a change is written key=value"),
+        ("set.=1", "a change is written key=value"),
+        ("seeds.x=1", "seeds has no keys"),
+        ("set[optimizer].lr=1", "write a dot after set"),
+        ("set.optimizer.lr=[", "the value is not YAML"),
+        ("set.optimizer.lr.x=1", "set: optimizer.lr.x: lr has no keys"),
+    ],
+)
+def test_a_change_that_is_wrong_is_one_line(file, change, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        studies.load(file, (change,))
+    assert "\n" not in str(caught.value)
+
+
 def test_names_of_logs_are_names_of_files(file, tmp_path):
     path = written(tmp_path, settings={"a/b c": {}}, variants=NO_TOPOLOGY, seeds=0)
     outcome = run(studies.load(path), tmp_path / "runs", Local(), QUIET)
