@@ -72,15 +72,18 @@ class DataSection(_Open):
     def differences(self, other: DataSection) -> list[str]:
         """Lists the settings that differ from another section, as ``limit-300``.
 
-        Text and flags are left out: they tell where the images are and how to get them.
+        Text and flags tell where the images are and how to get them. They are listed as a hash, and
+        so are keys that only the other section has.
         """
         own, others = (each.model_dump(mode="json", exclude={"workers"}) for each in (self, other))
-        listed = (
-            f"{key}-{value}"
-            for key, value in sorted(own.items())
-            if value != others.get(key) and not isinstance(value, str | bool)
-        )
-        return [re.sub(r"[^\w.]+", "-", each).strip("-") for each in listed]
+        differing = {key: own.get(key) for key in own | others if own.get(key) != others.get(key)}
+        hashed = {k: v for k, v in differing.items() if k not in own or isinstance(v, str | bool)}
+        listed = [f"{key}-{differing[key]}" for key in sorted(differing.keys() - hashed.keys())]
+        listed = [re.sub(r"[^\w.]+", "-", each).strip("-") for each in listed]
+        if hashed:
+            text = json.dumps(hashed, sort_keys=True)
+            listed.append(hashlib.sha256(text.encode()).hexdigest()[:8])
+        return listed
 
 
 class StudentSection(Section):
