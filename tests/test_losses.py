@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference.features import CLOUD, WIDTH, batch, bound, features, source_in, tapped
+from reference.features import CLOUD, WIDTH, agreeing, batch, bound, features, source_in, tapped
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -42,8 +42,9 @@ def make(request, shared_source):
     name, options = CASES[request.param]
 
     def build(width):
-        student, teacher = features(width, seed=1), features(WIDTH, seed=2)
         own = replace(shared_source, student=tapped(width, seed=1))
+        student = agreeing(features(width, seed=1), own.student)
+        teacher = agreeing(features(WIDTH, seed=2), own.teacher.network)
         loss = bound(LOSSES[name], student, teacher, own, **options)
         for module in loss.modules():
             if isinstance(module, nn.BatchNorm2d):  # new ones put a ReLU at its kink

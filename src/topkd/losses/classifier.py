@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topkd.features import Batch, Features
+from topkd.losses._places import pooled_taps, read_map
 from topkd.losses._validation import MAPS, check_floats, check_shapes, count, not_negative
 from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import deepest, to_smaller
@@ -207,15 +208,25 @@ def class_maps(last: Tensor, classifier: nn.Module) -> Tensor:
         True
     """
     check_floats("the last map", last, MAPS)
-    weight = getattr(classifier, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim not in (2, 4) or weight[0, 0].numel() != 1:
-        raise ValueError(f"class maps need a classifier of one linear layer, got {classifier}")
+    weight = linear_weight(classifier)
     if last.shape[1] != weight.shape[1]:
         raise ValueError(
             f"the classifier reads {weight.shape[1]} numbers, but the last map has {last.shape[1]} "
             "channels; tap the input of the global average pooling, such as avgpool:in"
         )
-    return torch.einsum("kd,ndhw->nkhw", weight.flatten(1).to(last.dtype), last)
+    return torch.einsum("kd,ndhw->nkhw", weight.to(last.dtype), last)
+
+
+def linear_weight(classifier: nn.Module) -> Tensor:
+    """Returns the weight (classes, d) of a linear layer or of a 1x1 convolution.
+
+    Raises:
+        ValueError: If the classifier is neither.
+    """
+    weight = getattr(classifier, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim not in (2, 4) or weight[0, 0].numel() != 1:
+        raise ValueError(f"class maps need a classifier of one linear layer, got {classifier}")
+    return weight.flatten(1)
 
 
 def class_attention(
@@ -257,7 +268,11 @@ def class_attention(
 class CATKD(Loss):
     """:func:`class_attention` of the :func:`class_maps` of both networks, CAT-KD.
 
-    The current weight of the student's classifier is used, and receives a gradient from this loss.
+    The maps are those whose averages over all positions are the input of the classifier: the last
+    ones, or those that a forward pass finds, such as the output of the last ReLU of a wide ResNet.
+    Networks without such a map are refused: transformers with a class token, and networks that
+    normalize the averages. The current weight of the student's classifier is used, and receives a
+    gradient from this loss.
 
     Args:
         resolution: Height and width of the pooled maps.
@@ -271,14 +286,14 @@ class CATKD(Loss):
         https://arxiv.org/abs/2304.12777
 
     Examples:
-        >>> from types import SimpleNamespace
-        >>> features = Features(torch.zeros(2, 10), torch.zeros(2, 8), [torch.rand(2, 8, 4, 4)])
-        >>> network = SimpleNamespace(classifier=nn.Linear(8, 10))
-        >>> context = SimpleNamespace(student=network, teacher=SimpleNamespace(network=network))
-        >>> loss = CATKD(normalize=True)
-        >>> loss.setup(features, features, context)
-        >>> loss(features, features, batch=None).item()
-        0.0
+        >>> from topkd import Distiller
+        >>> from topkd.losses import CE
+        >>> from topkd.models import create
+        >>> images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+        >>> student, teacher = (create(name, classes=10) for name in ("resnet8", "wrn_16_1"))
+        >>> distiller = Distiller(student, teacher, [CE(), 0.7 * CATKD()]).setup(images)
+        >>> sorted(distiller(images, target).values)
+        ['cat', 'ce']
     """
 
     info = LossInfo(
@@ -298,28 +313,30 @@ class CATKD(Loss):
         self.resolution, self.normalize = count("resolution", resolution), normalize
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
-        """Stores references to both classifiers, and checks that they accept the last maps.
+        """Stores references to both classifiers, and finds the maps that they average.
 
         Raises:
-            ValueError: If a classifier is not a single linear layer on the channels of the last
-                map.
+            ValueError: If a classifier is not a single linear layer, or does not read the averages
+                of a map.
         """
         assert context.teacher is not None
         networks = [context.student, context.teacher.network]
-        for name, features, network in zip(
-            ("student", "teacher"), (student, teacher), networks, strict=True
-        ):
+        for role, network in zip(("student", "teacher"), networks, strict=True):
             try:
-                class_maps(deepest(features, name), network.classifier)
+                linear_weight(network.classifier)
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+                raise ValueError(f"{role}: {error}") from error
+        self._taps = pooled_taps(student, teacher, context)
         self._networks = networks  # in a list: not submodules of this loss
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         # Pooling and class maps are linear and commute; pooling first is cheaper.
-        pooled = (F.adaptive_avg_pool2d(f.maps[-1], self.resolution) for f in (student, teacher))
         s, t = (
-            class_maps(maps, network.classifier)
-            for maps, network in zip(pooled, self._networks, strict=True)
+            class_maps(
+                F.adaptive_avg_pool2d(read_map(features, tap), self.resolution), network.classifier
+            )
+            for features, tap, network in zip(
+                (student, teacher), self._taps, self._networks, strict=True
+            )
         )
         return class_attention(s, t, resolution=self.resolution, normalize=self.normalize)

@@ -167,10 +167,7 @@ class Experiment:
 
     def build(self, terms: Sequence[Term], context: LossContext, seed: int) -> list[LossTerm]:
         """Builds losses and sets them up with the networks; see :meth:`losses`."""
-        index = torch.arange(self.recipe.batch_size).repeat(self.recipe.data.views)
-        images = self.data.train.read(index, None)  # size of a training batch
-        images = images.to(self.device.device)
-        student, teacher = context.student, context.teacher
+        images, student, teacher = context.sample, context.student, context.teacher
         for term in terms:
             student.also(needed_taps(term.taps.student))
             if teacher is not None:
@@ -190,6 +187,8 @@ class Experiment:
 
     def context(self, student: FeatureExtractor) -> LossContext:
         """Returns the context that losses may use in their setup."""
+        index = torch.arange(self.recipe.batch_size).repeat(self.recipe.data.views)
+        images = self.data.train.read(index, None)  # size of a training batch
         return LossContext(
             self.teacher_features,
             self.data.train.target,
@@ -198,6 +197,7 @@ class Experiment:
             "" if self.teacher_outputs is None else self.teacher_outputs.hash,
             self.folder,
             self.progress,
+            images.to(self.device.device),
         )
 
     def teacher_features(self, epoch: int) -> Iterator[tuple[Batch, Features]]:
