@@ -73,9 +73,9 @@ def test_last_maps_are_compared_at_the_smaller_size(s_side, t_side):
 
 
 def test_a_student_with_its_own_classifier_gets_a_projector_where_it_needs_one(source):
-    teacher = features(WIDTH, seed=2)
+    teacher = agreed(WIDTH, seed=2)
     for width, brings in ((WIDTH, False), (3, True)):
-        student = features(width, seed=1)
+        student = agreed(width, seed=1)
         loss = bound(SimKD, student, teacher, source).double().eval()
         assert (loss.project is not None) == brings
         own = student.maps[-1] if loss.project is None else loss.project(student.maps[-1])

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
+from topkd.config.recipe import View
 from topkd.features import FeatureExtractor, Features, Teacher
-from topkd.losses.base import LossContext
+from topkd.losses.base import LossContext, select
 from topkd.losses.maps import deepest
 from topkd.models.places import (
     logits_error,
     pooled_map,
+    precede_relu,
     relative_error,
     tolerance,
 )
 
 Role = Literal["student", "teacher"]
+ROLES: tuple[Role, Role] = ("student", "teacher")
 
 
 def pooled_tap(role: Role, features: Features, context: LossContext) -> str | None:
@@ -98,6 +103,56 @@ def check_classifier(
             f"{_measured(error)} ({_name(network)}); the embedding must be the input of the "
             "classifier, and the network must return the output of the classifier"
         )
+
+
+def check_reused(student: Features, teacher: Features, context: LossContext) -> None:
+    """Checks that the classifier of a student is that of its teacher.
+
+    Raises:
+        ValueError: If the student's classifier computes other logits from the teacher's embedding.
+    """
+    error = logits_error(context.student, teacher.embedding, teacher)
+    if not error <= tolerance(teacher.logits.dtype):
+        raise ValueError(
+            "the student's classifier is not that of this teacher: the logits that it computes "
+            f"from the teacher's embedding {_measured(error)}; build the student with this teacher"
+        )
+
+
+def check_preactivations(
+    pairs: Sequence[tuple[Tensor, Tensor]], context: LossContext, skip: int
+) -> None:
+    """Checks that pre-activations are those of ReLUs.
+
+    Those of the teacher must be inputs of ReLUs, because their signs tell where it is active. Those
+    of the student must be inputs of ReLUs or have negative values: published results include
+    students without a ReLU after a block, such as MobileNetV2.
+
+    Args:
+        pairs: Pre-activations of the student and of the teacher, without the skipped ones.
+        context: Both networks, sample images, and the taps of the term.
+        skip: Number of pre-activations skipped before them.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    for role, seen in zip(ROLES, zip(*pairs, strict=True), strict=True):
+        view, network = getattr(context.taps, role), _network(role, context)
+        read = partial(_preactivations, view=view, skip=skip)
+        follow = precede_relu(_asked(role, context), context.sample, read)
+        for number, (is_followed, tensor) in enumerate(zip(follow, seen, strict=True), skip):
+            if is_followed or (role == "student" and (tensor < 0).any()):
+                continue
+            has = "has no negative values and " if (tensor >= 0).all() else ""
+            raise ValueError(
+                f"pre-activation {number} of the {role} {has}is not the input of a ReLU "
+                f"({(view.preactivations or network.preactivations)[number]} of {_name(network)}); "
+                f"select inputs of ReLUs with the term's taps.{role}.preactivations"
+            )
+
+
+def _preactivations(features: Features, view: View, skip: int) -> list[Tensor]:
+    return select(features, view).preactivations[skip:]
 
 
 def _average_error(last: Tensor, features: Features) -> float:

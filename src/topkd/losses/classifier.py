@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topkd.features import Batch, Features
-from topkd.losses._places import pooled_taps, read_map
+from topkd.losses._places import check_classifier, check_reused, pooled_tap, pooled_taps, read_map
 from topkd.losses._validation import MAPS, check_floats, check_shapes, count, not_negative
 from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import deepest, to_smaller
@@ -50,7 +50,8 @@ class SimKD(Loss):
 
     It is intended for a :class:`~topkd.models.reused.ReusedClassifierStudent`, which uses its
     teacher's classifier: its last map is the projected one, and no other loss is needed. The
-    teacher's map must be the input of its global average pooling, such as the tap ``avgpool:in``.
+    teacher's map is the one whose averages its classifier reads: its last map, or one that a
+    forward pass finds.
     For a student with a separate classifier, which this loss does not train, the same projector is
     created if the channels differ; such a student needs another term.
 
@@ -59,12 +60,15 @@ class SimKD(Loss):
         https://arxiv.org/abs/2203.14001
 
     Examples:
-        >>> from types import SimpleNamespace
-        >>> student = Features(torch.zeros(2, 10), torch.zeros(2, 8), [torch.rand(2, 8, 4, 4)])
-        >>> teacher = Features(torch.zeros(2, 10), torch.zeros(2, 32), [torch.rand(2, 32, 4, 4)])
-        >>> loss = SimKD()
-        >>> loss.setup(student, teacher, SimpleNamespace(student=SimpleNamespace(network=None)))
-        >>> loss(student, teacher, batch=None).shape
+        >>> from topkd import Distiller
+        >>> from topkd.features import Teacher
+        >>> from topkd.models import create, wrap
+        >>> from topkd.models.reused import reuse
+        >>> images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+        >>> teacher = Teacher(wrap(create("wrn_16_1", classes=10)))
+        >>> student = reuse(wrap(create("resnet8", classes=10)), teacher, images)
+        >>> distiller = Distiller(student, teacher, [SimKD()]).setup(images)
+        >>> distiller(images, target).loss.shape
         torch.Size([])
     """
 
@@ -89,11 +93,15 @@ class SimKD(Loss):
         """Creates a projector if the student has none and the channels differ.
 
         Raises:
-            ValueError: If one of the networks has no maps.
+            ValueError: If one of the networks has no maps, or a classifier does not read the
+                averages of a map.
         """
-        channels, wide = deepest(student, "student").shape[1], deepest(teacher, "teacher").shape[1]
+        channels, wide = deepest(student, "student").shape[1], teacher.embedding.shape[1]
+        self._tap = pooled_tap("teacher", teacher, context)
         network = context.student.network
         if isinstance(network, ReusedClassifierStudent):
+            pooled_tap("student", student, context)
+            check_reused(student, teacher, context)
             self._metadata = {"classifier": "the teacher's", "weights_brought": network.brought}
             return
         self._metadata = {"classifier": "the student's own, which this term does not train"}
@@ -101,7 +109,7 @@ class SimKD(Loss):
             self.project = projector(channels, wide)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        s, t = deepest(student, "student"), deepest(teacher, "teacher")
+        s, t = deepest(student, "student"), read_map(teacher, self._tap)
         return last_map(s if self.project is None else self.project(s), t)
 
     def metadata(self) -> dict[str, Any]:
@@ -117,8 +125,9 @@ class SRRL(Loss):
         r = \mathrm{pool}\big(\mathrm{ReLU}(\mathrm{BN}(\mathrm{conv}(F^s)))\big)
 
     where :math:`F^s` is the student's last map, the convolution is 1x1, pool is global average
-    pooling and :math:`h^t` is the teacher's frozen classifier. As in the authors' code, the map is
-    projected and then averaged; the copy in SimKD's repository projects the average.
+    pooling and :math:`h^t` is the teacher's frozen classifier, which must compute the teacher's
+    logits from its embedding. As in the authors' code, the map is projected and then averaged; the
+    copy in SimKD's repository projects the average.
 
     Args:
         logits: Weight w of the logits; 5 is common on CIFAR-100.
@@ -132,15 +141,14 @@ class SRRL(Loss):
         https://openreview.net/forum?id=ZzwDy_wiWv
 
     Examples:
-        >>> from types import SimpleNamespace
-        >>> student = Features(torch.zeros(2, 10), torch.zeros(2, 8), [torch.rand(2, 8, 4, 4)])
-        >>> teacher = Features(torch.zeros(2, 10), torch.zeros(2, 32))
-        >>> classifier = nn.Linear(32, 10)
-        >>> network = SimpleNamespace(classifier=classifier, head=classifier)
-        >>> loss = SRRL(logits=5.0)
-        >>> loss.setup(student, teacher, SimpleNamespace(teacher=SimpleNamespace(network=network)))
-        >>> loss(student, teacher, batch=None).shape
-        torch.Size([])
+        >>> from topkd import Distiller
+        >>> from topkd.losses import CE
+        >>> from topkd.models import create
+        >>> images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+        >>> student, teacher = (create(name, classes=10) for name in ("resnet8", "wrn_16_1"))
+        >>> distiller = Distiller(student, teacher, [CE(), SRRL(logits=5.0)]).setup(images)
+        >>> sorted(distiller(images, target).values)
+        ['ce', 'srrl']
     """
 
     info = LossInfo(
@@ -163,9 +171,11 @@ class SRRL(Loss):
         """Creates the projection and stores a reference to the teacher's classifier.
 
         Raises:
-            ValueError: If the student has no maps.
+            ValueError: If the student has no maps, or the teacher's classifier does not compute its
+                logits from its embedding.
         """
         assert context.teacher is not None
+        check_classifier("teacher", teacher, context)
         channels, width = deepest(student, "student").shape[1], teacher.embedding.shape[1]
         self._teacher = [context.teacher.network]  # in a list: not a submodule of this loss
         convolution = nn.Conv2d(channels, width, 1, bias=False)

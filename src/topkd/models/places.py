@@ -1,13 +1,14 @@
-"""Places in a network, found by running it: the map that its classifier pools."""
+"""Places in a network, found by running it: the map that its classifier pools, inputs of ReLUs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from topkd.features import INPUT, FeatureExtractor, Features, Teacher
 from topkd.models.found import watched
@@ -105,6 +106,61 @@ def pooled_map(asked: FeatureExtractor | Teacher, images: Tensor) -> Place | Non
     found = [place for place in found if place.size[0] * place.size[1] >= least]
     largest = max((place.size[0] * place.size[1] for place in found), default=0)
     return next((p for p in reversed(found) if p.size[0] * p.size[1] == largest), None)
+
+
+def precede_relu(
+    asked: FeatureExtractor | Teacher, images: Tensor, read: Callable[[Features], Sequence[Tensor]]
+) -> list[bool]:
+    """Returns which features are followed by a ReLU.
+
+    The network is run twice on noise. A ReLU follows if it is applied to the feature, or if the
+    feature has negative values and any operation computes it with zeros in their place.
+
+    Args:
+        asked: The network, which is not changed.
+        images: Images of the size to run, (n, 3, h, w); only their shape is used.
+        read: Selects the features.
+
+    Examples:
+        >>> from topkd.models.registry import MODELS
+        >>> network = MODELS["mobilenetv2"].build(10)  # no ReLU follows its blocks
+        >>> precede_relu(network, torch.zeros(1, 3, 32, 32), lambda f: f.preactivations)
+        [True, False, False, False, False]
+    """
+    before = list(read(_run(asked, images)[1]))
+    with _Rectified(before) as computed:
+        _run(asked, images)
+    return computed.found
+
+
+class _Rectified(TorchDispatchMode):
+    """Watches all operations for ReLUs of given tensors."""
+
+    def __init__(self, before: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.before, self.after = before, [tensor.clamp(min=0) for tensor in before]
+        self.negative = [not _is_same(*both) for both in zip(before, self.after, strict=True)]
+        self.found = [False] * len(before)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        is_relu = func in (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
+        left = [place for place, found in enumerate(self.found) if not found]
+        for place in left if is_relu else ():
+            self.found[place] = _is_same(args[0], self.before[place])
+        output = func(*args, **(kwargs or {}))
+        for place in left if isinstance(output, Tensor) else ():
+            if self.negative[place]:
+                self.found[place] |= _is_same(output, self.after[place])
+        return output
+
+
+def _is_same(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are equal but for their last digits, in which two runs may differ."""
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        return False
+    return relative_error(found, expected) <= tolerance(expected.dtype)
 
 
 def _run(

@@ -231,12 +231,7 @@ class Experiment:
             return student
         assert self.teacher is not None
         images = self.data.test.read(torch.arange(2), None).to(self.device.device)
-        section, teacher_network = self.recipe.teacher, self.teacher.network
-        maps = section.maps if section else None
-        if not maps and teacher_network.found:  # may lack a module named avgpool
-            maps = teacher_network.maps
-        tap = maps[-1] if maps else "avgpool:in"
-        return reuse(student.to(self.device.device), self.teacher, images, teacher_tap=tap)
+        return reuse(student.to(self.device.device), self.teacher, images)
 
     def fit_losses(self) -> None:
         """Fits losses such as RipsNet to the teacher.
