@@ -72,16 +72,12 @@ def test_last_maps_are_compared_at_the_smaller_size(s_side, t_side):
     assert torch.autograd.gradcheck(last_map, (student.requires_grad_(), teacher))
 
 
-def test_a_student_with_its_own_classifier_gets_a_projector_where_it_needs_one(source):
-    teacher = agreed(WIDTH, seed=2)
-    for width, brings in ((WIDTH, False), (3, True)):
-        student = agreed(width, seed=1)
-        loss = bound(SimKD, student, teacher, source).double().eval()
-        assert (loss.project is not None) == brings
-        own = student.maps[-1] if loss.project is None else loss.project(student.maps[-1])
-        found = loss(student, teacher, batch())
-        torch.testing.assert_close(found, last_map(own, teacher.maps[-1]))
-        assert "does not train" in loss.metadata()["classifier"]
+def test_a_student_with_its_own_classifier_is_refused(source):
+    message = (
+        r"^losses.simkd: the student \(Network\) must use its teacher's classifier: set student"
+    )
+    with pytest.raises(ValueError, match=message):
+        (1.0 * SimKD()).setup(agreed(3, seed=1), agreed(WIDTH, seed=2), source)
 
 
 def test_refuses_last_maps_that_differ():

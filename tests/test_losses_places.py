@@ -163,6 +163,18 @@ def test_simkd_compares_with_the_map_that_the_teachers_classifier_averages(name)
     torch.testing.assert_close(loss(made, asked, None), F.mse_loss(projected, pooled))
 
 
+def test_a_larger_map_of_the_student_is_pooled_before_the_projector():
+    """As in the authors' code; the projector's ReLUs make the order matter."""
+    teacher, seen = Teacher(built("vgg8")), images()
+    student = reuse(built("resnet8", seed=1), teacher, seen).eval()
+    last = built("resnet8", seed=1)(seen).maps[-1]
+    assert (last.shape[2], teacher(seen).maps[-1].shape[2]) == (8, 4)
+    project = student.network.projector
+    made = student(seen).maps[-1]
+    torch.testing.assert_close(made, project(F.adaptive_avg_pool2d(last, 4)))
+    assert not torch.allclose(made, F.adaptive_avg_pool2d(project(last), 4), rtol=0.1)
+
+
 def test_simkd_refuses_the_classifier_of_another_teacher():
     seen, first, second = images(), Teacher(built("resnet8")), Teacher(built("resnet8", seed=1))
     student = reuse(built("resnet8x0.25"), first, seen)

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topkd.features import Batch, Features
-from topkd.losses._places import check_classifier, check_reused, pooled_tap, pooled_taps, read_map
+from topkd.losses._places import check_classifier, check_reused, pooled_taps, read_map
 from topkd.losses._validation import MAPS, check_floats, check_shapes, count, not_negative
 from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import deepest, to_smaller
 from topkd.losses.relations import directions
-from topkd.models.reused import ReusedClassifierStudent, projector
+from topkd.models.reused import ReusedClassifierStudent
 
 
 def last_map(student: Tensor, teacher: Tensor) -> Tensor:
@@ -46,14 +46,14 @@ def last_map(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class SimKD(Loss):
-    """:func:`last_map` of the last maps: the feature loss of SimKD.
+    """:func:`last_map` of the maps that both classifiers average: the feature loss of SimKD.
 
-    It is intended for a :class:`~topkd.models.reused.ReusedClassifierStudent`, which uses its
-    teacher's classifier: its last map is the projected one, and no other loss is needed. The
-    teacher's map is the one whose averages its classifier reads: its last map, or one that a
-    forward pass finds.
-    For a student with a separate classifier, which this loss does not train, the same projector is
-    created if the channels differ; such a student needs another term.
+    The student must be a :class:`~topkd.models.reused.ReusedClassifierStudent`, which uses its
+    teacher's classifier: ``student.classifier: teacher`` in a recipe, or
+    :func:`topkd.models.reused.reuse`. As in the authors' code, it average-pools a map larger than
+    the teacher's before the projector. Its last map is the projected one, and no other loss is
+    needed. The teacher's map is the one whose averages its classifier reads. This is its last map,
+    or one that a forward pass finds.
 
     References:
         Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022)
@@ -86,31 +86,28 @@ class SimKD(Loss):
 
     def __init__(self) -> None:
         super().__init__()
-        self.project: nn.Module | None = None
         self._metadata: dict[str, Any] = {}
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
-        """Creates a projector if the student has none and the channels differ.
+        """Finds the map that the teacher's classifier averages, and checks the student's.
 
         Raises:
-            ValueError: If one of the networks has no maps, or a classifier does not read the
-                averages of a map.
+            ValueError: If the student does not use its teacher's classifier, or a classifier does
+                not read the averages of a map.
         """
-        channels, wide = deepest(student, "student").shape[1], teacher.embedding.shape[1]
-        self._tap = pooled_tap("teacher", teacher, context)
         network = context.student.network
-        if isinstance(network, ReusedClassifierStudent):
-            pooled_tap("student", student, context)
-            check_reused(student, teacher, context)
-            self._metadata = {"classifier": "the teacher's", "weights_brought": network.brought}
-            return
-        self._metadata = {"classifier": "the student's own, which this term does not train"}
-        if channels != wide:
-            self.project = projector(channels, wide)
+        if not isinstance(network, ReusedClassifierStudent):
+            raise ValueError(
+                f"the student ({type(network).__name__}) must use its teacher's classifier: set "
+                "student.classifier=teacher, or build it with topkd.models.reused.reuse"
+            )
+        self._taps = pooled_taps(student, teacher, context)
+        check_reused(student, teacher, context)
+        self._metadata = {"classifier": "the teacher's", "weights_brought": network.brought}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        s, t = deepest(student, "student"), read_map(teacher, self._tap)
-        return last_map(s if self.project is None else self.project(s), t)
+        made, asked = self._taps
+        return last_map(read_map(student, made), read_map(teacher, asked))
 
     def metadata(self) -> dict[str, Any]:
         """Returns whose classifier the student uses, and the number of weights that this adds."""
