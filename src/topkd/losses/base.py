@@ -62,6 +62,8 @@ class LossContext:
     folder: Path
     """Folder in which fitted networks are stored."""
     progress: Progress
+    sample: Tensor
+    """Images of the features that the setup receives, (n, 3, h, w)."""
     taps: Taps = Taps()
     """Taps of this term, which override those of the networks."""
 

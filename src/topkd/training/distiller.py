@@ -135,6 +135,7 @@ class Distiller(nn.Module):
             "" if teacher is None else checkpoint.hash_of(teacher.network.network),
             Path(mkdtemp(prefix="topkd-")) if folder is None else folder,
             Progress(),
+            images,
         )
         for term in self.terms:
             term.setup(student_output, teacher_output, context)

@@ -181,10 +181,7 @@ class Experiment:
 
     def build(self, terms: Sequence[Term], context: LossContext, seed: int) -> list[LossTerm]:
         """Builds losses and sets them up with the networks; see :meth:`losses`."""
-        index = torch.arange(self.recipe.batch_size).repeat(self.recipe.data.views)
-        images = self.data.train.read(index, None)  # size of a training batch
-        images = images.to(self.device.device)
-        student, teacher = context.student, context.teacher
+        images, student, teacher = context.sample, context.student, context.teacher
         for term in terms:
             student.also(needed_taps(term.taps.student))
             if teacher is not None:
@@ -204,6 +201,8 @@ class Experiment:
 
     def context(self, student: FeatureExtractor) -> LossContext:
         """Returns the context that losses may use in their setup."""
+        index = torch.arange(self.recipe.batch_size).repeat(self.recipe.data.views)
+        images = self.data.train.read(index, None)  # size of a training batch
         return LossContext(
             self.teacher_features,
             self.data.train.target,
@@ -212,6 +211,7 @@ class Experiment:
             "" if self.teacher_outputs is None else self.teacher_outputs.hash,
             self.folder,
             self.progress,
+            images.to(self.device.device),
         )
 
     def teacher_features(self, epoch: int) -> Iterator[tuple[Batch, Features]]:
@@ -245,12 +245,7 @@ class Experiment:
             return student
         assert self.teacher is not None
         images = self.data.test.read(torch.arange(2), None).to(self.device.device)
-        section, teacher_network = self.recipe.teacher, self.teacher.network
-        maps = section.maps if section else None
-        if not maps and teacher_network.found:  # may lack a module named avgpool
-            maps = teacher_network.maps
-        tap = maps[-1] if maps else "avgpool:in"
-        return reuse(student.to(self.device.device), self.teacher, images, teacher_tap=tap)
+        return reuse(student.to(self.device.device), self.teacher, images)
 
     def fit_losses(self) -> None:
         """Fits losses such as RipsNet to the teacher.
