@@ -496,6 +496,17 @@ def test_options_of_terms_are_changed_for_all_variants_that_have_them(file, tmp_
         studies.load(written(tmp_path, set={"kdd.weight": 3.0}))
 
 
+def test_a_schedule_that_does_not_fit_is_refused_or_reported(file, tmp_path):
+    with pytest.raises(RecipeError, match=r"kd is never active in 2 epochs \(start 9\)"):
+        studies.load(written(tmp_path, set={"kd.start": 9}))
+    said, progress = [], Progress(quiet=True)
+    progress.say = said.append
+    plan = studies.load(written(tmp_path, set={"kd.warmup": 9}, variants=NO_TOPOLOGY, seeds="0"))
+    run(plan, tmp_path / "runs", Local(1), progress)
+    warnings = [line for line in said if line.startswith("warning: main: losses[1]: kd reaches")]
+    assert len(warnings) == 1
+
+
 def test_one_invalid_variant_does_not_stop_the_others(file, tmp_path):
     variants = STUDY["variants"] | {"large": {"set": {"batch_size": 4096}}}
     path = written(tmp_path, variants=variants, seeds="0")
