@@ -132,8 +132,8 @@ def test_a_scaled_gradient_leaves_the_value():
         ({"lowest": 0.0}, "lowest must be positive, got 0.0"),
         ({"spread": -1.0}, "spread must be positive, got -1.0"),
         ({"rise": 0}, "rise must be positive, got 0"),
-        ({"beta": 2.0}, "alpha and beta are options of dkd"),
-        ({"alpha": 1.0}, "alpha and beta are options of dkd"),
+        ({"beta": 2.0}, "beta has no effect with of: kd; leave it out"),
+        ({"alpha": 1.0}, "alpha has no effect with of: kd; leave it out"),
         ({"of": "dkd", "beta": -2.0}, "beta must not be negative, got -2.0"),
     ],
 )

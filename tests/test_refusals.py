@@ -66,6 +66,7 @@ CASES = {
     "last_map": (BOTH_MAPS, {}),
     "mean_square": (BOTH_MAPS, {}),
     "multi_level_distillation": (BOTH_LOGITS, {}),
+    "neighbor_products": (BOTH_LOGITS, {}),
     "neuron_selectivity": (BOTH_MAPS, {}),
     "normalized_distillation": (BOTH_LOGITS, {"target": LABELS}),
     "partial_distance": (

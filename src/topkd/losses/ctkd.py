@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from topkd.features import Batch, Features
-from topkd.losses._validation import count, not_negative, one_of, positive, temperature
+from topkd.losses._validation import (
+    count,
+    not_negative,
+    one_of,
+    positive,
+    refuse_unused,
+    temperature,
+)
 from topkd.losses.base import Loss, LossInfo
 from topkd.losses.dkd import decoupled_distillation
 from topkd.losses.logits import distillation
@@ -87,8 +94,9 @@ class CTKD(Loss):
     ) -> None:
         super().__init__()
         self.of = one_of("of", of, Of)
-        if of == "kd" and not alpha is beta is None:
-            raise ValueError("alpha and beta are options of dkd; set `of: dkd`, or leave them out")
+        if of == "kd":
+            given = {"alpha": alpha, "beta": beta}
+            refuse_unused({k: v for k, v in given.items() if v is not None}, given, "of: kd")
         self.rise = count("rise", rise)
         self.lowest, self.spread = temperature(lowest, "lowest"), positive("spread", spread)
         temperature(lowest + spread, "lowest + spread")
