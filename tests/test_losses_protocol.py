@@ -122,6 +122,7 @@ OTHER = {
     ("crd", "negatives"): 3,  # there are few images
     ("ctkd", "alpha"): 0.5,
     ("ctkd", "beta"): 0.5,
+    ("mlkd", "temperatures"): (2.0, 2.0, 3.0, 5.0, 6.0),
     ("pce", "bandwidth"): 0.3,
     ("pce", "tolerance"): 0.3,
     ("review", "width"): 2,

@@ -466,6 +466,25 @@ def test_stages_of_shipped_recipes_are_those_of_the_authors(method):
     assert (first.span(240), labels.span(240)) == ((1, 30), (31, 240))
 
 
+# Sun et al.: `tools/train.py` multiplies DKD's weights, and replaces MLKD's base temperature and
+# weight; the files of the logs give temperature, weight and beta.
+def test_recipes_of_standardized_logits_are_those_of_the_authors():
+    def options(method):
+        term = load(f"methods/resnet56-resnet20/{method}-standardized").losses[1]
+        return term.weight, term.options
+
+    assert options("kd") == (9, {"temperature": 2, "standardize": True})
+    assert options("dkd") == (
+        1,
+        {"alpha": 18 * 1.0, "beta": 18 * 2.0, "temperature": 3, "standardize": True},
+    )
+    assert options("mlkd") == (
+        9,
+        {"views": 2, "standardize": True, "temperatures": sorted([2, 3, 5, 2, 6])},
+    )
+    assert options("ctkd") == (9, {"standardize": True})
+
+
 def test_a_fraction_has_the_hash_of_its_epoch():
     def of(stop, start, epochs=240):
         losses = [{"name": "fsp", "stop": stop}, {"name": "ce", "start": start}]

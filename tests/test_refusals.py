@@ -162,6 +162,7 @@ OPTIONS = [
     ("normalized_distillation", "temperature", TEMPERATURE, NKD),
     ("normalized_distillation", "gamma", WEIGHT, NKD),
     ("multi_level_distillation", "views", {3: "must be 1 or 2"}, MLKD),
+    ("multi_level_distillation", "temperatures", {(): "must be at least one"}, MLKD),
     ("contrast", "temperature", TEMPERATURE, CRD),
     ("contrast", "images", COUNT, None),
     ("correlation_kernel", "gamma", FINITE, CC),

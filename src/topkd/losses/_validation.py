@@ -1,7 +1,7 @@
 """Validation of options, and of features that are compared."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -36,6 +36,17 @@ def temperature(value: Number, name: str = "temperature") -> Number:
         lowest, highest = f"{1 / MAX_TEMPERATURE:g}", f"{MAX_TEMPERATURE:g}"
         raise ValueError(f"{name} must be between {lowest} and {highest}, got {_number(value)}")
     return value
+
+
+def temperatures(values: Sequence[float]) -> tuple[float, ...]:
+    """Returns temperatures, of which there must be at least one; each is checked.
+
+    Raises:
+        ValueError: If there is none, or one of them is out of range.
+    """
+    if not values:
+        raise ValueError("temperatures must be at least one, got ()")
+    return tuple(temperature(value, "temperatures") for value in values)
 
 
 def count(name: str, value: int) -> int:
