@@ -83,6 +83,13 @@ def correlation(first, second, damping):
     return sum(p * q for p, q in zip(a, b, strict=True)) / (lengths + damping)
 
 
+def bounded_correlation(first, second, least):
+    """As in torchdistill: each norm is at least so large, and nothing is added."""
+    a, b = ([v - statistics.fmean(x) for v in x] for x in (first, second))
+    lengths = max(math.hypot(*a), least) * max(math.hypot(*b), least)
+    return sum(p * q for p, q in zip(a, b, strict=True)) / lengths
+
+
 def dist(student, teacher, beta, gamma, temperature, damping):
     s, t = ([softmax(row, temperature) for row in rows] for rows in (student, teacher))
     rows = [correlation(a, b, damping) for a, b in zip(s, t, strict=True)]
