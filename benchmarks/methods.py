@@ -15,9 +15,7 @@ from topkd.config import recipe
 
 FAMILY = "methods/resnet20-resnet8/"
 ELSEWHERE = {"deit": "cifar100/resnet20-deit-tiny"}
-SHORT = {  # stages that are longer than two epochs
-    "ab": ["losses.ab.stop=1", "losses.ce.start=2"],
-    "fsp": ["losses.fsp.stop=1", "losses.ce.start=2"],
+SHORT = {  # pre-training that is longer than two epochs
     "ft": ["losses.ft.epochs=1"],
     "topkd-ripsnet": ["losses.topkd.training={passes: 2, epochs: 100, pooling: mean}"],
 }

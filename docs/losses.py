@@ -243,6 +243,8 @@ def _kind(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(hint))
     inner = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) is tuple:
+        return f"list of {_kind(inner[0])}s"
     if inner:
         return ", ".join(map(_kind, inner))
     return {bool: "`true`, `false`", int: "integer", float: "number", str: "text"}[hint]

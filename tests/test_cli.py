@@ -159,6 +159,13 @@ def test_show_copy_check(call, tmp_path):
     assert (status, err) == (2, "topkd: mine.yaml already exists; choose another name\n")
 
 
+def test_check_warns_of_a_warm_up_that_never_ends(call):
+    status, out, _ = call("check", "tiny.yaml", "losses.kd.warmup=20", "epochs=2")
+    assert status == 0
+    warning = "warning: losses[1]: kd reaches 10% of its weight: warmup 20 does not fit into"
+    assert warning in out
+
+
 def test_env_tells_the_versions(call):
     status, out, _ = call("env", "--json")
     assert status == 0
@@ -193,6 +200,16 @@ class Evil:
         (("check", "tiny.yaml", "student.model=ResNet8"), "did you mean resnet8"),
         (("check", "tiny.yaml", "student.model=timm:nope"), "`timm.list_models()` lists all"),
         (("check", "tiny.yaml", "losses.4=1"), "there is no '4'; there are ce, kd, topkd"),
+        (
+            ("check", "methods/resnet56-resnet20/ab", "losses.ce.start=31", "epochs=20"),
+            "topkd: losses[1]: ce is never active in 20 epochs (start 31); use a fraction of the "
+            "epochs, or more epochs\n",
+        ),
+        (
+            ("run", "tiny.yaml", "losses.kd.start=9", "epochs=2"),
+            "topkd: losses[1]: kd is never active in 2 epochs (start 9); use a fraction of the "
+            "epochs, or more epochs\n",
+        ),
         (("run", "digits", "--seeds", "a"), "--seeds: expected numbers such as 0,1,2 or 0-2"),
         (("run", "digits", "--seeds", "2-0"), "--seeds: '2-0' is empty; give the smaller number"),
         (("run", "digits", "--seeds", "5,2-0"), "--seeds: '2-0' is empty; give the smaller number"),

@@ -108,6 +108,13 @@ def test_the_doctor_is_as_fast_with_any_number_of_epochs(tmp_path, monkeypatch):
     assert next(asked) < 1000
 
 
+def test_a_warm_up_that_never_ends_is_reported(tmp_path):
+    tree = TINY | {"losses": [{"name": "ce", "warmup": 8}], "epochs": 2}
+    findings = preflight.examine(Experiment(recipe.parse(tree), tmp_path, QUIET))
+    (finding,) = with_verdict(findings, "warning")
+    assert finding.found.startswith("losses[0]: ce reaches 25% of its weight: warmup 8 does not")
+
+
 def test_a_recipe_without_a_teacher_is_examined(tmp_path):
     alone = Experiment(recipe.parse(TINY | {"losses": [{"name": "ce"}]}), tmp_path, QUIET)
     findings = preflight.examine(alone)

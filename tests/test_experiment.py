@@ -322,7 +322,8 @@ def is_small(name):
 def test_every_recipe_can_be_trained(name, tmp_path, monkeypatch):
     read = recipe.load(name)
     monkeypatch.setattr("topkd.training.build.DATA", DATA | {read.data.name: lambda: noise()})
-    changes = ["epochs=1", "batch_size=64"]
+    staged = any(term.start < 1 for terms in read.variants.values() for term in terms)
+    changes = [f"epochs={2 if staged else 1}", "batch_size=64"]
     if read.teacher is not None:
         network = MODELS[read.teacher.model].build(100).network
         checkpoint.save_weights(tmp_path / "teacher.safetensors", network, {})
@@ -337,6 +338,16 @@ def test_every_recipe_can_be_trained(name, tmp_path, monkeypatch):
     result = experiment.train_student(0)
     assert 0 <= result["last"]["top1"] <= 100
     shutil.rmtree(tmp_path / name)
+
+
+def test_a_run_warns_of_a_warm_up_that_never_ends(tmp_path):
+    said, progress = [], Progress(quiet=True)
+    progress.say = said.append
+    tree = {key: value for key, value in TINY.items() if key not in ("teacher", "controls")}
+    tree |= {"losses": [{"name": "ce", "warmup": 4}], "epochs": 1}
+    Experiment(recipe.parse(tree), tmp_path, progress).train_student(0)
+    warning = "warning: losses[0]: ce reaches 25% of its weight: warmup 4 does not fit into its "
+    assert f"{warning}epochs, 1 to 1" in said
 
 
 @pytest.fixture

@@ -113,6 +113,17 @@ def test_schedules_follow_the_epoch(images, target):
     assert seen == [0.0, 0.5, 1.0]
 
 
+def test_a_term_that_is_never_active_is_refused():
+    late = [CE(), KD().term(start=9)]
+    message = r"losses\.kd: kd is never active in 2 epochs \(start 9\)"
+    with pytest.raises(ValueError, match=message):
+        topkd.Distiller(*networks(), late, epochs=2)
+    with pytest.raises(ValueError, match=r"losses\[1\]: kd is never active in 2 epochs"):
+        topkd.distill(*networks(), (pairs(64, 0), pairs(32, 1)), late, epochs=2)
+    with pytest.raises(ValueError, match=r"losses\.kd: start or stop is a fraction of the epochs"):
+        topkd.Distiller(*networks(), [CE(), KD().term(start=0.5)])
+
+
 def test_networks_of_no_family_are_read_where_a_trial_shows(images, target):
     torch.manual_seed(0)
     distiller = topkd.Distiller(small(), small(), [CE(), AT(skip=0)]).setup(images)

@@ -20,7 +20,12 @@ CASES = {name: (name, {}) for name in LOSSES} | {
     "kd, standardized": ("kd", {"standardize": True}),
     "dkd, standardized": ("dkd", {"standardize": True}),
     "ctkd of dkd": ("ctkd", {"of": "dkd"}),
+    "ctkd, standardized": ("ctkd", {"standardize": True}),
     "mlkd, clean masks": ("mlkd", {"faithful": False}),
+    "mlkd, standardized": (
+        "mlkd",
+        {"standardize": True, "temperatures": (2.0, 2.0, 3.0, 5.0, 6.0)},
+    ),
     "deit, soft": ("deit", {"kind": "soft"}),
     "deit, legacy": ("deit", {"kind": "soft", "legacy": True}),
     "topkd, exact image": ("topkd", {"form": "image"}),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from reference import logits as written_out
 from reference.features import batch, features
 
 from topkd.losses import CTKD
@@ -55,6 +56,19 @@ def test_its_value_is_that_of_the_loss_at_this_temperature(mode, epoch):
             student.logits, teacher.logits, shown.target, alpha=0.5, beta=3.0, temperature=hot
         ),
     )
+
+
+@pytest.mark.parametrize("of", ["kd", "dkd"])
+def test_standardized_logits_are_compared(of):
+    student, teacher, shown = features(3, seed=1), features(5, seed=2), batch()
+    rows = [written_out.standardized(made.logits.tolist()) for made in (student, teacher)]
+    hot = 1 + 20 / (1 + math.exp(-1))
+    if of == "kd":
+        expected = written_out.distillation(*rows, hot)
+    else:
+        expected = written_out.decoupled(*rows, shown.target.tolist(), 1.0, 2.0, hot)
+    loss = CTKD(of=of, standardize=True).double()
+    assert loss(student, teacher, shown).item() == pytest.approx(expected, rel=1e-11)
 
 
 def test_weights_of_the_decoupled_parts_are_those_of_the_authors():
@@ -132,8 +146,8 @@ def test_a_scaled_gradient_leaves_the_value():
         ({"lowest": 0.0}, "lowest must be positive, got 0.0"),
         ({"spread": -1.0}, "spread must be positive, got -1.0"),
         ({"rise": 0}, "rise must be positive, got 0"),
-        ({"beta": 2.0}, "alpha and beta are options of dkd"),
-        ({"alpha": 1.0}, "alpha and beta are options of dkd"),
+        ({"beta": 2.0}, "beta has no effect with of: kd; leave it out"),
+        ({"alpha": 1.0}, "alpha has no effect with of: kd; leave it out"),
         ({"of": "dkd", "beta": -2.0}, "beta must not be negative, got -2.0"),
     ],
 )

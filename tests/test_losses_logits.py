@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import logits as written_out
@@ -335,6 +336,27 @@ def test_dist_of_opposite_predictions_is_known():
     teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     value = correlation_distillation(teacher.flip(1), teacher, beta=1.0, gamma=10.0)
     assert value.item() == pytest.approx(22, rel=1e-5)  # both correlations are -1
+
+
+def test_dist_of_equal_logits_of_great_range_differs_from_torchdistills():
+    ours, theirs = [], []
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        logits = 30 * torch.randn(64, 100, dtype=torch.float64, generator=generator)
+        ours.append(correlation_distillation(logits, logits).item())
+        p = logits.softmax(1)
+        value = 0.0
+        for lists in (p.tolist(), p.T.tolist()):
+            found = [written_out.bounded_correlation(row, row, 1e-8) for row in lists]
+            value += 1 - sum(found) / len(found)
+        theirs.append(value)
+        centered = [each - each.mean(1, keepdim=True) for each in (p, p.T)]
+        same = sum(1 - F.cosine_similarity(c, c, dim=1, eps=1e-8).mean() for c in centered)
+        assert same.item() == pytest.approx(value)  # what torchdistill calls
+        damped = written_out.dist(logits.tolist(), logits.tolist(), 1.0, 1.0, 1.0, 1e-8)
+        assert ours[-1] == pytest.approx(damped)
+    assert sum(ours) / 5 == pytest.approx(0.25, abs=0.02)
+    assert sum(theirs) / 5 == pytest.approx(0.08, abs=0.02)
 
 
 # --- Transformed teacher matching ----------------------------------------------------------------

@@ -25,17 +25,24 @@ def of_two_views(shown):
     return replace(shown, index=torch.cat([half, half]))
 
 
+# The authors' base temperature -> all temperatures, in order. It is 4 in MLKD, and 2 with
+# standardized logits (Sun et al., CVPR 2024).
+BASES = {4: (2.0, 3.0, 4.0, 5.0, 6.0), 2: (2.0, 2.0, 3.0, 5.0, 6.0), 7.5: (2.0, 3.0, 5.0, 7.5, 6.0)}
+
+
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(("views", "faithful", "standardize"), EVERY_WAY)
-def test_value_and_gradient_are_the_definition_in_plain_loops(views, faithful, standardize):
+def test_value_and_gradient_are_the_definition_in_plain_loops(views, faithful, standardize, base):
     student, teacher = features(3, seed=1), features(5, seed=2)
     shown = of_two_views(batch()) if views == 2 else batch()
-    loss = MLKD(views=views, faithful=faithful, standardize=standardize)
+    loss = MLKD(views=views, faithful=faithful, standardize=standardize, temperatures=BASES[base])
     student.logits.requires_grad_()
     value = loss(student, teacher, shown)
     value.backward()
 
     def oracle(rows):
-        return written_out.multi_level(rows, teacher.logits.tolist(), views, faithful, standardize)
+        options = views, faithful, standardize, base
+        return written_out.multi_level(rows, teacher.logits.tolist(), *options)
 
     rows = student.logits.tolist()
     assert value.item() == pytest.approx(oracle(rows), rel=1e-11)
@@ -54,6 +61,27 @@ def test_batches_of_any_size_are_halved_at_the_median(n, views, faithful, standa
         student.tolist(), teacher.tolist(), views, faithful, standardize
     )
     assert value.item() == pytest.approx(expected, rel=1e-11)
+
+
+def test_the_temperatures_are_by_default_those_of_the_authors():
+    student, teacher = features(3, seed=1), features(5, seed=2)
+    default = MLKD()(student, teacher, batch())
+    assert torch.equal(default, MLKD(temperatures=BASES[4])(student, teacher, batch()))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((), r"temperatures must be at least one, got \(\)"),
+        ((2.0, 0.0), "temperatures must be positive, got 0.0"),
+        ((2.0, math.inf), "temperatures must be positive, got inf"),
+    ],
+)
+def test_refuses_temperatures_that_are_none(values, message):
+    with pytest.raises(ValueError, match=message):
+        MLKD(temperatures=values)
+    with pytest.raises(ValueError, match=message):
+        multi_level_distillation(torch.zeros(4, 3), torch.zeros(4, 3), temperatures=values)
 
 
 def test_levels_are_frobenius_norms():

@@ -3,6 +3,8 @@
 import copy
 import inspect
 import pickle
+import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from topkd.config import recipe
 from topkd.config.validation import RecipeError
 from topkd.features import Batch, Features
 from topkd.losses import KD, LOSSES, RKD, Loss, LossTerm, TopKD, functional
+from topkd.topology.approximation import Training
 from topkd.training.check import check
 
 PAPERS = (
@@ -109,6 +112,149 @@ def test_what_a_loss_was_given_cannot_be_changed():
     loss = KD(temperature=3.0)
     with pytest.raises(TypeError):
         loss.options["temperature"] = 4.0
+
+
+# --- Options that change nothing ------------------------------------------------------------------
+
+SHORT = Training(passes=2, epochs=2)
+# Values that differ from the default, where none follows from the type of an option.
+OTHER = {
+    ("crd", "negatives"): 3,  # there are few images
+    ("ctkd", "alpha"): 0.5,
+    ("ctkd", "beta"): 0.5,
+    ("mlkd", "temperatures"): (2.0, 2.0, 3.0, 5.0, 6.0),
+    ("pce", "bandwidth"): 0.3,
+    ("pce", "tolerance"): 0.3,
+    ("review", "width"): 2,
+    ("topkd", "form"): "landscape",
+    ("topkd", "training"): replace(SHORT, epochs=3),
+    ("topkd", "file"): "a.safetensors",
+}
+# Of grids with two loops each: in the range of vectorizations, or bars that differ enough.
+SPACINGS = {"topkd": (0.25, 0.3), "wasserstein": (0.05, 1.0)}
+TOGETHER = {"bandwidth": {"tolerance": 1.0}, "tolerance": {"bandwidth": 1.0}}
+ALSO = {"ft": {"epochs": 2}}  # so that tests are short
+
+
+def options_of(name):
+    """Option -> default, and the other values to try; those with a choice of values come first."""
+    constructor = LOSSES[name].__init__
+    if constructor is torch.nn.Module.__init__:
+        return {}, {}
+    hints, choices, numbers = typing.get_type_hints(constructor), {}, {}
+    for option, told in inspect.signature(constructor).parameters.items():
+        if told.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        named = [hints[option], *typing.get_args(hints[option])]
+        values = [v for h in named if typing.get_origin(h) is typing.Literal for v in h.__args__]
+        values += [True, False] if hints[option] is bool else []
+        default = told.default
+        if values:
+            choices[option] = default, [value for value in values if value != default]
+        elif (name, option) in OTHER:
+            numbers[option] = default, [OTHER[name, option]]
+        else:
+            other = default + 1 if isinstance(default, int) else 1.5 * default + 0.05
+            numbers[option] = default, [other]
+    return choices, numbers
+
+
+def ineffective_cases():
+    """Loss, mode (one option with a choice of values), another option, its default and value."""
+    for name in LOSSES:
+        choices, numbers = options_of(name)
+        modes = [{}, *({o: v} for o, (_, values) in choices.items() for v in values)]
+        for mode in modes:
+            for option, (default, values) in (choices | numbers).items():
+                for value in values if option not in mode else ():
+                    label = f"{name} {mode or ''} {option} {value}"
+                    yield pytest.param(name, mode, option, default, value, id=label)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return source_in(tmp_path_factory.mktemp("shared"))
+
+
+def observed(name, options, source):
+    """All that a loss computes in three epochs in which its own weights are trained."""
+    options = ALSO.get(name, {}) | options
+    if options.get("via", "exact") != "exact" and not options.get("file"):
+        options = {"training": SHORT} | options
+    width = 3 if LOSSES[name].info.any_width else WIDTH
+    student, teacher, shown = features(width, seed=1), features(WIDTH, seed=2), batch()
+    if name in SPACINGS:
+        student, teacher = (
+            replace(made, embedding=0.005 * made.embedding + grid(made.embedding.shape[1], space))
+            for made, space in zip((student, teacher), SPACINGS[name], strict=True)
+        )
+    if options.get("views") == 2:
+        shown = replace(shown, index=torch.arange(3).repeat(2))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        loss = bound(LOSSES[name], student, teacher, source, **options).double().train()
+        inputs = [t.requires_grad_() for t in student.tensors()]
+        seen = []
+        for epoch in (1, 2, 3):
+            loss.on_epoch_start(epoch)
+            other = teacher.apply(lambda t: t * torch.linspace(0.5, 2, t.shape[-1]))
+            value = loss(student, other if epoch == 2 else teacher, shown)
+            own = [weight for weight in loss.parameters() if weight.requires_grad]
+            slopes = torch.autograd.grad(value, [*inputs, *own], allow_unused=True)
+            seen += [value.detach(), *(s for s in slopes if s is not None)]
+            with torch.no_grad():
+                for weight, slope in zip(own, slopes[len(inputs) :], strict=True):
+                    weight -= 0 if slope is None else 0.1 * slope
+    return seen
+
+
+def grid(width, spacing):
+    """Six points in two rows at the distance 1."""
+    corners = torch.cartesian_prod(spacing * torch.arange(3.0), torch.arange(2.0))
+    return torch.nn.functional.pad(corners, (0, width - 2)).double()
+
+
+def stands_for(name, mode):
+    """The scale of lengths that a loss has by default."""
+    if name != "topkd":
+        return None
+    return {"ripsnet": "none"}.get(mode.get("via"), "tree_mean")
+
+
+def refuses(name, options, source):
+    try:
+        observed(name, options, source)
+    except ValueError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(("name", "mode", "option", "default", "value"), [*ineffective_cases()])
+def test_an_option_that_changes_nothing_is_refused(name, mode, option, default, value, source):
+    if option == "scale" and value == stands_for(name, mode):
+        pytest.skip("the default by another name")
+    together = TOGETHER.get(option, {})
+    try:
+        without = observed(name, mode | together | ({option: 1.0} if together else {}), source)
+    except ValueError:
+        pytest.skip("a mode that is refused")
+    try:
+        changed = observed(name, mode | together | {option: value}, source)
+    except (ValueError, FileNotFoundError) as error:
+        is_number = option in options_of(name)[1] and default is not None
+        if is_number and isinstance(error, ValueError):
+            assert refuses(name, mode | {option: default}, source)  # whatever its value
+        return
+    alike = len(changed) == len(without) and all(map(torch.equal, changed, without))
+    assert not alike
+
+
+@pytest.mark.parametrize("form", ["products", "neighbors", "kernel"])
+def test_a_recipe_with_an_option_that_changes_nothing_says_so(form):
+    unused = {"kernel": "size"}.get(form, "order")
+    message = rf"^losses\[1\]: {unused} has no effect with form: {form}; leave it out$"
+    with pytest.raises(RecipeError, match=message):
+        check(recipe_with("cc", form=form, **{unused: 2}))
 
 
 # --- Terms ---------------------------------------------------------------------------------------

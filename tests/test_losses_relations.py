@@ -13,6 +13,7 @@ from topkd.losses import CC, RKD, SP
 from topkd.losses.functional import (
     correlation_kernel,
     correlation_products,
+    neighbor_products,
     probabilistic_transfer,
     relational_angles,
     relational_distances,
@@ -20,6 +21,11 @@ from topkd.losses.functional import (
 )
 
 PAIRS = {
+    "neighbors": (
+        lambda s, t: neighbor_products(s, t[:, :3]),
+        lambda s, t: reference.neighbor_products(s, [row[:3] for row in t]),
+        {},
+    ),
     "sp": (similarity_preserving, reference.similarity_preserving, {}),
     "kernel": (correlation_kernel, reference.correlation_kernel, {"gamma": 0.4, "order": 2}),
     "wide kernel": (correlation_kernel, reference.correlation_kernel, {"gamma": 1.3, "order": 4}),
@@ -68,6 +74,14 @@ def test_products_are_the_mean_of_the_authors_code_over_all_orders():
     expected = reference.products_over_all_orders(student.tolist(), teacher.tolist())
     assert correlation_products(student, teacher).item() == pytest.approx(expected, rel=1e-12)
     assert torch.autograd.gradcheck(correlation_products, (student.requires_grad_(), teacher))
+
+
+def test_neighbors_are_pairs_of_rows_that_follow_each_other():
+    # |e| is 1, 2, 3 and 10: (1 * 2 + 2 * 3 + 3 * 10) / 3
+    student = torch.tensor([[1.0], [-2.0], [3.0], [10.0]], dtype=torch.float64)
+    assert neighbor_products(student, torch.zeros_like(student)).item() == pytest.approx(38 / 3)
+    swapped = neighbor_products(student[[0, 2, 1, 3]], torch.zeros_like(student))
+    assert swapped.item() == pytest.approx((3 + 6 + 20) / 3)  # the order matters
 
 
 def test_kernel_of_high_order_is_the_gaussian_kernel():
@@ -159,14 +173,15 @@ def test_an_equilateral_triangle_against_a_line_is_known():
     assert relational_angles(triangle, line).item() == pytest.approx(angles)
 
 
-@pytest.mark.parametrize("form", ["products", "kernel"])
-def test_correlation_congruence_has_two_forms(form, tmp_path):
+@pytest.mark.parametrize("form", ["products", "neighbors", "kernel"])
+def test_correlation_congruence_has_three_forms(form, tmp_path):
     student, teacher = features(3, seed=1), features(WIDTH, seed=2)
     source = source_in(tmp_path)
     loss = bound(CC, student, teacher, source, form=form).double()
     rows = student.embedding, teacher.embedding
-    if form == "products":
-        expected = correlation_products(loss.student(rows[0]), loss.teacher(rows[1]))
+    if form != "kernel":
+        compare = {"products": correlation_products, "neighbors": neighbor_products}[form]
+        expected = compare(loss.student(rows[0]), loss.teacher(rows[1]))
         assert sum(w.numel() for w in loss.parameters()) == 128 * (3 + 1 + WIDTH + 1)
     else:
         expected = correlation_kernel(*rows)
@@ -184,6 +199,8 @@ def test_refuses_batches_that_differ(function):
 def test_refuses_products_of_embeddings_that_differ(shape):
     with pytest.raises(ValueError, match=r"embeddings differ: student \(6, 4\), teacher \("):
         correlation_products(torch.zeros(6, 4), torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"embeddings differ: student \(6, 4\), teacher \("):
+        neighbor_products(torch.zeros(6, 4), torch.zeros(shape))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +208,10 @@ def test_refuses_products_of_embeddings_that_differ(shape):
     [
         (RKD, {"angle": -1.0}, "angle must not be negative, got -1.0"),
         (RKD, {"distance": math.nan}, "distance must not be negative, got nan"),
-        (CC, {"form": "sums"}, "form must be products or kernel, got sums"),
+        (CC, {"form": "sums"}, "form must be products or neighbors or kernel, got sums"),
+        (CC, {"size": 64, "form": "kernel"}, "size has no effect with form: kernel; leave it out"),
+        (CC, {"order": 2, "form": "neighbors"}, "order has no effect with form: neighbors"),
+        (CC, {"gamma": 0.4}, "gamma has no effect with form: products"),
         (CC, {"gamma": 0.0}, "gamma must be positive, got 0.0"),
         (CC, {"order": 0}, "order must be positive, got 0"),
         (CC, {"size": -1}, "size must be positive, got -1"),

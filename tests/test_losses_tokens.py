@@ -129,8 +129,8 @@ def test_is_built_with_its_options(tmp_path):
     ("options", "message"),
     [
         ({"kind": "firm"}, "kind must be hard or soft, got firm"),
-        ({"temperature": 2.0}, "temperature and legacy are options of the kind soft"),
-        ({"legacy": True}, "temperature and legacy are options of the kind soft"),
+        ({"temperature": 2.0}, "has no effect with kind: hard; leave it out"),
+        ({"legacy": True}, "has no effect with kind: hard; leave it out"),
         ({"kind": "soft", "temperature": 0.0}, "temperature must be positive, got 0.0"),
     ],
 )

@@ -255,10 +255,16 @@ def test_approximators_learn_loops_too(source):
         exact = Approximation.from_bytes(path.read_bytes()).exact
         assert (exact.dimension, exact.scale, exact.vectorization.scale) == (1, "tree_mean", "none")
         assert not getattr(loss.describe, "scale_aware", False)
+        del options["training"]
         again = bound(TopKD, student, teacher, source, file=str(path), **options).double()
         assert again(student, teacher, batch(RING)) == loss(student, teacher, batch(RING))
         with pytest.raises(ValueError, match="was trained for dimension 1, not for dimension: 0"):
             bound(TopKD, student, teacher, source, file=str(path), via=via)
+        other = {"ripsnet": "distancenet", "distancenet": "ripsnet"}[via]
+        with pytest.raises(ValueError, match=f"holds a {via}, not via: {other}"):
+            bound(TopKD, student, teacher, source, file=str(path), **options | {"via": other})
+        with pytest.raises(ValueError, match="trained for form: .*, not for form: entropy"):
+            bound(TopKD, student, teacher, source, file=str(path), **options, form="entropy")
         with pytest.raises(
             ValueError, match="was trained at scale: tree_mean, not at scale: tree_max"
         ):
@@ -286,14 +292,9 @@ def test_other_dimensions_and_scales_make_another_approximator(source, change):
 
 
 def by_ripsnet(source, width=5, **options):
-    return bound(
-        TopKD,
-        features(width, seed=1),
-        features(5, seed=2),
-        source,
-        via="ripsnet",
-        **{"training": SHORT} | options,
-    )
+    own = {} if "file" in options else {"training": SHORT}
+    networks = features(width, seed=1), features(5, seed=2)
+    return bound(TopKD, *networks, source, via="ripsnet", **own | options)
 
 
 def the_file(source):

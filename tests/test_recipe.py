@@ -450,6 +450,58 @@ def test_names_of_folders_are_taken(name):
     assert recipe.parse(PLAIN | {"name": name}).name == name
 
 
+@pytest.mark.parametrize("epochs", [2, 3, 20, 240])
+@pytest.mark.parametrize("name", names())
+def test_shipped_recipes_can_be_shortened(name, epochs):
+    short = load(name, [f"epochs={epochs}"])
+    for terms in short.variants.values():
+        for term in terms:
+            assert any(term.schedule(epoch, epochs) for epoch in range(1, epochs + 1)), term.title
+
+
+# RepDistiller trains the first stage of AB and FSP for 30 of 240 epochs.
+@pytest.mark.parametrize("method", ["ab", "fsp"])
+def test_stages_of_shipped_recipes_are_those_of_the_authors(method):
+    first, labels = load(f"methods/resnet56-resnet20/{method}").losses
+    assert (first.span(240), labels.span(240)) == ((1, 30), (31, 240))
+
+
+# Sun et al.: `tools/train.py` multiplies DKD's weights, and replaces MLKD's base temperature and
+# weight; the files of the logs give temperature, weight and beta.
+def test_recipes_of_standardized_logits_are_those_of_the_authors():
+    def options(method):
+        term = load(f"methods/resnet56-resnet20/{method}-standardized").losses[1]
+        return term.weight, term.options
+
+    assert options("kd") == (9, {"temperature": 2, "standardize": True})
+    assert options("dkd") == (
+        1,
+        {"alpha": 18 * 1.0, "beta": 18 * 2.0, "temperature": 3, "standardize": True},
+    )
+    assert options("mlkd") == (
+        9,
+        {"views": 2, "standardize": True, "temperatures": sorted([2, 3, 5, 2, 6])},
+    )
+    assert options("ctkd") == (9, {"standardize": True})
+
+
+def test_a_fraction_has_the_hash_of_its_epoch():
+    def of(stop, start, epochs=240):
+        losses = [{"name": "fsp", "stop": stop}, {"name": "ce", "start": start}]
+        return parse(changed(losses=losses, controls={"a": losses}, epochs=epochs)).hash
+
+    assert of(0.125, 0.125) == of(30, 31)
+    assert of(0.125, 0.125) != of(29, 30)
+    assert of(0.125, 0.125, epochs=20) == of(3, 4, epochs=20)
+
+
+def test_whole_epochs_are_written_as_before():
+    tree = changed(losses=[{"name": "ce", "start": 1, "stop": 3}], controls={})
+    term = parse(tree).losses[0]
+    written = term.model_dump_json(include={"start", "stop"})
+    assert written == '{"start":1,"stop":3}'
+
+
 def test_many_epochs_are_checked_at_once():
     terms = [{"name": "ce", "stop": 5_000_000}, {"name": "kd", "start": 5_000_001}]
     assert recipe.parse(PLAIN | {"losses": terms, "epochs": 9_999_999}).epochs == 9_999_999

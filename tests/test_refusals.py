@@ -66,6 +66,7 @@ CASES = {
     "last_map": (BOTH_MAPS, {}),
     "mean_square": (BOTH_MAPS, {}),
     "multi_level_distillation": (BOTH_LOGITS, {}),
+    "neighbor_products": (BOTH_LOGITS, {}),
     "neuron_selectivity": (BOTH_MAPS, {}),
     "normalized_distillation": (BOTH_LOGITS, {"target": LABELS}),
     "partial_distance": (
@@ -161,6 +162,7 @@ OPTIONS = [
     ("normalized_distillation", "temperature", TEMPERATURE, NKD),
     ("normalized_distillation", "gamma", WEIGHT, NKD),
     ("multi_level_distillation", "views", {3: "must be 1 or 2"}, MLKD),
+    ("multi_level_distillation", "temperatures", {(): "must be at least one"}, MLKD),
     ("contrast", "temperature", TEMPERATURE, CRD),
     ("contrast", "images", COUNT, None),
     ("correlation_kernel", "gamma", FINITE, CC),

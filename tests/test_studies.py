@@ -695,6 +695,17 @@ def test_finished_jobs_of_another_teacher_are_refused(file, tmp_path):
         run(studies.load(path), out, Local(1), QUIET)
 
 
+def test_a_schedule_that_does_not_fit_is_refused_or_reported(file, tmp_path):
+    with pytest.raises(RecipeError, match=r"kd is never active in 2 epochs \(start 9\)"):
+        studies.load(written(tmp_path, set={"kd.start": 9}))
+    said, progress = [], Progress(quiet=True)
+    progress.say = said.append
+    plan = studies.load(written(tmp_path, set={"kd.warmup": 9}, variants=NO_TOPOLOGY, seeds="0"))
+    run(plan, tmp_path / "runs", Local(1), progress)
+    warnings = [line for line in said if line.startswith("warning: main: losses[1]: kd reaches")]
+    assert len(warnings) == 1
+
+
 def test_one_invalid_variant_does_not_stop_the_others(file, tmp_path):
     variants = STUDY["variants"] | {"large": {"set": {"batch_size": 4096}}}
     path = written(tmp_path, variants=variants, seeds="0")

@@ -40,6 +40,11 @@ def terms(*trees):
         ({"decay": 2}, [1, 1, 1, 1, 1, 0.5]),
         ({"start": 2, "stop": 5, "warmup": 2, "decay": 4}, [0, 0.5, 0.75, 0.5, 0.25, 0]),
         ({"stop": 100, "decay": 3}, [1, 1, 1, 1, 2 / 3, 1 / 3]),
+        ({"stop": 0.5}, [1, 1, 1, 0, 0, 0]),
+        ({"start": 0.5}, [0, 0, 0, 1, 1, 1]),
+        ({"start": 0.34, "stop": 0.99, "warmup": 2}, [0, 0, 0.5, 1, 1, 0]),
+        ({"stop": 0.001}, [1, 0, 0, 0, 0, 0]),  # at least one epoch
+        ({"start": 0.999}, [0, 0, 0, 0, 0, 1]),
     ],
 )
 def test_a_weight_follows_its_schedule(options, expected):
@@ -62,12 +67,72 @@ def test_a_weight_follows_its_schedule(options, expected):
             r"losses\[1\]: share replaces",
         ),
         ([{"name": "ce", "start": 4, "stop": 3}], r"losses\[0\]: stop \(3\) is before start"),
+        ([{"name": "ce", "start": 0.5, "stop": 0.2}], r"losses\[0\]: stop \(0.2\) is before start"),
         ([{"name": "ce"}, {"name": "ce"}], "losses: ce appears twice; give a label to each"),
+        (
+            [{"name": "ce"}, {"name": "kd", "start": 11}],
+            r"^losses\[1\]: kd is never active in 10 epochs \(start 11\); use a fraction",
+        ),
+        (
+            [{"name": "ab", "stop": 30}, {"name": "ce", "label": "labels", "start": 31}],
+            r"^losses\[1\]: labels is never active in 10 epochs \(start 31\); use a fraction",
+        ),
+        (
+            [{"name": "ce"}, {"name": "kd", "share": 0.1, "start": 0.5, "stop": 5}],
+            r"^losses\[1\]: kd is never active in 10 epochs \(start 0.5, stop 5\); use a",
+        ),
+        (
+            [{"name": "ce", "start": 2.5}],
+            r"losses\[0\].start: must be a whole number of epochs, or a fraction of them in \(0, 1",
+        ),
+        ([{"name": "ce", "stop": "all"}], r"losses\[0\].stop: expected number, got 'all'"),
     ],
 )
 def test_terms_that_do_not_go_together_are_refused(losses, message):
     with pytest.raises(RecipeError, match=message):
         terms(*losses)
+
+
+@pytest.mark.parametrize("epochs", [*range(2, 50), 240, 10**9])
+@pytest.mark.parametrize("fraction", [1e-9, 0.1, 0.125, 1 / 3, 0.5, 0.999999])
+def test_stages_that_meet_at_a_fraction_leave_no_gap(epochs, fraction):
+    first, second = Term(name="fsp", stop=fraction), Term(name="ce", start=fraction)
+    (begin, end), (after, last) = first.span(epochs), second.span(epochs)
+    assert (begin, after, last) == (1, end + 1, epochs)
+    assert 1 <= end < epochs
+    assert abs(end - fraction * epochs) <= 0.5 or end in (1, epochs - 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        ({}, None),
+        ({"warmup": 10}, None),
+        ({"decay": 10}, None),
+        ({"warmup": 5, "decay": 6}, None),  # both are 1 in epoch 5
+        (
+            {"warmup": 20},
+            "kd reaches 50% of its weight: warmup 20 does not fit",
+        ),
+        (
+            {"decay": 40},
+            "kd reaches 25% of its weight: decay 40 does not fit",
+        ),
+        (
+            {"warmup": 8, "start": 7},
+            "kd reaches 50% of its weight: warmup 8 does not fit",
+        ),
+        ({"warmup": 9, "decay": 9}, "kd reaches 56% of its weight: warmup 9 and decay 9"),
+    ],
+)
+def test_a_schedule_that_never_reaches_the_weight_is_reported(options, warning):
+    term = Term(name="kd", **options)
+    peak = max(term.schedule(epoch, 10) for epoch in range(1, 11))
+    assert (peak == 1) == (warning is None)
+    found = term.schedule_warning(10)
+    assert found.startswith(warning or "")
+    assert bool(found) == (warning is not None)
+    assert f"{peak:.0%}" in (found or "100%")
 
 
 def test_two_terms_of_one_loss_have_labels():

@@ -83,6 +83,13 @@ def correlation(first, second, damping):
     return sum(p * q for p, q in zip(a, b, strict=True)) / (lengths + damping)
 
 
+def bounded_correlation(first, second, least):
+    """As in torchdistill: each norm is at least so large, and nothing is added."""
+    a, b = ([v - statistics.fmean(x) for v in x] for x in (first, second))
+    lengths = max(math.hypot(*a), least) * max(math.hypot(*b), least)
+    return sum(p * q for p, q in zip(a, b, strict=True)) / lengths
+
+
 def dist(student, teacher, beta, gamma, temperature, damping):
     s, t = ([softmax(row, temperature) for row in rows] for rows in (student, teacher))
     rows = [correlation(a, b, damping) for a, b in zip(s, t, strict=True)]
@@ -119,7 +126,8 @@ def transposed(rows):
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def multi_level(student, teacher, views, faithful, standardize):
+def multi_level(student, teacher, views, faithful, standardize, base=4):
+    """As in the authors' code: a base temperature, and 2, 3, 5 and 6."""
     n = len(student) // views
 
     def instances(view, temperature):
@@ -138,7 +146,7 @@ def multi_level(student, teacher, views, faithful, standardize):
         rows = [v <= statistics.median(confidence) for v in confidence]
         columns = [v <= statistics.median(mass) for v in mass]
         total = 0.0
-        for temperature in (2, 3, 4, 5, 6):
+        for temperature in (base, 3, 5, 2, 6):
             s = [softmax(row, temperature) for row in s_rows]
             t = [softmax(row, temperature) for row in t_rows]
             for values, chosen in (
@@ -157,8 +165,8 @@ def multi_level(student, teacher, views, faithful, standardize):
         return whole(0)
     if not faithful:
         return whole(0) + whole(1)
-    strong = {2: 0, 3: 1, 4: 1, 5: 1, 6: 0}  # temperature -> the view that is really taken
-    return whole(0) + sum(statistics.fmean(instances(view, t)) for t, view in strong.items())
+    strong = [(base, 1), (3, 1), (5, 1), (2, 0), (6, 0)]  # and the view that is really taken
+    return whole(0) + sum(statistics.fmean(instances(view, t)) for t, view in strong)
 
 
 def hard(student, teacher):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from topkd.config.validation import (
     RecipeError,
@@ -167,6 +168,21 @@ class Taps(Section):
     teacher: View = View()
 
 
+def _moment(value: float) -> float:
+    if 0 < value < 1:
+        return value
+    if value < 1 or value != int(value):
+        raise ValueError(
+            f"must be a whole number of epochs, or a fraction of them in (0, 1), got {value:g}"
+        )
+    return int(value)
+
+
+# Whole numbers are stored as such, so that files and hashes of recipes do not change.
+Moment = Annotated[float, AfterValidator(_moment), PlainSerializer(_moment, return_type=Any)]
+"""An epoch, counted from 1, or a fraction of all epochs."""
+
+
 class Term(_Open):
     """One term of the objective; other keys are options of the named loss."""
 
@@ -179,10 +195,10 @@ class Term(_Open):
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Replaces the weight: target fraction of the gradient at the student's embedding, measured
     as the sum of the norms over all terms."""
-    start: Annotated[int, Field(gt=0)] = 1
-    """First epoch in which the term is active."""
-    stop: Annotated[int, Field(gt=0)] | None = None
-    """Last epoch in which the term is active."""
+    start: Moment = 1
+    """First epoch in which the term is active, or the fraction of the epochs that precedes it."""
+    stop: Moment | None = None
+    """Last epoch in which the term is active, or the fraction of the epochs that it ends."""
     warmup: Annotated[int, Field(ge=0)] = 0
     """Number of epochs, from ``start``, in which the weight increases linearly from 0."""
     decay: Annotated[int, Field(ge=0)] = 0
@@ -195,7 +211,8 @@ class Term(_Open):
     def _weighs_in_one_way(self) -> Term:
         if self.share is not None and "weight" in self.model_fields_set and self.weight != 1:
             raise ValueError("share replaces weight; set only one of them")
-        if self.stop is not None and self.stop < self.start:
+        are_alike = self.stop is not None and (self.stop < 1) == (self.start < 1)
+        if self.stop is not None and are_alike and self.stop < self.start:
             raise ValueError(f"stop ({self.stop}) is before start ({self.start})")
         return self
 
@@ -203,6 +220,33 @@ class Term(_Open):
     def title(self) -> str:
         """Title of the term in results."""
         return self.label or self.name
+
+    def span(self, epochs: int) -> tuple[int, int]:
+        """Returns the first and the last epoch in which the term is active.
+
+        A fraction is rounded to whole epochs, with at least one epoch before and after it. The
+        first epoch is after the last if the term is never active.
+
+        Examples:
+            >>> Term(name="fsp", stop=0.125).span(240), Term(name="ce", start=0.125).span(240)
+            ((1, 30), (31, 240))
+        """
+
+        def whole(moment: float, after: int) -> int:
+            if moment >= 1:
+                return int(moment)
+            return max(1, min(math.floor(moment * epochs + 0.5), epochs - 1)) + after
+
+        last = epochs if self.stop is None else min(whole(self.stop, after=0), epochs)
+        return whole(self.start, after=1), last
+
+    def resolved(self, epochs: int) -> Term:
+        """Replaces fractions of the epochs by the epochs that they give."""
+        first, last = self.span(epochs)
+        update = {"start": first} if self.start < 1 else {}
+        if self.stop is not None and self.stop < 1:
+            update["stop"] = last
+        return self.model_copy(update=update)
 
     def schedule(self, epoch: int, epochs: int) -> float:
         """Returns the factor of the weight in an epoch, counted from 1.
@@ -212,12 +256,49 @@ class Term(_Open):
             >>> [term.schedule(epoch, epochs=6) for epoch in range(1, 7)]
             [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]
         """
-        last = epochs if self.stop is None else min(self.stop, epochs)
-        if not self.start <= epoch <= last:
+        first, last = self.span(epochs)
+        if not first <= epoch <= last:
             return 0.0
-        rise = (epoch - self.start + 1) / max(1, self.warmup)
+        rise = (epoch - first + 1) / max(1, self.warmup)
         fall = (last - epoch + 1) / max(1, self.decay)
         return min(1.0, rise, fall)
+
+    def turns(self, epochs: int) -> set[int]:
+        """Returns the epochs of a run in which the slope of the schedule may change."""
+        first, last = self.span(epochs)
+        rise, fall = max(1, self.warmup), max(1, self.decay)
+        meeting = ((last + 1) * rise + (first - 1) * fall) // (rise + fall)
+        turns = {first, first + rise, last, last - fall, meeting}
+        near = {turn + step for turn in turns for step in (-1, 0, 1)}
+        return {epoch for epoch in near if 1 <= epoch <= epochs}
+
+    def check_schedule(self, epochs: int) -> None:
+        """Checks that the term is active in a run of so many epochs.
+
+        Raises:
+            ValueError: If it is never active.
+        """
+        first, last = self.span(epochs)
+        if first > last:
+            given = self.model_dump(include={"start", "stop"}, exclude_defaults=True)
+            limits = ", ".join(f"{key} {value}" for key, value in given.items())
+            raise ValueError(
+                f"{self.title} is never active in {epochs} epochs ({limits}); "
+                "use a fraction of the epochs, or more epochs"
+            )
+
+    def schedule_warning(self, epochs: int) -> str:
+        """Describes a warm-up or decay that never lets the term reach its weight, if any."""
+        first, last = self.span(epochs)
+        peak = max(self.schedule(epoch, epochs) for epoch in self.turns(epochs))
+        if peak == 1:
+            return ""
+        given = self.model_dump(include={"warmup", "decay"}, exclude_defaults=True)
+        limits = " and ".join(f"{key} {value}" for key, value in given.items())
+        return (
+            f"{self.title} reaches {peak:.0%} of its weight: {limits} does not fit into its "
+            f"epochs, {first} to {last}"
+        )
 
 
 class Optimizer(Section):
@@ -308,8 +389,13 @@ class Recipe(Section):
                 raise ValueError(
                     f"{variant}: the sum of shares must be below 1, and a term needs a weight"
                 )
-            ends = [term.stop for term in terms if term.stop is not None]
-            changes = {1, *(term.start for term in terms), *(end + 1 for end in ends)}
+            for number, term in enumerate(terms):
+                try:
+                    term.check_schedule(self.epochs)
+                except ValueError as error:
+                    raise ValueError(f"{variant}[{number}]: {error}") from error
+            spans = [term.span(self.epochs) for term in terms]
+            changes = {1, *(first for first, _ in spans), *(last + 1 for _, last in spans)}
             for epoch in sorted(epoch for epoch in changes if epoch <= self.epochs):
                 if not any(t.weight * t.schedule(epoch, self.epochs) for t in terms if not t.share):
                     raise ValueError(f"{variant}: no term with a weight is active in epoch {epoch}")
@@ -329,9 +415,25 @@ class Recipe(Section):
         """Returns the key of a variant's terms: ``losses`` or ``controls.NAME``."""
         return "losses" if variant == self.main else f"controls.{variant}"
 
+    def schedule_warnings(self, variant: str) -> list[str]:
+        """Lists the terms of a variant whose schedule does not reach their weight, one line each.
+
+        Examples:
+            >>> recipe = load("digits", ["losses.kd.warmup=90", "epochs=9"])
+            >>> recipe.schedule_warnings(recipe.main)[0].partition(":")[0]
+            'losses[1]'
+        """
+        return [
+            f"{self.place(variant)}[{number}]: {warning}"
+            for number, term in enumerate(self.variants[variant])
+            if (warning := term.schedule_warning(self.epochs))
+        ]
+
     @property
     def hash(self) -> str:
         """Hash of all settings except the name, 12 hexadecimal digits.
+
+        A start or stop that is a fraction of the epochs has the hash of the epoch that it gives.
 
         Settings at their default are excluded, so a key added by a later version does not change
         the hashes of existing recipes. The default of a setting must therefore never change.
@@ -339,7 +441,15 @@ class Recipe(Section):
         If ``teacher.recipe`` is a file, its name counts without the folder, so that the hash does
         not depend on the working directory. Before a run is reused, its content is compared.
         """
-        tree = self.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+        update = {
+            "losses": tuple(term.resolved(self.epochs) for term in self.losses),
+            "controls": {
+                name: tuple(term.resolved(self.epochs) for term in terms)
+                for name, terms in self.controls.items()
+            },
+        }
+        recipe = self.model_copy(update=update)
+        tree = recipe.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
         content = _without_folder(tree)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -1,6 +1,7 @@
 """Validation of options, and of features that are compared."""
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -35,6 +36,17 @@ def temperature(value: Number, name: str = "temperature") -> Number:
         lowest, highest = f"{1 / MAX_TEMPERATURE:g}", f"{MAX_TEMPERATURE:g}"
         raise ValueError(f"{name} must be between {lowest} and {highest}, got {_number(value)}")
     return value
+
+
+def temperatures(values: Sequence[float]) -> tuple[float, ...]:
+    """Returns temperatures, of which there must be at least one; each is checked.
+
+    Raises:
+        ValueError: If there is none, or one of them is out of range.
+    """
+    if not values:
+        raise ValueError("temperatures must be at least one, got ()")
+    return tuple(temperature(value, "temperatures") for value in values)
 
 
 def count(name: str, value: int) -> int:
@@ -97,6 +109,22 @@ def one_of(name: str, value: Value, choices: Any) -> Value:
     if value not in get_args(choices):
         raise ValueError(f"{name} must be {' or '.join(map(str, get_args(choices)))}, got {value}")
     return value
+
+
+def refuse_unused(options: Mapping[str, Any], unused: Iterable[str], setting: str) -> None:
+    """Refuses options that have no effect with another setting, whatever their value.
+
+    Args:
+        options: The options that were given.
+        unused: Names of the options without effect.
+        setting: The setting, as in a recipe.
+
+    Raises:
+        ValueError: If one of them was given; the message names the option and the setting.
+    """
+    for name in unused:
+        if name in options:
+            raise ValueError(f"{name} has no effect with {setting}; leave it out")
 
 
 def check_shapes(

@@ -13,6 +13,7 @@ from topkd.losses.base import LossContext
 from topkd.topology import Diagrams, length_scale, rips
 from topkd.topology.approximation import (
     MIN_R2,
+    NETWORKS,
     Approximation,
     Exact,
     Name,
@@ -195,3 +196,23 @@ def check_fit(
             f"{file} was trained for clouds of {approximation.cloud_size} points, "
             f"not for batches of {size}"
         )
+
+
+def check_kind(approximation: Approximation, file: str, network: Name, form: str | None) -> None:
+    """Validates that an approximator is the network, and has the vectorization, of the loss.
+
+    Args:
+        approximation: The approximator.
+        file: Its file, for messages.
+        network: "ripsnet" or "distancenet".
+        form: Name of the vectorization; None accepts any.
+
+    Raises:
+        ValueError: If it is another network, or was trained for another vectorization.
+    """
+    found = next(n for n, kind in NETWORKS.items() if isinstance(approximation.network, kind))
+    if found != network:
+        raise ValueError(f"{file} holds a {found}, not via: {network}")
+    name = approximation.exact.vectorization.name
+    if form not in (None, name):
+        raise ValueError(f"{file} was trained for form: {name}, not for form: {form}")

@@ -7,10 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from topkd.features import Batch, Features
-from topkd.losses._validation import count, not_negative, one_of, positive, temperature
+from topkd.losses._validation import (
+    count,
+    not_negative,
+    one_of,
+    positive,
+    refuse_unused,
+    temperature,
+)
 from topkd.losses.base import Loss, LossInfo
 from topkd.losses.dkd import decoupled_distillation
-from topkd.losses.logits import distillation
+from topkd.losses.logits import distillation, standardized
 from topkd.topology.gradient import scaled_gradient
 
 Of = Literal["kd", "dkd"]
@@ -53,6 +60,8 @@ class CTKD(Loss):
         rise: Epochs until the gradient is fully reversed.
         alpha: Weight of the target-class term of dkd. Defaults to 1.
         beta: Weight of the non-target-class term of dkd. Defaults to 2.
+        standardize: Whether to compare :func:`~topkd.losses.logits.standardized` logits; Sun et al.
+            use weight 9 for kd.
 
     Raises:
         ValueError: If an option is out of range, or ``alpha`` or ``beta`` is given for kd.
@@ -60,6 +69,8 @@ class CTKD(Loss):
     References:
         Curriculum Temperature for Knowledge Distillation (Li et al., AAAI 2023)
         https://arxiv.org/abs/2211.16231
+        Logit Standardization in Knowledge Distillation (Sun et al., CVPR 2024)
+        https://arxiv.org/abs/2403.01427
 
     Examples:
         >>> round(CTKD().temperature.item(), 2)
@@ -84,16 +95,19 @@ class CTKD(Loss):
         rise: int = 10,
         alpha: float | None = None,
         beta: float | None = None,
+        standardize: bool = False,
     ) -> None:
         super().__init__()
         self.of = one_of("of", of, Of)
-        if of == "kd" and not alpha is beta is None:
-            raise ValueError("alpha and beta are options of dkd; set `of: dkd`, or leave them out")
+        if of == "kd":
+            given = {"alpha": alpha, "beta": beta}
+            refuse_unused({k: v for k, v in given.items() if v is not None}, given, "of: kd")
         self.rise = count("rise", rise)
         self.lowest, self.spread = temperature(lowest, "lowest"), positive("spread", spread)
         temperature(lowest + spread, "lowest + spread")
         self.alpha = not_negative("alpha", 1.0 if alpha is None else alpha)
         self.beta = not_negative("beta", 2.0 if beta is None else beta)
+        self.standardize = standardize
         self.theta = nn.Parameter(torch.ones(()))
         self.factor = 0.0
 
@@ -109,8 +123,9 @@ class CTKD(Loss):
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         logits, temperature = (student.logits, teacher.logits), self.temperature
+        s, t = map(standardized, logits) if self.standardize else logits
         if self.of == "kd":
-            return distillation(*logits, temperature=temperature)
+            return distillation(s, t, temperature=temperature)
         return decoupled_distillation(
-            *logits, batch.target, alpha=self.alpha, beta=self.beta, temperature=temperature
+            s, t, batch.target, alpha=self.alpha, beta=self.beta, temperature=temperature
         )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from topkd.features import Batch, Features
-from topkd.losses._validation import LOGITS, check_shapes, one_of
+from topkd.losses._validation import LOGITS, check_shapes, one_of, refuse_unused
 from topkd.losses._validation import temperature as checked
 from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.logits import distillation
@@ -92,8 +92,8 @@ class DeiT(Loss):
     ) -> None:
         super().__init__()
         self.kind, self.legacy = one_of("kind", kind, Kind), legacy
-        if kind == "hard" and (temperature != 1 or legacy):
-            raise ValueError("temperature and legacy are options of the kind soft")
+        if kind == "hard":
+            refuse_unused(self.options, ("temperature", "legacy"), "kind: hard")
         self.temperature = checked(temperature)
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:

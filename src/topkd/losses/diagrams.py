@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from topkd.features import Batch, FeatureExtractor, Features
-from topkd.losses._validation import at_least_one, check_floats, one_of, positive
+from topkd.losses._validation import (
+    at_least_one,
+    check_floats,
+    one_of,
+    positive,
+    refuse_unused,
+)
 from topkd.losses.base import LossContext, LossInfo
 from topkd.losses.controls import Edges, PermutationInvariant, Target, check_tree, tree_diagram
 from topkd.losses.relations import directions
@@ -37,7 +43,7 @@ class Wasserstein(PermutationInvariant):
     Args:
         dimension: 0 for clusters, 1 for loops.
         order: The exponent p, at least 1.
-        ground_norm: Norm of the difference of two bars; it has no effect on sorted lengths.
+        ground_norm: Norm of the difference of two bars, in dimension 1 or with ``diagonal``.
         diagonal: Whether bars of dimension 0 may also be matched with the diagonal.
         scale: Scale of lengths: a statistic of the edges of the minimum spanning tree, see
             :mod:`topkd.topology.scaling`. Defaults to their mean.
@@ -46,7 +52,8 @@ class Wasserstein(PermutationInvariant):
             teacher's sorted lengths, see :mod:`topkd.losses.controls`.
 
     Raises:
-        ValueError: If an option is out of range, or the control does not apply to this loss.
+        ValueError: If an option is out of range or has no effect with the others, or the control
+            does not apply to this loss.
 
     References:
         Geometry Helps to Compare Persistence Diagrams (Kerber, Morozov & Nigmetov, 2017)
@@ -92,6 +99,10 @@ class Wasserstein(PermutationInvariant):
         at_least_one("order", order, finite=False)
         self.dimension, self.order, self.diagonal, self.scale = dimension, order, diagonal, scale
         one_of("ground_norm", ground_norm, Norm)
+        if dimension == 1:
+            refuse_unused(self.options, ("diagonal",), "dimension: 1")
+        elif not diagonal:
+            refuse_unused(self.options, ("ground_norm",), "diagonal: false in dimension 0")
         self.ground_norm = math.inf if ground_norm == "maximum" else 2.0
 
     def described(self, points: Tensor, tree: Tensor | None) -> Tensor:

@@ -100,7 +100,8 @@ class DKD(Loss):
     For mixed images, the label with the largest weight is the target. The authors use a
     warm-up of 20 epochs and ``beta`` 2 for resnet56 to resnet20 and resnet110 to resnet32, 6 for
     vgg13 and the pairs of WRNs, and 8 for resnet32x4 and ResNet50; on ImageNet, they use T = 1, a
-    warm-up of 1 epoch and ``beta`` 0.5 for ResNet34 to ResNet18.
+    warm-up of 1 epoch and ``beta`` 0.5 for ResNet34 to ResNet18. With standardized logits, Sun et
+    al. multiply both weights by 9 and use T = 2; for resnet56 to resnet20, by 18 with T = 3.
 
     Args:
         alpha: Weight of the target-class term.
@@ -114,6 +115,8 @@ class DKD(Loss):
     References:
         Decoupled Knowledge Distillation (Zhao et al., CVPR 2022)
         https://arxiv.org/abs/2203.08679
+        Logit Standardization in Knowledge Distillation (Sun et al., CVPR 2024)
+        https://arxiv.org/abs/2403.01427
 
     Examples:
         >>> logits = torch.tensor([[0.0, 1.0, 5.0]])

@@ -21,6 +21,7 @@ from topkd.losses.regression import gaussian_nll, mean_square
 from topkd.losses.relations import (
     correlation_kernel,
     correlation_products,
+    neighbor_products,
     probabilistic_transfer,
     relational_angles,
     relational_distances,
@@ -50,6 +51,7 @@ __all__ = [
     "last_map",
     "mean_square",
     "multi_level_distillation",
+    "neighbor_products",
     "neuron_selectivity",
     "normalized_distillation",
     "partial_distance",

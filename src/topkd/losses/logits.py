@@ -201,9 +201,12 @@ def correlation_distillation(
     where :math:`\rho` is Pearson's correlation and :math:`p = \mathrm{softmax}(z / T)`. The first
     sum is the inter-class relation, the second the intra-class relation.
 
-    The authors' code and all its copies add 1e-8 to the denominator of :math:`\rho`, as here. The
-    term reduces the weight of classes that no image of the batch resembles; as a result, the loss
-    is slightly above 0 for a student that equals its teacher.
+    The authors' code adds 1e-8 to the denominator of :math:`\rho`, as here. The constant reduces the
+    weight of classes that no image of the batch resembles; as a result, the loss is above 0 for a
+    student that equals its teacher. torchdistill bounds each of both norms below by 1e-8 instead,
+    which reduces the weight of fewer classes. The difference grows with the range of the logits:
+    for 64 images, 100 classes and normal logits with standard deviation 30, a student that equals
+    its teacher has a loss of about 0.25 here, and of about 0.08 in torchdistill.
 
     The norm of centered probabilities is bounded below by 0.01 of the norm of the probabilities.
     The bound is active where z / T varies by less than 0.01. It does not change trained networks,
@@ -214,7 +217,7 @@ def correlation_distillation(
         teacher: Logits :math:`z^t`, (n, classes).
         beta: Weight of the inter-class relation.
         gamma: Weight of the intra-class relation.
-        temperature: T; 1 in the authors' code, an option in re-implementations.
+        temperature: T, ``tau`` in the authors' code.
         damping: Constant added to the denominator; 0 gives the formula of the paper.
 
     Returns:
@@ -260,6 +263,9 @@ def _length(centered: Tensor, rows: Tensor) -> Tensor:
 
 class DIST(Loss):
     """:func:`correlation_distillation` of the logits, DIST.
+
+    The authors use T = 1 and weight 1 for each relation, and T = 4 and weight 2 (their ``dist_t4``)
+    for CIFAR-100.
 
     Args:
         beta: Weight of the inter-class relation.

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from topkd.losses._validation import at_least_one, one_of
+from topkd.losses._validation import at_least_one, one_of, refuse_unused
 from topkd.losses.base import LossInfo
 from topkd.losses.controls import Edges, Matched, Target
 from topkd.topology import edge_matching, rtd_lite, ultrametric
@@ -68,6 +68,8 @@ class EdgeMatching(Matched):
         super().__init__(edges, target)
         if scale != "learned":
             one_of("scale", scale, DistanceScale)
+        if scale in ("none", "learned"):
+            refuse_unused(self.options, ("detach_scale",), f"scale: {scale}")
         self.scale, self.detach_scale, self.symmetric = scale, detach_scale, symmetric
         self.log_scale = nn.Parameter(torch.zeros(())) if scale == "learned" else None
 
@@ -126,6 +128,8 @@ class RTDLite(Matched):
         target: Target = "own",
     ) -> None:
         super().__init__(edges, target)
+        if scale == "none":
+            refuse_unused(self.options, ("detach_scale",), "scale: none")
         self.scale, self.detach_scale = one_of("scale", scale, DistanceScale), detach_scale
 
     def compared(self, student: Tensor, teacher: Tensor, tree: Tensor | None) -> Tensor:
@@ -179,6 +183,8 @@ class Ultrametric(Matched):
         super().__init__(edges, target)
         one_of("scale", scale, DistanceScale)
         at_least_one("order", order)
+        if scale == "none":
+            refuse_unused(self.options, ("detach_scale",), "scale: none")
         self.order, self.scale, self.detach_scale = order, scale, detach_scale
 
     def compared(self, student: Tensor, teacher: Tensor, tree: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Multi-level logit distillation: instance, batch and class level, for one or two views."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
@@ -7,13 +8,13 @@ from torch import Tensor
 
 from topkd.features import Batch, Features
 from topkd.losses._validation import LOGITS, check_shapes, one_of
+from topkd.losses._validation import temperatures as checked
 from topkd.losses.base import Loss, LossInfo
 from topkd.losses.logits import standardized
 
 Views = Literal[1, 2]
 
 TEMPERATURES = (2.0, 3.0, 4.0, 5.0, 6.0)
-WEAK_VIEW_TEMPERATURES = (2.0, 6.0)  # the authors' code uses the weak view twice at these
 
 
 def instance_level(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -87,19 +88,21 @@ def multi_level_distillation(
     views: Views = 1,
     faithful: bool = True,
     standardize: bool = False,
+    temperatures: Sequence[float] = TEMPERATURES,
 ) -> Tensor:
     r"""Compares predictions, and their similarities across images and across classes.
 
     .. math:: \sum_T \Big[ \frac{1}{n} \sum_i m_i \big(I_i(T) + B_i(T)\big)
-        + \frac{1}{c} \sum_j m'_j\, C_j(T) \Big], \qquad T \in \{2, 3, 4, 5, 6\}
+        + \frac{1}{c} \sum_j m'_j\, C_j(T) \Big]
 
     with :func:`instance_level` I, :func:`batch_level` B and :func:`class_level` C; the masks m and
-    m' are :func:`low_confidence`. With two views, the losses of both are added.
+    m' are :func:`low_confidence`. The sum is over the temperatures T.
 
-    The authors' code, which produced the published results, differs from this formula.
-    ``faithful=True`` follows the code: masks multiply means instead of selecting terms, so each
-    term counts about half; and the strong view adds unmasked instance terms only, where those at T
-    = 2 and 6 are computed from the weak view again.
+    ``faithful=False`` computes this formula, and adds it for both views if there are two.
+    ``faithful=True`` follows the authors' code, which differs: the means of I, B and C are
+    multiplied by the means of the masks, so no image or class is selected and each term counts
+    about half. The strong view adds no B and no C, only the unmasked mean of I at each temperature;
+    at the first and at the last temperature, this is computed from the weak view again.
 
     Args:
         student: Logits, (views n, classes); all rows of the weak view come first.
@@ -107,13 +110,14 @@ def multi_level_distillation(
         views: Number of views per image.
         faithful: Whether to follow the authors' code instead of the formula above.
         standardize: Whether I compares :func:`~topkd.losses.logits.standardized` logits.
+        temperatures: Temperatures T; a repeated one counts as often as it is given.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: If the logits differ in shape or are not floating-point, or the number of rows
-            is odd for two views.
+        ValueError: If the logits differ in shape or are not floating-point, the number of rows is
+            odd for two views, or an option is out of range.
 
     References:
         Multi-Level Logit Distillation (Jin et al., CVPR 2023)
@@ -127,28 +131,36 @@ def multi_level_distillation(
     """
     check_shapes("logits", student, teacher, form=LOGITS)
     one_of("views", views, Views)
+    checked(temperatures)
     if len(student) % views:
         raise ValueError(f"two views need an even number of rows, got {len(student)}")
     pairs = list(zip(student.chunk(views), teacher.chunk(views), strict=True))
-    total = _single_view(*pairs[0], faithful, standardize)
+    total = _single_view(*pairs[0], faithful, standardize, temperatures)
     if views == 1:
         return total
     if not faithful:
-        return total + _single_view(*pairs[1], faithful, standardize)
-    for temperature in TEMPERATURES:
-        pair = pairs[0 if temperature in WEAK_VIEW_TEMPERATURES else 1]
+        return total + _single_view(*pairs[1], faithful, standardize, temperatures)
+    ends = 0, len(temperatures) - 1
+    for place, temperature in enumerate(temperatures):
+        pair = pairs[0 if place in ends else 1]
         s, t = map(standardized, pair) if standardize else pair
         total = total + instance_level(s, t, temperature).mean()
     return total
 
 
-def _single_view(student: Tensor, teacher: Tensor, faithful: bool, standardize: bool) -> Tensor:
+def _single_view(
+    student: Tensor,
+    teacher: Tensor,
+    faithful: bool,
+    standardize: bool,
+    temperatures: Sequence[float],
+) -> Tensor:
     images, classes = (mask.to(student.dtype) for mask in low_confidence(teacher))
     if faithful:
         images, classes = images.mean(), classes.mean()
     s, t = map(standardized, (student, teacher)) if standardize else (student, teacher)
     total = student.new_zeros(())
-    for temperature in TEMPERATURES:
+    for temperature in temperatures:
         rows = instance_level(s, t, temperature) + batch_level(student, teacher, temperature)
         columns = class_level(student, teacher, temperature)
         total = total + (images * rows).mean() + (classes * columns).mean()
@@ -159,21 +171,26 @@ class MLKD(Loss):
     """:func:`multi_level_distillation` of the logits, MLKD.
 
     The authors use two views, weight 0.9, and weight 0.1 for the sum of the cross-entropies of both
-    views (0.2 for their mean). Two views double the forward passes; compare with runs that
-    use two views as well.
+    views (0.2 for their mean). With standardized logits, Sun et al. use the temperatures 2, 2, 3, 5
+    and 6 and weight 9. Two views double the forward passes; compare with runs that use two views
+    as well.
 
     Args:
         views: Number of views per image in a batch. With 2, the first half of the batch holds
             weakly augmented images, and the second half the same images, strongly augmented.
-        faithful: Whether to follow the authors' code instead of the intended formula.
+        faithful: Whether to follow the authors' code instead of the formula.
         standardize: Whether instance terms use :func:`~topkd.losses.logits.standardized` logits.
+        temperatures: Temperatures T of the sum; a repeated one counts as often as it is given. The
+            authors' code uses 4, 2, 3, 5 and 6.
 
     Raises:
-        ValueError: If ``views`` is not 1 or 2.
+        ValueError: If ``views`` is not 1 or 2, or there is no temperature or one is out of range.
 
     References:
         Multi-Level Logit Distillation (Jin et al., CVPR 2023)
         https://doi.org/10.1109/CVPR52729.2023.02325
+        Logit Standardization in Knowledge Distillation (Sun et al., CVPR 2024)
+        https://arxiv.org/abs/2403.01427
 
     Examples:
         >>> import torch
@@ -194,11 +211,17 @@ class MLKD(Loss):
     )
 
     def __init__(
-        self, *, views: Views = 1, faithful: bool = True, standardize: bool = False
+        self,
+        *,
+        views: Views = 1,
+        faithful: bool = True,
+        standardize: bool = False,
+        temperatures: tuple[float, ...] = TEMPERATURES,
     ) -> None:
         super().__init__()
         self.views: Views = one_of("views", views, Views)
         self.faithful, self.standardize = faithful, standardize
+        self.temperatures = checked(temperatures)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         half = len(batch.index) // 2
@@ -213,4 +236,5 @@ class MLKD(Loss):
             views=self.views,
             faithful=self.faithful,
             standardize=self.standardize,
+            temperatures=self.temperatures,
         )

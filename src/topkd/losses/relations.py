@@ -10,12 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topkd.features import Batch, Features
-from topkd.losses._validation import EMBEDDINGS, check_shapes, count, not_negative, one_of, positive
+from topkd.losses._validation import (
+    EMBEDDINGS,
+    check_shapes,
+    count,
+    not_negative,
+    one_of,
+    positive,
+    refuse_unused,
+)
 from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import deepest
 from topkd.topology.gradient import SMALL, bounded_divide
 
-Form = Literal["products", "kernel"]
+Form = Literal["products", "neighbors", "kernel"]
 
 
 def directions(vectors: Tensor, small: float = SMALL) -> Tensor:
@@ -110,8 +118,8 @@ def correlation_products(student: Tensor, teacher: Tensor) -> Tensor:
     .. math:: \frac{1}{n(n-1)} \sum_{i \ne j} \sum_k \Delta_{ik} \Delta_{jk}, \qquad
         \Delta = \lvert e^s - e^t \rvert
 
-    The authors' code pairs each sample with the next in the batch, so its value depends on the
-    order. The mean over all pairs equals the mean of their value over all orders.
+    The mean over all pairs does not depend on the order of the batch. It equals the mean of
+    :func:`neighbor_products`, the authors' code, over all orders.
 
     Args:
         student: :math:`e^s`, (n, d).
@@ -131,11 +139,48 @@ def correlation_products(student: Tensor, teacher: Tensor) -> Tensor:
         >>> correlation_products(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [5.0]]))
         tensor(3.)
     """
+    delta = _differences(student, teacher)
+    n = len(delta)
+    return (delta.sum(0).square() - delta.square().sum(0)).sum() / (n * (n - 1))
+
+
+def neighbor_products(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Compares embeddings of the same width by products of differences over neighboring samples.
+
+    .. math:: \frac{1}{n-1} \sum_{i=1}^{n-1} \sum_k \Delta_{ik} \Delta_{i+1,k}, \qquad
+        \Delta = \lvert e^s - e^t \rvert
+
+    As in the authors' code, each sample is paired with the next in the batch, so the value depends
+    on the order. :func:`correlation_products` pairs all samples.
+
+    Args:
+        student: :math:`e^s`, (n, d).
+        teacher: :math:`e^t`, (n, d).
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: If the shapes differ, or there are fewer than two samples.
+
+    References:
+        Correlation Congruence for Knowledge Distillation (Peng et al., ICCV 2019)
+        https://arxiv.org/abs/1904.01802
+
+    Examples:
+        >>> rows = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> neighbor_products(rows, torch.zeros(3, 1))  # (1 * 2 + 2 * 3) / 2
+        tensor(4.)
+    """
+    delta = _differences(student, teacher)
+    return (delta[:-1] * delta[1:]).sum(1).mean()
+
+
+def _differences(student: Tensor, teacher: Tensor) -> Tensor:
     check_shapes("embeddings", student, teacher, form=EMBEDDINGS)
     if len(student) < 2:
         raise ValueError(f"embeddings must be of at least two samples, got {tuple(student.shape)}")
-    n, delta = len(student), (student - teacher).abs()
-    return (delta.sum(0).square() - delta.square().sum(0)).sum() / (n * (n - 1))
+    return (student - teacher).abs()
 
 
 def correlation_kernel(
@@ -186,20 +231,21 @@ def _kernel(embedding: Tensor, gamma: float, order: int) -> Tensor:
 
 
 class CC(Loss):
-    """:func:`correlation_products` or :func:`correlation_kernel` of the embeddings, CC.
+    """Products of differences, or :func:`correlation_kernel`, of the embeddings, CC.
 
-    The two forms are different losses. The products are those of the code that the authors
-    contributed to RepDistiller; they use trained linear embeddings of both networks. The kernel is
+    The products and the kernel are different losses. :func:`neighbor_products` are those of the
+    code that the authors contributed to RepDistiller; :func:`correlation_products` are their mean
+    over all orders of the batch. Both use trained linear embeddings of both networks. The kernel is
     the published form; here it uses the embeddings directly.
 
     Args:
-        form: "products" or "kernel".
-        size: Width of the linear embeddings, for the products.
+        form: "products" of all pairs of images, of "neighbors" in the batch only, or "kernel".
+        size: Width of the linear embeddings, for products and neighbors.
         gamma: Parameter of the kernel.
         order: Order of the expansion of the kernel.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: If an option is out of range, or has no effect with this form.
 
     References:
         Correlation Congruence for Knowledge Distillation (Peng et al., ICCV 2019)
@@ -235,18 +281,21 @@ class CC(Loss):
         super().__init__()
         self.form, self.gamma = one_of("form", form, Form), positive("gamma", gamma)
         self.size, self.order = count("size", size), count("order", order)
+        unused = ("size",) if form == "kernel" else ("gamma", "order")
+        refuse_unused(self.options, unused, f"form: {form}")
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
         """Creates the linear embeddings of both networks, for the products."""
-        if self.form == "products":
+        if self.form != "kernel":
             self.student = nn.Linear(student.embedding.shape[1], self.size)
             self.teacher = nn.Linear(teacher.embedding.shape[1], self.size)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         s, t = student.embedding, teacher.embedding
-        if self.form == "products":
-            return correlation_products(self.student(s), self.teacher(t))
-        return correlation_kernel(s, t, gamma=self.gamma, order=self.order)
+        if self.form == "kernel":
+            return correlation_kernel(s, t, gamma=self.gamma, order=self.order)
+        compare = correlation_products if self.form == "products" else neighbor_products
+        return compare(self.student(s), self.teacher(t))
 
 
 def relational_distances(student: Tensor, teacher: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from topkd._io import files
 from topkd._runtime import processes
 from topkd.features import Batch, Features
-from topkd.losses._validation import one_of
-from topkd.losses.approximators import check_fit, fit, learn, scale_of
+from topkd.losses._validation import one_of, refuse_unused
+from topkd.losses.approximators import check_fit, check_kind, fit, learn, scale_of
 from topkd.losses.base import LossContext, LossInfo
 from topkd.losses.controls import (
     CLOUDS,
@@ -94,7 +94,8 @@ class TopKD(PermutationInvariant):
         file: File of a trained approximator, used instead of training one.
 
     Raises:
-        ValueError: If an option is unknown, or the control does not apply to this loss.
+        ValueError: If an option is unknown or has no effect with the others, or the control does
+            not apply to this loss.
 
     References:
         Do Topological Characteristics Help in Knowledge Distillation? (Kim et al., ICML 2024)
@@ -131,6 +132,10 @@ class TopKD(PermutationInvariant):
         self.via: Via = one_of("via", via, Via)
         if via != "exact" and edges == "random":
             raise ValueError(f"edges: random has no meaning for {via}; use via: exact")
+        if via == "exact":
+            refuse_unused(self.options, ("training", "file"), "via: exact")
+        if file is not None:
+            refuse_unused(self.options, ("training",), "file")
         self.form = form or ("image" if via == "ripsnet" else "vector")
         vectorization_type(self.form)
         if scale is not None:
@@ -145,7 +150,8 @@ class TopKD(PermutationInvariant):
         """Fits the vectorization, and trains or loads the approximator, if there is one.
 
         Raises:
-            ValueError: If the file was made for another teacher, cloud size, dimension or scale.
+            ValueError: If the file was made for another teacher, cloud size, dimension or scale, or
+                holds another network or vectorization than ``via`` and ``form``.
         """
         if self.via == "exact":
             self.describe, exact = self._exactly(context)
@@ -192,6 +198,7 @@ class TopKD(PermutationInvariant):
             check_fit(
                 approximation, self.file, context.teacher_hash, size, self.dimension, self.scale
             )
+            check_kind(approximation, self.file, self.via, self.options.get("form"))
             return approximation
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:

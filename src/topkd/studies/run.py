@@ -72,6 +72,12 @@ def run(
     left = Counter(job.setting for job in pending)
     line, forecast = opening(plan, place)
     progress.say(line)
+    for warning in dict.fromkeys(
+        f"warning: {job.setting}: {line}"
+        for job in pending
+        for line in job.recipe.schedule_warnings(job.recipe.main)
+    ):
+        progress.say(warning)
     with progress.bar(plan.file.name, len(jobs), "jobs") as advance:
         advance(outcome.done_before, "")
         for ended in _ended(executor, pending, out):

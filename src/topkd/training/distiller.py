@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from topkd._io.progress import Progress
+from topkd.config.recipe import Term
 from topkd.features import Batch, Features, Teacher
-from topkd.losses.base import Loss, LossContext, LossTerm, needed_taps
+from topkd.losses.base import Loss, LossContext, LossTerm, naming_term, needed_taps
 from topkd.models import checkpoint, factory
 from topkd.training.objective import GradientBalancer
 
@@ -49,10 +50,12 @@ class Distiller(nn.Module):
             feature maps; use :func:`topkd.models.wrap` to select them.
         teacher: A trained classifier; None if no loss needs one.
         losses: Losses, or terms such as ``2 * KD()`` and ``TopKD().term(share=0.1)``.
-        epochs: Total number of epochs, for terms whose weight decays at the end of training.
+        epochs: Total number of epochs, for terms whose weight decays at the end of training, or
+            that start or stop at a fraction of the epochs.
 
     Raises:
-        ValueError: If a loss needs a teacher but there is none, or two terms have the same title.
+        ValueError: If a loss needs a teacher but there is none, two terms have the same title, or
+            a term is never active.
 
     Examples:
         >>> from topkd.losses import CE, KD
@@ -83,6 +86,7 @@ class Distiller(nn.Module):
         needing = [term.title for term in self.terms if term.loss.needs_teacher]
         if teacher is None and needing:
             raise ValueError(f"{', '.join(needing)} cannot be computed without a teacher")
+        _check_schedules([term.settings for term in self.terms], epochs)
         self.student = student
         self.losses = nn.ModuleList(term.loss for term in self.terms)
         self._teacher = [teacher]  # in a list, so that it is not a submodule
@@ -202,6 +206,15 @@ class Distiller(nn.Module):
             unknown = dict.fromkeys(values, 0.0)
             return unknown | self._balancer.weights(settings, self.epoch, self._last_epoch)
         return self._balancer.weights(settings, self.epoch, self._last_epoch)
+
+
+def _check_schedules(terms: Sequence[Term], epochs: int | None) -> None:
+    for term in terms:
+        with naming_term(term.title):
+            if epochs is not None:
+                term.check_schedule(epochs)
+            elif term.start < 1 or (term.stop or 1) < 1:
+                raise ValueError("start or stop is a fraction of the epochs; set epochs")
 
 
 def _frozen(network: nn.Module | None, shape: Sequence[int]) -> Teacher | None:

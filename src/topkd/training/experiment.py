@@ -364,6 +364,8 @@ class Experiment:
 
     def _train_student(self, variant: str, seed: int, folder: Path) -> dict[str, Any]:
         refuse_large_batches(self.recipe, self.data)
+        for line in self.recipe.schedule_warnings(variant):
+            self.progress.say(f"warning: {line}")
         self.train_teacher()
         # Loaded before the random numbers of the student are seeded.
         teacher, outputs = self.teacher, self.teacher_outputs

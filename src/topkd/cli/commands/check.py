@@ -25,5 +25,8 @@ def check(recipe: RecipeName, changes: Changes = None) -> None:
     typer.echo(
         f"{loaded.name} is valid: student {loaded.student.model}{teacher}; variants {variants}"
     )
+    for variant in loaded.variants:
+        for line in loaded.schedule_warnings(variant):
+            typer.echo(f"warning: {line}")
     for line in found_taps(loaded):
         typer.echo(line)

@@ -65,6 +65,9 @@ def check_run(experiment: Experiment, variant: str) -> tuple[list[Finding], floa
     sums, seconds = tried
     names = ", ".join(weighted.title for weighted in losses)
     findings.append(Finding(part, f"{names}: all required features are available"))
+    advice = "shorten the warm-up or the decay, or train for more epochs"
+    for line in experiment.recipe.schedule_warnings(variant):
+        findings.append(Finding(part, line, "warning", advice))
     weighted_titles = {w.title for w in losses if w.settings.weight or w.settings.share}
     shares = {t: share for t, share in sums.means("share/").items() if t in weighted_titles}
     for line in warnings(shares, sums.means("cosine/")):
@@ -121,8 +124,9 @@ def _train(
     fullest = _fullest(terms, recipe.epochs)
     if not _counting(terms, fullest, recipe.epochs):
         return None
-    starts = {term.start for term in terms if _counting(terms, term.start, recipe.epochs)}
-    others = sorted(starts - {fullest})
+    starts = {term.span(recipe.epochs)[0] for term in terms}
+    counting = {epoch for epoch in starts if _counting(terms, epoch, recipe.epochs)}
+    others = sorted(counting - {fullest})
     epochs = [*others, *[fullest] * (WARM + TIMED)]
     trainer = Trainer(
         student, experiment.teacher, losses, data, recipe, 0, device, experiment.progress
@@ -161,14 +165,5 @@ def _fullest(terms: Sequence[Term], epochs: int) -> int:
 
     Schedules are piecewise linear, so the maximum lies next to one of their breakpoints.
     """
-    turns = {1}
-    for term in terms:
-        last = epochs if term.stop is None else min(term.stop, epochs)
-        rise, fall = max(1, term.warmup), max(1, term.decay)
-        meeting = ((last + 1) * rise + (term.start - 1) * fall) // (rise + fall)
-        turns |= {term.start, term.start + rise, last, last - fall, meeting}
-    near = {turn + step for turn in turns for step in (-1, 0, 1)}
-    return max(
-        sorted(epoch for epoch in near if 1 <= epoch <= epochs),
-        key=lambda epoch: _counting(terms, epoch, epochs),
-    )
+    turns = {1}.union(*(term.turns(epochs) for term in terms))
+    return max(sorted(turns), key=lambda epoch: _counting(terms, epoch, epochs))
