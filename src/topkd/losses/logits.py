@@ -201,9 +201,9 @@ def correlation_distillation(
     where :math:`\rho` is Pearson's correlation and :math:`p = \mathrm{softmax}(z / T)`. The first
     sum is the inter-class relation, the second the intra-class relation.
 
-    The authors' code adds 1e-8 to the denominator of :math:`\rho`, as here. The constant reduces the
-    weight of classes that no image of the batch resembles; as a result, the loss is above 0 for a
-    student that equals its teacher. torchdistill bounds each of both norms below by 1e-8 instead,
+    The authors' code adds 1e-8 to the denominator of :math:`\rho`, as here. The constant reduces
+    the weight of classes that no image of the batch resembles; as a result, the loss is above 0 for
+    a student that equals its teacher. torchdistill bounds each of both norms below by 1e-8 instead,
     which reduces the weight of fewer classes. The difference grows with the range of the logits:
     for 64 images, 100 classes and normal logits with standard deviation 30, a student that equals
     its teacher has a loss of about 0.25 here, and of about 0.08 in torchdistill.
