@@ -31,7 +31,7 @@ from topkd.losses import LOSSES
 from topkd.studies.analysis import compare
 from topkd.studies.collect import Collected, collect
 from topkd.studies.executors import Local
-from topkd.studies.executors.base import ATTEMPTS
+from topkd.studies.executors.base import ATTEMPTS, prepare
 from topkd.studies.executors.task import Exit, Task
 from topkd.studies.forecast import Forecast, opening
 from topkd.studies.new import template
@@ -243,6 +243,14 @@ def test_a_change_that_is_wrong_is_one_line(file, change, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("command", ["run", "status", "jobs", "job", "table", "report"])
+def test_the_help_of_changes_has_examples_that_are_accepted(file, command):
+    shown = CliRunner().invoke(study_app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+    examples = ("seeds=0-4", "set.optimizer.lr=0.1")
+    assert all(example in shown for example in examples)
+    assert changed(file, *examples).optimizer.lr == 0.1
+
+
 def test_names_of_logs_are_names_of_files(file, tmp_path):
     path = written(tmp_path, settings={"a/b c": {}}, variants=NO_TOPOLOGY, seeds=0)
     outcome = run(studies.load(path), tmp_path / "runs", Local(), QUIET)
@@ -271,6 +279,8 @@ def test_a_variant_whose_code_fails_does_not_stop_the_others(file, tmp_path, mon
     assert "name 'missing' is not defined" in outcome.failed[0].error
     log = (tmp_path / "runs/logs/changed/main.log").read_text(encoding="utf-8")
     assert "NameError" in log
+    with pytest.raises(NameError):  # no other recipe is left
+        prepare([studies.load(path).recipes["main", "broken"]], tmp_path / "runs")
 
 
 def test_too_many_jobs_are_refused_before_their_recipes_are_built(file, tmp_path):

@@ -230,12 +230,11 @@ def is_section_of(model: Any, key: str) -> bool:
     """Returns whether a dotted key of a section is itself a section.
 
     Examples:
-        >>> class Inner(Section):
-        ...     size: int = 1
-        >>> class Outer(Section):
-        ...     inner: Inner = Inner()
-        >>> is_section_of(Outer, "inner"), is_section_of(Outer, "inner.size")
+        >>> from topkd.config.recipe import Recipe
+        >>> is_section_of(Recipe, "optimizer"), is_section_of(Recipe, "optimizer.lr")
         (True, False)
+        >>> is_section_of(Recipe, "teacher"), is_section_of(Recipe, "data.randaugment")
+        (True, True)
     """
     for step in key.split("."):
         if not _is_section(model) or step not in model.model_fields:
