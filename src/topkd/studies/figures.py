@@ -174,10 +174,15 @@ def curves(runs: Runs, style: Style) -> dict[str, Chart]:
 
 
 def shares(runs: Runs) -> tuple[Chart, dict[str, str]]:
-    """Plots the gradient shares at the last epoch, averaged over seeds; see :func:`share_bars`."""
+    """Plots the gradient shares at the last epoch, averaged over seeds; see :func:`share_bars`.
+
+    Variants whose gradients were not measured at the embedding are marked.
+    """
     found = {}
-    for variant, seeds in runs.items():
+    for name, seeds in runs.items():
         results = [run.result.gradient_share for run in seeds.values()]
+        places = {run.result.gradient_at for run in seeds.values()}
+        variant = name if places <= {"embedding"} else f"{name} (weights)"
         terms = dict.fromkeys(term for each in results for term in each)
         found[variant] = {
             t: sum(each.get(t, 0.0) for each in results) / len(results) for t in terms
