@@ -38,6 +38,12 @@ QUICK = {"ft": {"epochs": 1}}  # its paraphraser is trained first
 N = 16
 
 
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    """Fitted networks are written to the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 class TwoHeads(Network):
     """A network with a distillation head beside its classifier."""
 
