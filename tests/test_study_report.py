@@ -6,6 +6,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from topkd.config import study as studies
 from topkd.reporting.plots.forest import Difference, forest
 from topkd.reporting.plots.interactive import Chart
 from topkd.reporting.sections import fixed
-from topkd.studies import benchmark, sentences, table
+from topkd.studies import benchmark, figures, sentences, table
 from topkd.studies.analysis import compare
 from topkd.studies.collect import collect, primary_metric
 from topkd.studies.overall import over_settings
@@ -589,3 +590,14 @@ def test_a_missing_result_is_a_dash(made):
     study, _ = made(values)
     (line,) = [x for x in benchmark.FORMATS["markdown"](study).splitlines() if "edges" in x]
     assert line.endswith(" | – |")
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [("embedding", "at"), ("backbone weights", "at, at the backbone weights")],
+)
+def test_gradients_that_were_compared_at_the_weights_are_marked(tmp_path, place, expected):
+    found = SimpleNamespace(gradient_share={"ce": 0.5, "at": 0.5}, gradient_at=place)
+    chart, _ = figures.shares({"at": {0: SimpleNamespace(result=found)}})
+    (axes,) = chart.figure.axes
+    assert [text.get_text() for text in axes.texts] == [expected]

@@ -193,8 +193,8 @@ class Term(_Open):
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the term."""
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Replaces the weight: target fraction of the gradient at the student's embedding, measured
-    as the sum of the norms over all terms."""
+    """Replaces the weight: target fraction of the sum of the gradient norms of all terms, measured
+    at the student's embedding or, if a term reads other features, at the backbone weights."""
     start: Moment = 1
     """First epoch in which the term is active, or the fraction of the epochs that precedes it."""
     stop: Moment | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError
@@ -20,6 +20,8 @@ from topkd.config.validation import read_yaml
 from topkd.evaluation.statistics import Paired, paired
 
 Value = TypeVar("Value")
+GradientPlace = Literal["embedding", "backbone weights"]
+"""Where the gradients of loss terms are measured and compared."""
 
 MADE_WITH = ("processor", "threads", "device", "dtype", "topkd", "commit", "torch", "python")
 """What a result may depend on besides its recipe: keys of ``environment``."""
@@ -111,6 +113,7 @@ class Result(_Part):
     mean_of_last_10: FiniteFloat
     best: BestEpoch
     gradient_share: dict[str, FiniteFloat]
+    gradient_at: GradientPlace = "embedding"
     loss_metadata: dict[str, LossMetadata] = Field(default_factory=dict)
     data_issues: dict[str, Any] = Field(default_factory=dict)
     train_seconds: FiniteFloat
@@ -129,12 +132,17 @@ class Result(_Part):
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """Converts to plain values, without the parts that were not measured."""
+        """Converts to plain values, without the parts that were not measured.
+
+        A place of the gradients is written if it is not the embedding.
+        """
         optional = ("teacher", "teacher_similarity", "per_class")
         absent: dict[str, Any] = {name: True for name in optional if not getattr(self, name)}
         if self.teacher is not None:
             hashes = ("file", "recipe_hash")
             absent["teacher"] = {name for name in hashes if getattr(self.teacher, name) is None}
+        if self.gradient_at == "embedding":
+            absent["gradient_at"] = True
         return self.model_dump(mode="json", exclude=absent)
 
 

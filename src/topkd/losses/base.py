@@ -95,6 +95,8 @@ class Loss(nn.Module, ABC):
     """Whether the student must use its teacher's classifier."""
     reads_maps: ClassVar[bool] = False
     """Whether the loss reads feature maps or pre-activations; otherwise they are discarded."""
+    reads_distilled: ClassVar[bool] = False
+    """Whether the loss reads the logits of a distillation head."""
 
     def __new__(cls, *args: Any, **options: Any) -> Loss:
         loss = super().__new__(cls)
@@ -210,6 +212,12 @@ class LossTerm:
     def is_active(self, epoch: int, epochs: int) -> bool:
         """Whether the term has a positive weight in an epoch, given the total number of epochs."""
         return self.settings.schedule(epoch, epochs) > 0
+
+    @property
+    def bypasses_embedding(self) -> bool:
+        """Whether the term reads features of the student other than its embedding and logits."""
+        reads_others = self.loss.reads_maps or self.loss.reads_distilled
+        return reads_others or self.settings.taps.student != View()
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
         """Binds the loss to two networks, see :meth:`Loss.setup`.

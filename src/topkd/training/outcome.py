@@ -78,6 +78,7 @@ class Outcome:
                 "mean_of_last_10": sum(recent) / len(recent),
                 "best": {"epoch": best, "top1": accuracies[best]},
                 "gradient_share": history[-1]["gradient_share"],
+                "gradient_at": history[-1].get("gradient_at", "embedding"),
                 "loss_metadata": metadata,
                 "data_issues": self.data.faults.facts(),
                 "train_seconds": round(sum(entry["seconds"] for entry in history), 1),
