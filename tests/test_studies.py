@@ -788,7 +788,7 @@ def test_a_template_can_be_run_with_every_loss(file, tmp_path, monkeypatch, name
         return
     try_losses(recipe)
     term = recipe.losses[-1]
-    assert (term.share is None) == (LOSSES[name].reads_maps or LOSSES[name].info.group == "logits")
+    assert (term.share is None) == (LOSSES[name].info.group == "logits")
     assert recipe.teacher.cache == (cache and not LOSSES[name].reads_maps)
 
 

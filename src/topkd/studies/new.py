@@ -14,22 +14,20 @@ TEMPLATE = """# {count} variants of the recipe {recipe}, seeds {seeds}; `topkd s
 recipe: {recipe}
 set: {{}}                       # changes to the recipe in every run, e.g. {{epochs: 20}}
 baseline: {baseline}
-variants:{note}
+variants:
 {variants}
 settings: {{main: {{}}}}          # name -> changes; variants are compared within a setting
 seeds: {seeds}
 primary: {{metric: top1}}       # margin: the smallest difference that matters
 """
-WEIGHTS = "                     # weight: choose it, the documentation of losses has examples"
 
 
 def template(recipe: str, methods: Sequence[str], seeds: str) -> str:
     """Returns a study file with one variant per loss; the first one is the baseline.
 
     The baseline and losses on logits are combined with cross-entropy. All other losses are added to
-    the terms of the baseline. They get a share of the gradient, so that no weight has to be tuned;
-    those that read feature maps get a weight. A loss that replaces the student's classifier gets
-    the change of the recipe that it needs.
+    the terms of the baseline, with a share of the gradient, so that no weight has to be tuned. A
+    loss that replaces the student's classifier gets the change of the recipe that it needs.
 
     Args:
         recipe: Name or path of a recipe.
@@ -63,7 +61,6 @@ def template(recipe: str, methods: Sequence[str], seeds: str) -> str:
         recipe=recipe,
         baseline=first,
         variants="\n".join(lines),
-        note=WEIGHTS if any(LOSSES[name].reads_maps for name in others) else "",
         seeds=seeds,
     )
 
@@ -79,6 +76,4 @@ def _variant(name: str, recipe: Recipe) -> str:
     if loss.reads_maps and recipe.teacher is not None and recipe.teacher.cache:
         changes.append("teacher.cache: false")  # it stores no feature maps
     changed = f", set: {{{', '.join(changes)}}}" if changes else ""
-    if loss.reads_maps:
-        return f"  {name}: {{add: [{{name: {name}, weight: 1.0}}]{changed}}}"
     return f"  {name}: {{add: [{{name: {name}, share: 0.1}}]{changed}}}"
