@@ -169,7 +169,7 @@ def test_a_run_with_a_killed_process_ends_and_resumes_to_the_same_bits(tmp_path,
     assert not (run_of(folders[1]) / "result.json").exists()
     assert "topkd" in printed
     said = [line for line in printed.splitlines() if line.startswith("topkd")]
-    assert re.search(r"another process has ended|terminated", "\n".join(said)), printed
+    assert re.search(r"another process has exited|terminated", "\n".join(said)), printed
     ours = [line for line in printed.splitlines() if "/topkd/" in line]
     assert ours == [], "a traceback of ours"
     status, printed = finish(start(2, folders[1]))
