@@ -25,6 +25,7 @@ from topkd.data import InMemory, training_batches
 from topkd.features import Features, Teacher
 from topkd.losses import KD, LOSSES, Loss, LossContext
 from topkd.models import MODELS
+from topkd.models.reused import reuse
 from topkd.training.precision import Runtime
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -88,10 +89,14 @@ def kept_for_backward(loss: Loss) -> int:
 
 def built(name: str, folder: Path) -> Loss | None:
     quiet = Progress(quiet=True)
-    context = LossContext(answers, memory.target, network, teacher, "", folder, quiet)
     loss = LOSSES[name](**OPTIONS.get(name, {}))
+    student = reuse(network, teacher, batch.images) if loss.replaces_classifier else network
+    with torch.no_grad():  # in float32, in which training sets losses up
+        made, answer = student(batch.images), teacher(batch.images)
+    made = replace(made, distilled=made.logits)
+    context = LossContext(answers, memory.target, student, teacher, "", folder, quiet, batch.images)
     try:
-        loss.setup(features, target, context)
+        loss.setup(made, answer, context)
     except ValueError as error:
         print(f"{name:14}left out: {error}")
         return None

@@ -1,5 +1,6 @@
 """What all tests share: one thread, random numbers that repeat, files that may be absent."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,21 @@ def _same_random_numbers():
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Calls the command line and returns its status, output and messages."""
+    from topkd.cli import app
+
+    def run(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["topkd", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            app.main()
+        out, err = capfd.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run
 
 
 @pytest.fixture

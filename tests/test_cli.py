@@ -40,20 +40,12 @@ TEACHER = {
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Calls the command line in an empty folder and gives its status, output and messages."""
+def call(call, monkeypatch, tmp_path):
+    """Calls the command line in a folder with two recipes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY), encoding="utf-8")
     (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(TEACHER), encoding="utf-8")
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["topkd", *words])
-        with pytest.raises(SystemExit) as end:
-            app.main()
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
+    return call
 
 
 def test_stages_one_by_one(call, tmp_path):

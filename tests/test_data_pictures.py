@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from topkd.data import DATA, from_dataset
-from topkd.data.pictures import in_color, open_bytes
+from topkd.data.pictures import CropConfig, CropOptions, in_color, open_bytes
 from topkd.data.sources.folder import folder
 from topkd.data.sources.parquet import parquet
 from topkd.data.sources.webdataset import webdataset
@@ -27,6 +28,10 @@ STORED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
+
+
+def test_type_checkers_see_the_options_of_a_crop():
+    assert get_type_hints(CropOptions) == get_type_hints(CropConfig)
 
 
 def upright(height=16, width=16):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from topkd._io import files
 from topkd._io.progress import Progress
 from topkd.config import recipe
 from topkd.config.validation import RecipeError
@@ -21,7 +22,7 @@ from topkd.losses import LOSSES
 from topkd.models import MODELS, checkpoint
 from topkd.topology.approximation import Approximation
 from topkd.training import run_folder
-from topkd.training.check import check
+from topkd.training.check import check, teacher_recipe
 from topkd.training.evaluate import evaluate_file
 from topkd.training.experiment import Experiment
 from topkd.training.teacher_cache import TeacherCache
@@ -152,6 +153,50 @@ def test_a_finished_run_of_another_teacher_is_refused(tmp_path):
     message = "kd/seed0 was trained with another teacher than .*teacher.safetensors now holds"
     with pytest.raises(ValueError, match=message):
         experiment.train_student(0)
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "beside the teacher"])
+def test_a_finished_run_is_refused_after_its_teachers_recipe_changed(tmp_path, recorded):
+    file, tree = tmp_path / "taught.yaml", TINY | {"controls": {}, "epochs": 1}
+    taught = {key: TINY[key] for key in ("data", "student", "batch_size")}
+    taught |= {"losses": [{"name": "ce"}], "epochs": 1}
+    tree |= {"losses": [{"name": "ce"}, {"name": "kd"}]}
+    tree |= {"teacher": {"model": "resnet8x0.25", "recipe": str(file)}}
+    file.write_text(yaml.safe_dump(taught), encoding="utf-8")
+    parsed = recipe.parse(tree)
+    experiment = Experiment(parsed, tmp_path / "runs", QUIET)
+    first = experiment.train_student(0)
+    assert first["teacher"]["recipe_hash"] == teacher_recipe(parsed).hash
+    if not recorded:
+        path = experiment.run_folder(0) / "result.json"
+        del first["teacher"]["recipe_hash"]
+        files.write_sealed(path, first)
+    assert experiment.train_student(0) == first
+    changed = taught | ({"name": "renamed"} if recorded else {}) | {"epochs": 4}
+    file.write_text(yaml.safe_dump(changed), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"taught.yaml now is; undo the change .* --out$"):
+        Experiment(parsed, tmp_path / "runs", QUIET).train_student(0)
+
+
+def test_a_run_is_finished_when_seen_from_another_folder(tmp_path, monkeypatch):
+    taught = {key: TINY[key] for key in ("data", "student", "batch_size")}
+    taught |= {"losses": [{"name": "ce"}], "epochs": 1}
+    tree = TINY | {"controls": {}, "losses": [{"name": "ce"}, {"name": "kd"}], "epochs": 1}
+    tree |= {"teacher": {"model": "resnet8x0.25", "recipe": "taught.yaml"}}
+    for folder in (tmp_path, tmp_path / "inner"):
+        folder.mkdir(exist_ok=True)
+        for name, content in (("tiny", tree), ("taught", taught)):
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        taught = taught | {"epochs": 2, "name": "other"}
+    found = []
+    for place, path in ((".", "tiny.yaml"), ("inner", "../tiny.yaml")):
+        monkeypatch.chdir(tmp_path / place)
+        experiment = Experiment(recipe.load(path), tmp_path / "runs", QUIET)
+        found.append(experiment.train_student(0))
+    assert found[0] == found[1]
+    other = Experiment(recipe.load("tiny.yaml"), tmp_path / "runs", QUIET)
+    with pytest.raises(ValueError, match=r"has a teacher of another recipe than taught.yaml"):
+        other.train_student(0)
 
 
 def test_a_result_of_another_recipe_is_refused_without_its_recipe_file(tiny, tmp_path):

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 
 from topkd._io import files
 from topkd._io.progress import Progress
-from topkd.cli import app
 from topkd.config import recipe
 from topkd.config.recipe import DataSection
 from topkd.data import DATA
@@ -310,20 +309,10 @@ def test_every_family_can_be_written(model, tmp_path):
         torch.testing.assert_close(found, network(images), rtol=1e-4, atol=TOLERANCE)
 
 
-def call(monkeypatch, capfd, *words):
-    monkeypatch.setattr(sys, "argv", ["topkd", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        app.main()
-    out, err = capfd.readouterr()
-    return int(end.value.code or 0), out, err
-
-
-def test_the_command_prints_the_comparison_and_nothing_else(
-    run, made, tmp_path, monkeypatch, capfd
-):
+def test_the_command_prints_the_comparison_and_nothing_else(run, made, tmp_path, call):
     out = tmp_path / "out"
     words = ("export", run, "--to", "safetensors, torch-export", "--to", "onnx", "--out", out)
-    status, printed, err = call(monkeypatch, capfd, *words, "--quiet")
+    status, printed, err = call(*words, "--quiet")
     assert (status, err) == (0, "")
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     lines = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
@@ -334,12 +323,12 @@ def test_the_command_prints_the_comparison_and_nothing_else(
         assert f"{entry['top1']:.2f}" in lines[name]
     assert "the network, on the 540 test images of digits" in printed
     words = ("export", run, "--to", "safetensors", "--out", out, "--json")
-    status, printed, _ = call(monkeypatch, capfd, *words)
+    status, printed, _ = call(*words)
     assert status == 0
     assert json.loads(printed)["files"]["model.onnx"]["agreement"] == 100
 
 
-def test_mistakes_are_one_line(run, made, elsewhere, tmp_path, monkeypatch, capfd):
+def test_mistakes_are_one_line(run, made, elsewhere, tmp_path, monkeypatch, call):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("mine", encoding="utf-8")
     checkpoint.save_weights(tmp_path / "bare.safetensors", torch.nn.Linear(1, 1), {})
@@ -361,12 +350,12 @@ def test_mistakes_are_one_line(run, made, elsewhere, tmp_path, monkeypatch, capf
     ]
     for (target, to, out, *more), message in wrong:
         words = ("export", target, "--to", to, "--out", out, "--quiet", *more)
-        status, printed, err = call(monkeypatch, capfd, *words)
+        status, printed, err = call(*words)
         assert (status, printed, err.count("\n")) == (2, "", 1), err
         assert message in err
         assert not new.exists()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    status, _, err = call(monkeypatch, capfd, "export", run, "--to", "onnx", "--out", new)
+    status, _, err = call("export", run, "--to", "onnx", "--out", new)
     assert (status, err) == (2, "topkd: this needs onnxruntime: pip install 'topkd[export]'\n")
 
 

@@ -12,7 +12,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from topkd._io.progress import Progress
-from topkd.cli import app
 from topkd.config import recipe
 from topkd.features import FeatureExtractor
 from topkd.models import checkpoint, factory
@@ -246,18 +245,6 @@ def test_what_is_overwritten_is_no_map():
 
 
 # --- Commands ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["topkd", *words])
-        with pytest.raises(SystemExit) as end:
-            app.main()
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
 
 
 def pictures(folder, classes):

@@ -262,6 +262,151 @@ def test_objects_with_other_content_are_other_runs(tmp_path):
             distill(*arguments)
 
 
+def shaped(activation, width=6):
+    """Networks with the same weights that compute something else."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, width, 3, padding=1), activation(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(width, CLASSES))
+
+
+def in_memory(**augmentation):
+    from topkd.data import Data, InMemory
+
+    pixels = torch.randint(256, (64, 8, 8, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
+    mean, std = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+    images = InMemory(pixels, torch.arange(64) % CLASSES, mean, std, **augmentation)
+    return Data("noise", images, images, list("abcd"), mean, std)
+
+
+class Scaled(Loss):
+    """A loss with options of every kind."""
+
+    def __init__(self, scale, *more, table=None, **others):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, student, teacher, batch):
+        return self.scale * student.logits.square().mean()
+
+
+FLAT, SHIFTED = {"padding": 0, "flip": False}, {"padding": 4, "flip": True}
+
+
+@pytest.mark.parametrize(
+    ("key", "one", "other"),
+    [
+        ("student", lambda: lambda: small(), lambda: lambda: shaped(nn.ReLU, 12)),
+        ("student", lambda: lambda: shaped(nn.ReLU), lambda: lambda: shaped(nn.Tanh)),
+        ("student", lambda: shaped(nn.ReLU), lambda: shaped(nn.Tanh)),
+        ("student", lambda: wrap(small_of(0)), lambda: wrap(small_of(0), maps=["0"])),
+        ("teacher", lambda: shaped(nn.ReLU), lambda: shaped(nn.Tanh)),
+        ("data", lambda: in_memory(**FLAT), lambda: in_memory(**SHIFTED)),
+        ("losses", lambda: [Scaled(1.0)], lambda: [Scaled(3.0)]),
+        ("losses", lambda: [Scaled(1.0, 2)], lambda: [Scaled(1.0, 3)]),
+        ("losses", lambda: [Scaled(1.0, power=2)], lambda: [Scaled(1.0, power=3)]),
+        (
+            "losses",
+            lambda: [Scaled(1.0, table=torch.ones(3))],
+            lambda: [Scaled(1.0, table=torch.zeros(3))],
+        ),
+        (
+            "losses",
+            lambda: [Scaled(1.0, table=shaped(nn.ReLU))],
+            lambda: [Scaled(1.0, table=shaped(nn.Tanh))],
+        ),
+    ],
+)
+def test_objects_that_compute_something_else_are_other_runs(tmp_path, key, one, other):
+    arguments = {"teacher": small_of(0), "data": in_memory(**FLAT), "losses": [CE()]}
+    arguments |= {"student": small_of(1)}
+    options = {"epochs": 1, "batch_size": 16, "out": tmp_path / "mine", "quiet": True}
+    first = topkd.distill(**arguments | {key: one()}, **options).results()
+    assert topkd.distill(**arguments | {key: one()}, **options).results() == first
+    with pytest.raises(ValueError, match="holds runs of another recipe: .* choose another"):
+        topkd.distill(**arguments | {key: other()}, **options)
+
+
+def small_of(seed):
+    torch.manual_seed(seed)
+    return small()
+
+
+def test_a_function_is_called_without_a_trace_in_the_random_numbers(tmp_path):
+    import random
+
+    import numpy as np
+
+    def student():
+        random.random(), np.random.rand()  # noqa: NPY002
+        return small()
+
+    from topkd.studies.pipeline import _student
+
+    def states():
+        arrays = np.random.get_state()[1]  # noqa: NPY002
+        return torch.get_rng_state().tolist(), random.getstate(), arrays.tolist()
+
+    before = states()
+    name = _student(student)[0]
+    assert states() == before
+    torch.manual_seed(7)
+    assert _student(student)[0] == name
+
+
+def test_a_function_may_return_a_network_without_weights_yet(tmp_path):
+    def student():
+        return nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+    options = {"epochs": 1, "batch_size": 16, "out": tmp_path / "mine", "quiet": True}
+    (first,) = topkd.distill(student, None, in_memory(**FLAT), [CE()], **options).results()
+    assert first["model"].startswith("object:student-")
+
+
+def test_options_of_a_loss_are_known_by_name():
+    loss = Scaled(1.0, 2, 3, table=4, other=5)
+    assert loss.options == {"scale": 1.0, "more": (2, 3), "table": 4, "other": 5}
+    with pytest.raises(TypeError, match="scale"):
+        Scaled()
+
+    class Weighted(Loss):
+        def __init__(self, weight):
+            super().__init__()
+
+        def forward(self, student, teacher, batch):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match="Weighted: the option 'weight' has the name of a setting"):
+        2 * Weighted(3.0)
+
+
+def test_outputs_of_a_teacher_with_the_same_weights_are_kept_apart(tmp_path):
+    from topkd._io.progress import Progress
+    from topkd.config import recipe
+    from topkd.training.build import Objects
+    from topkd.training.experiment import Experiment
+
+    tree = {
+        "name": "kept",
+        "data": {"name": "digits", "limit": 64},
+        "student": {"model": "resnet8x0.25"},
+        "teacher": {"model": "object:net", "checkpoint": "object", "cache": True},
+        "losses": [{"name": "ce"}, {"name": "kd"}],
+    }
+
+    def outputs(activation):
+        torch.manual_seed(0)
+        teacher = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), activation(), nn.Linear(8, 10))
+        objects = Objects(teacher=teacher)
+        found = Experiment(recipe.parse(tree), tmp_path, Progress(quiet=True), objects)
+        return found.teacher_outputs
+
+    one, same, other = outputs(nn.ReLU), outputs(nn.ReLU), outputs(nn.Tanh)
+    assert one.hash == other.hash
+    assert torch.equal(one.predictions.logits, same.predictions.logits)
+    assert not torch.equal(one.predictions.logits, other.predictions.logits)
+    assert one.cache(0).folder == same.cache(0).folder != other.cache(0).folder
+
+
 def test_data_sets_with_random_pictures_are_distilled_again(tmp_path):
     class Noisy:
         def __len__(self):

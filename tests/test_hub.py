@@ -16,7 +16,6 @@ pytest.importorskip("huggingface_hub")
 from huggingface_hub import constants
 
 from topkd._io.progress import Progress
-from topkd.cli import app
 from topkd.export import hub
 
 # huggingface_hub sends files in a way of which httpx disapproves.
@@ -538,21 +537,13 @@ def test_a_file_that_is_not_the_one_that_was_checked_is_not_pushed(server, expor
     assert not server.repos
 
 
-def call(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["topkd", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        app.main()
-    out, err = capsys.readouterr()
-    return int(end.value.code or 0), out, err
-
-
-def test_the_commands(server, export, tmp_path, monkeypatch, capsys):
+def test_the_commands(server, export, tmp_path, monkeypatch, call):
     where = ("--endpoint", server.url + "/")
-    status, out, _ = call(monkeypatch, capsys, "push", export, "me/small", "--private", *where)
+    status, out, _ = call("push", export, "me/small", "--private", *where)
     assert status == 0
     assert out == f"commit: {server.url}/me/small/commit/{1:040d}\n"
     assert server.repos["me/small"]["private"]
-    status, out, _ = call(monkeypatch, capsys, "pull", "me/small", tmp_path / "pulled", *where)
+    status, out, _ = call("pull", "me/small", tmp_path / "pulled", *where)
     assert status == 0
     assert out == f"{tmp_path / 'pulled'}: 4 files, all hashes match\n"
 
@@ -563,31 +554,31 @@ def test_the_commands(server, export, tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for words, message in wrong:
-        status, _, err = call(monkeypatch, capsys, *words, *where)
+        status, _, err = call(*words, *where)
         assert (status, message in err, err.count("\n")) == (2, True, 1), err
     monkeypatch.delenv("HF_TOKEN")
-    status, _, err = call(monkeypatch, capsys, "push", export, "me/small", *where)
+    status, _, err = call("push", export, "me/small", *where)
     assert (status, err) == (
         2,
         "topkd: a push needs a token: run `hf auth login` or set HF_TOKEN\n",
     )
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    status, _, err = call(monkeypatch, capsys, "push", export, "me/small", *where)
+    status, _, err = call("push", export, "me/small", *where)
     assert (status, err.count("\n")) == (2, 1), err
 
 
-def test_a_server_that_is_not_there_is_one_line(server, export, monkeypatch, capsys):
+def test_a_server_that_is_not_there_is_one_line(server, export, call):
     nowhere = ("--endpoint", "http://127.0.0.1:1")
-    status, _, err = call(monkeypatch, capsys, "push", export, "me/small", *nowhere)
+    status, _, err = call("push", export, "me/small", *nowhere)
     assert status == 2
     assert err.startswith("topkd: the connection with http://127.0.0.1:1 failed: ")
     assert err.endswith("; rerun the command to resume\n")
     assert err.count("\n") == 1
 
 
-def test_what_a_server_says_is_one_line(server, export, monkeypatch, capsys):
+def test_what_a_server_says_is_one_line(server, export, monkeypatch, call):
     monkeypatch.setattr(Handler, "do_GET", lambda self: self.answer(500, body=b"no\nand\n" * 999))
-    status, _, err = call(monkeypatch, capsys, "pull", "me/a", export, "--endpoint", server.url)
+    status, _, err = call("pull", "me/a", export, "--endpoint", server.url)
     assert (status, err.count("\n")) == (2, 1), err
     assert len(err) < 400
 

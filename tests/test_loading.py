@@ -1,14 +1,12 @@
 """Classifiers loaded from files, and `topkd predict`."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from topkd.cli import app
 from topkd.data import DATA
 from topkd.evaluation import metrics
 from topkd.evaluation.loading import load
@@ -45,18 +43,6 @@ def pictures(tmp_path):
                 pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(path)
     return tmp_path / "data"
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["topkd", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            app.main()
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
 
 
 @pytest.mark.parametrize("options", [{}, {"crop": 0.8}, {"padding": 2}])

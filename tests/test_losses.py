@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference.features import CLOUD, WIDTH, batch, bound, features, source_in, tapped
+from reference.features import CLOUD, WIDTH, agreeing, batch, bound, features, source_in, tapped
 from torch import nn
 from torch.autograd import gradcheck
 
 from topkd.features import Batch
 from topkd.losses import LOSSES
+from topkd.models.reused import reuse
 from topkd.topology.approximation import Training
 
 SHORT = Training(passes=2, epochs=2)
@@ -47,8 +48,14 @@ def make(request, shared_source):
     name, options = CASES[request.param]
 
     def build(width):
-        student, teacher = features(width, seed=1), features(WIDTH, seed=2)
         own = replace(shared_source, student=tapped(width, seed=1))
+        student = agreeing(features(width, seed=1), own.student)
+        teacher = agreeing(features(WIDTH, seed=2), own.teacher.network)
+        if LOSSES[name].replaces_classifier:
+            own = replace(
+                own, student=reuse(own.student, own.teacher, own.sample.double()).double()
+            )
+            student = agreeing(features(WIDTH, seed=1), own.student)
         loss = bound(LOSSES[name], student, teacher, own, **options)
         for module in loss.modules():
             if isinstance(module, nn.BatchNorm2d):  # new ones put a ReLU at its kink

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from reference import map_loops as loops
-from reference.features import CLASSES, WIDTH, batch, bound, features, source_in, tapped
+from reference.features import CLASSES, WIDTH, agreeing, batch, bound, features, source_in, tapped
 from reference.losses import mean_square
 from torch import nn
 
@@ -18,6 +18,11 @@ from topkd.models import MODELS
 from topkd.models.reused import projector, rebuild, reuse
 
 HALF = (0.5,) * 3
+
+
+def agreed(width, seed):
+    """Features whose classifier reads the averages of the last map, as in `source_in`."""
+    return agreeing(features(width, seed=seed), tapped(width, seed=seed))
 
 
 def seasoned(network):
@@ -67,16 +72,12 @@ def test_last_maps_are_compared_at_the_smaller_size(s_side, t_side):
     assert torch.autograd.gradcheck(last_map, (student.requires_grad_(), teacher))
 
 
-def test_a_student_with_its_own_classifier_gets_a_projector_where_it_needs_one(source):
-    teacher = features(WIDTH, seed=2)
-    for width, brings in ((WIDTH, False), (3, True)):
-        student = features(width, seed=1)
-        loss = bound(SimKD, student, teacher, source).double().eval()
-        assert (loss.project is not None) == brings
-        own = student.maps[-1] if loss.project is None else loss.project(student.maps[-1])
-        found = loss(student, teacher, batch())
-        torch.testing.assert_close(found, last_map(own, teacher.maps[-1]))
-        assert "does not train" in loss.metadata()["classifier"]
+def test_a_student_with_its_own_classifier_is_refused(source):
+    message = (
+        r"^losses.simkd: the student \(Network\) must use its teacher's classifier: set student"
+    )
+    with pytest.raises(ValueError, match=message):
+        (1.0 * SimKD()).setup(agreed(3, seed=1), agreed(WIDTH, seed=2), source)
 
 
 def test_refuses_last_maps_that_differ():
@@ -232,7 +233,7 @@ def test_a_convolution_of_one_place_is_a_classifier_too():
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 5.0])
 def test_softmax_regression_is_the_paper_in_plain_loops(weight, source):
-    student, teacher = features(3, seed=1), features(WIDTH, seed=2)
+    student, teacher = agreed(3, seed=1), agreed(WIDTH, seed=2)
     loss = seasoned(bound(SRRL, student, teacher, source, logits=weight).double())
     head = source.teacher.network.classifier
     embeddings, logits = [], []
@@ -248,7 +249,7 @@ def test_softmax_regression_is_the_paper_in_plain_loops(weight, source):
 
 
 def test_softmax_regression_trains_its_projection_and_never_the_teacher(source):
-    student, teacher = features(3, seed=1), features(WIDTH, seed=2)
+    student, teacher = agreed(3, seed=1), agreed(WIDTH, seed=2)
     loss = seasoned(bound(SRRL, student, teacher, source).double())
     assert sum(w.numel() for w in loss.parameters()) == 3 * WIDTH + 2 * WIDTH
     assert not any("teacher" in name for name in loss.state_dict())
@@ -263,7 +264,7 @@ def test_softmax_regression_trains_its_projection_and_never_the_teacher(source):
 
 
 def test_a_student_with_the_teachers_embedding_and_logits_loses_nothing(source):
-    teacher = features(WIDTH, seed=2)
+    teacher = agreed(WIDTH, seed=2)
     seen = teacher.maps[-1]
     made = replace(teacher, embedding=seen.mean((2, 3)))
     made = replace(made, logits=source.teacher.network.head(made.embedding))
@@ -323,7 +324,7 @@ def test_normalized_class_maps_that_are_nothing_have_a_gradient():
 
 
 def test_the_students_classifier_learns_and_is_read_anew(source):
-    student, teacher = features(3, seed=1), features(WIDTH, seed=2)
+    student, teacher = agreed(3, seed=1), agreed(WIDTH, seed=2)
     source = replace(source, student=tapped(3, seed=1))
     loss = bound(CATKD, student, teacher, source)
     assert not list(loss.parameters())
@@ -344,16 +345,14 @@ def test_the_students_classifier_learns_and_is_read_anew(source):
 
 
 def test_networks_with_one_classifier_and_one_map_lose_nothing(source):
-    teacher = features(WIDTH, seed=2)
+    teacher = agreed(WIDTH, seed=2)
     source = replace(source, student=source.teacher.network)
     loss = bound(CATKD, teacher, teacher, source)
     assert loss(teacher, teacher, batch()) == 0
 
 
 def test_refuses_what_has_no_class_maps(source):
-    student, teacher = features(3, seed=1), features(WIDTH, seed=2)
-    with pytest.raises(ValueError, match="student: the classifier reads 3 numbers, .* 5 channels"):
-        bound(CATKD, teacher, teacher, replace(source, student=tapped(3, seed=1)))
+    student, teacher = agreed(3, seed=1), agreed(WIDTH, seed=2)
     with pytest.raises(ValueError, match="the student has no maps"):
         bound(CATKD, replace(student, maps=[]), teacher, source)
     with pytest.raises(ValueError, match="one linear layer, got ReLU"):

@@ -210,7 +210,12 @@ def test_margins_are_measured_where_there_is_no_normalization(source):
         OFD,
         replace(features(3, seed=1), preactivations=features(3, seed=1).preactivations[2:]),
         replace(features(5, seed=2), preactivations=features(5, seed=2).preactivations[2:]),
-        replace(source, teacher=teacher, teacher_batches=two_stages),
+        replace(
+            source,
+            student=without_normalizations(3),
+            teacher=teacher,
+            teacher_batches=two_stages,
+        ),
         skip=0,
     )
     assert loss.metadata() == {"margins": ["measured on 16 batches"] * 2}
@@ -241,7 +246,8 @@ def test_a_channel_that_is_never_negative_has_margin_0(source):
     few = [
         replace(f, preactivations=f.preactivations[2:]) for f in (features(5, 1), features(5, 2))
     ]
-    loss = bound(OFD, *few, replace(source, teacher=teacher, teacher_batches=positive), skip=1)
+    source = replace(source, student=without_normalizations(), teacher=teacher)
+    loss = bound(OFD, *few, replace(source, teacher_batches=positive), skip=1)
     assert loss.margin0.tolist() == [0.0] * 5
 
 

@@ -521,6 +521,24 @@ def test_a_teachers_recipe_is_found_beside_the_recipe(tmp_path):
         teacher_recipe(recipe.load(str(tmp_path / "mine.yaml")))
 
 
+def test_the_folder_of_a_teachers_recipe_is_not_part_of_the_hash(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(PLAIN), encoding="utf-8")
+    own = PLAIN | {"teacher": {"model": "resnet8", "recipe": "t.yaml"}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    beside = recipe.load("mine.yaml")
+    monkeypatch.chdir(tmp_path / "inner")
+    for path in ("../mine.yaml", str(tmp_path / "mine.yaml")):
+        loaded = recipe.load(path)
+        assert loaded.teacher.recipe != beside.teacher.recipe
+        assert loaded.hash == beside.hash
+        assert recipe.difference(loaded, beside) == "no difference"
+    named = PLAIN | {"teacher": {"model": "resnet8", "recipe": "digits/teacher"}}
+    other = PLAIN | {"teacher": {"model": "resnet8", "recipe": "own/teacher"}}
+    assert recipe.parse(named).hash != recipe.parse(other).hash
+
+
 def test_a_difference_is_told_at_its_leaf():
     there = recipe.parse(PLAIN | {"optimizer": {"lr": 0.05}})
     here = recipe.parse(PLAIN | {"optimizer": {"lr": 0.02}})

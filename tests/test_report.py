@@ -446,6 +446,20 @@ def test_a_result_is_written_as_it_is_read():
     assert written == content
 
 
+def test_a_result_says_where_gradients_were_compared_if_not_at_the_embedding():
+    content = result("kd+topkd", 0, 90.0) | {"gradient_at": "backbone weights"}
+    assert Result.model_validate(content).as_json()["gradient_at"] == "backbone weights"
+    assert Result.model_validate(result("kd", 0, 90.0)).gradient_at == "embedding"
+
+
+def test_the_section_on_gradients_names_their_place(tmp_path):
+    put(tmp_path, result("kd", 0, 90.0))
+    put(tmp_path, result("kd+topkd", 0, 90.0, gradient_at="backbone weights"))
+    plain, named = sections.gradients(collect_one(tmp_path)).sentences
+    assert plain.startswith("kd, last epoch, mean of 1 seed: ce ")
+    assert named.startswith("kd+topkd, at the backbone weights, last epoch, mean of 1 seed: ce ")
+
+
 def test_markdown_cannot_be_broken_by_names(tmp_path):
     hostile = result("kd", 0, 90.0, data="a|b\n| c", model="<script>x")
     text = report.markdown(put(tmp_path, hostile))

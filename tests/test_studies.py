@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -25,16 +27,19 @@ from topkd.cli.commands.study import study as study_app
 from topkd.config import study as studies
 from topkd.config.validation import RecipeError
 from topkd.evaluation.metrics import METRICS
+from topkd.losses import LOSSES
 from topkd.studies.analysis import compare
 from topkd.studies.collect import Collected, collect
 from topkd.studies.executors import Local
-from topkd.studies.executors.base import ATTEMPTS
+from topkd.studies.executors.base import ATTEMPTS, prepare
 from topkd.studies.executors.task import Exit, Task
 from topkd.studies.forecast import Forecast, opening
 from topkd.studies.new import template
 from topkd.studies.plan import Place
 from topkd.studies.run import run
 from topkd.studies.table import FORMATS
+from topkd.training.check import check
+from topkd.training.trial import try_losses
 
 QUIET = Progress(quiet=True)
 TEACHER = {
@@ -129,6 +134,16 @@ def test_changes_replace_what_the_file_says(file):
             {"variants": STUDY["variants"] | {"top kd": {}, "top-kd": {}}},
             "variants: 'top kd' and 'top-kd' would share the folder top-kd; rename one",
         ),
+        ({"grid": {"topkd.share": [0.1, 0.2, 0.1]}}, "topkd.share: the value 0.1 appears twice"),
+        ({"grid": {"topkd.share": [1, 1.0]}}, "topkd.share: the value 1.0 appears twice"),
+        ({"grid": {"topkd.edges": ["1", 1]}}, "topkd.edges: the value 1 appears twice"),
+        (
+            {
+                "grid": {"topkd.share": [0.2]},
+                "variants": STUDY["variants"] | {"topkd[share=0.2]": {}},
+            },
+            r"'topkd\[share=0.2\]' and 'topkd\[share=0.2\]' would share the folder",
+        ),
         ({"variants": {"kd": [{"name": "kdd"}]}}, None),
     ],
 )
@@ -138,6 +153,153 @@ def test_what_is_wrong_is_one_line_that_says_where(file, tmp_path, changes, mess
         studies.load(path)
         return
     with pytest.raises(RecipeError, match=message):
+        studies.load(path)
+
+
+def changed(path, *changes, setting="main", variant="kd"):
+    """Loads a study with changes of the command line and returns one of its recipes."""
+    return studies.load(path, changes).recipes[setting, variant]
+
+
+def test_a_change_of_the_command_line_keeps_the_rest_of_its_section(file, tmp_path):
+    tuned = RECIPE | {"optimizer": {"schedule": "one-cycle", "weight_decay": 0.001}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tuned), encoding="utf-8")
+    path = written(tmp_path, settings={"few": {"data.limit": 64}, "lr-0.1/b": {}, "lr-0": {}})
+    before = studies.load(path).recipes["few", "topkd"].optimizer
+    after = before.model_copy(update={"lr": 0.2})
+
+    where = {"setting": "few", "variant": "topkd"}
+    for change in ("set.optimizer.lr=0.2", "set.optimizer={lr: 0.2}", "set={optimizer: {lr: 0.2}}"):
+        assert changed(path, change, **where).optimizer == after
+    assert changed(path, "variants.topkd.set.optimizer.lr=0.2", **where).optimizer == after
+    for change in ("optimizer.lr=0.2", "optimizer={lr: 0.2}"):
+        assert changed(path, f"variants.random.set.{change}", **where).optimizer == before
+        recipe = changed(path, f"variants.random.set.{change}", setting="few", variant="random")
+        assert recipe.optimizer == after
+        assert recipe.losses[-1].options == {"edges": "random"}
+    longest = changed(path, "settings.lr-0.1/b.optimizer.lr=0.2", setting="lr-0.1/b")
+    assert longest.optimizer == after
+
+    assert changed(path, "set.teacher.cache=false", **where).teacher.cache is False
+    assert changed(path, "settings.few.data.limit=70", **where).data.limit == 70
+    assert changed(path, "settings.few={epochs: 5}", **where).data.limit == 100
+    assert changed(path, "settings.new={data.limit: 80}", setting="new").data.limit == 80
+    assert changed(path, "set.topkd.share=0.3", **where).losses[-1].share == 0.3
+    assert changed(path, "variants.topkd.add.topkd.share=0.3", **where).losses[-1].share == 0.3
+    assert changed(path, "variants.kd.kd.weight=9", setting="few").losses[1].weight == 9
+    grid = studies.load(path, ("grid.topkd.share=[0.2, 0.3]",))
+    assert "topkd[share=0.2]" in grid.variants
+
+
+def test_a_setting_of_a_file_without_settings_is_changed(file):
+    assert changed(file, "settings.main.data.limit=70").data.limit == 70
+
+
+def test_a_mapping_changes_only_the_keys_that_it_lists(file, tmp_path):
+    tuned = RECIPE | {"optimizer": {"schedule": "one-cycle", "weight_decay": 0.001}}
+    tuned["data"] = {"name": "digits", "limit": 100, "flip": True}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tuned), encoding="utf-8")
+    variants = STUDY["variants"] | {
+        "slow": {"set": {"optimizer": {"lr": 0.01}}},
+        "heavy": {"of": "slow", "set": {"optimizer": {"weight_decay": 0.1}}},
+    }
+    settings = {
+        "main": {"data": {"randaugment": {"magnitude": 3}}},
+        "other": {"data": {"name": "folder", "root": "images"}},
+        "shifted": {"data": {"augmentation_seed": 1}},
+    }
+    plan = studies.load(written(tmp_path, variants=variants, settings=settings))
+    optimizer = plan.recipes["main", "heavy"].optimizer
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.schedule) == (0.01, 0.1, "one-cycle")
+    data = plan.recipes["main", "kd"].data
+    assert (data.limit, data.randaugment.magnitude, data.options) == (100, 3, {"flip": True})
+    data = plan.recipes["other", "kd"].data
+    assert (data.limit, data.options) == (100, {"root": "images"})
+    assert plan.recipes["shifted", "kd"].data.options == {"flip": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.lr=0.1", "no key 'optimizer'; .* write set.optimizer.lr=0.1$"),
+        ("epochs=3", "no key 'epochs'; .* write set.epochs=3$"),
+        ("topkd.share=0.3", "no key 'topkd'; .* write set.topkd.share=0.3$"),
+        ("sets.epochs=3", "no key 'sets'; did you mean 'set'"),
+        ("seed=3", "no key 'seed'; did you mean 'seeds'"),
+        ("settings.man.epochs=3", "settings has no 'man'; did you mean 'main'"),
+        ("variants.topk.set.epochs=3", "variants has no 'topk'; did you mean 'topkd'"),
+        ("variants.kd.set.epochs=3", "there is no 'set'; there are ce, kd"),
+        ("set.optimizer", "a change is written key=value"),
+        ("set.=1", "a change is written key=value"),
+        ("seeds.x=1", "seeds has no keys"),
+        ("set[optimizer].lr=1", "write a dot after set"),
+        ("set.optimizer.lr=[", "the value is not YAML"),
+        ("set.optimizer.lr.x=1", "set: optimizer.lr.x: lr has no keys"),
+    ],
+)
+def test_a_change_that_is_wrong_is_one_line(file, change, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        studies.load(file, (change,))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["run", "status", "jobs", "job", "table", "report"])
+def test_the_help_of_changes_has_examples_that_are_accepted(file, command):
+    shown = CliRunner().invoke(study_app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+    examples = ("seeds=0-4", "set.optimizer.lr=0.1")
+    assert all(example in shown for example in examples)
+    assert changed(file, *examples).optimizer.lr == 0.1
+
+
+def test_names_of_logs_are_names_of_files(file, tmp_path):
+    path = written(tmp_path, settings={"a/b c": {}}, variants=NO_TOPOLOGY, seeds=0)
+    outcome = run(studies.load(path), tmp_path / "runs", Local(), QUIET)
+    assert outcome.failed == []
+    logs = {log.name for log in (tmp_path / "runs/logs/changed").iterdir()}
+    assert logs == {"a-b-c.log", "a-b-c-kd-seed-0.log"}
+
+
+def test_names_that_no_file_can_have_are_refused(file, tmp_path):
+    taps = [[f"layer{number}.block{number}.conv" for number in range(20)]]
+    path = written(tmp_path, grid={"topkd.taps.student.maps": taps})
+    with pytest.raises(RecipeError, match=r"variants: \"topkd\[.* at most 200 are possible"):
+        studies.load(path)
+    with pytest.raises(RecipeError, match=r"settings: 'é+\.\.\.' makes a file name of 24. bytes"):
+        studies.load(written(tmp_path, settings={"é" * 120: {}}))
+    studies.load(written(tmp_path, settings={"é" * 60: {}}))
+
+
+def test_a_variant_whose_code_fails_does_not_stop_the_others(file, tmp_path, monkeypatch):
+    (tmp_path / "nets.py").write_text("def broken(classes):\n    return missing", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    variants = NO_TOPOLOGY | {"broken": {"set": {"student.model": "nets:broken"}}}
+    path = written(tmp_path, variants=variants, seeds=0)
+    outcome = run(studies.load(path), tmp_path / "runs", Local(), QUIET)
+    assert [ended.job.variant for ended in outcome.failed] == ["broken"]
+    assert "name 'missing' is not defined" in outcome.failed[0].error
+    log = (tmp_path / "runs/logs/changed/main.log").read_text(encoding="utf-8")
+    assert "NameError" in log
+    with pytest.raises(NameError):  # no other recipe is left
+        prepare([studies.load(path).recipes["main", "broken"]], tmp_path / "runs")
+
+
+def test_too_many_jobs_are_refused_before_their_recipes_are_built(file, tmp_path):
+    values = [number / 1000 for number in range(1, 301)]
+    grid = {f"topkd.{key}": values for key in ("share", "temperature", "scale")}
+    path = written(tmp_path, grid=grid)
+    start = time.monotonic()
+    with pytest.raises(RecipeError, match=r"^108,000,002 jobs are more than 100,000$"):
+        studies.load(path)
+    assert time.monotonic() - start < 10
+
+
+def test_jobs_are_counted_as_they_are_planned(file, tmp_path, monkeypatch):
+    grid = {"topkd.share": [0.1, 0.2], "kd.weight": [1.0, 2.0, 3.0]}
+    path = written(tmp_path, grid=grid, settings={"a": {}, "b": {}})
+    monkeypatch.setattr(studies, "MOST_JOBS", (1 + 3 + 6 + 6) * 2 * 2)
+    assert len(studies.load(path).jobs()) == studies.MOST_JOBS
+    monkeypatch.setattr(studies, "MOST_JOBS", studies.MOST_JOBS - 1)
+    with pytest.raises(RecipeError, match="64 jobs are more than 63"):
         studies.load(path)
 
 
@@ -351,7 +513,7 @@ def test_without_a_known_spread_nothing_is_decided(base, new):
 def collected(file, values, metric="top1"):
     """Results of a study with these values, without training."""
     changes = (f"primary={{metric: {metric}, margin: 0.3}}", f"set={{evaluation: [{metric}]}}")
-    plan = studies.load(file, changes)
+    plan = studies.load(file, changes).only(list(values))
     part = "teacher_similarity" if METRICS[metric].needs_teacher else "last"
     other = "last" if part == "teacher_similarity" else "teacher_similarity"
     return Collected(
@@ -433,6 +595,27 @@ def test_settings_with_other_images_have_teachers_of_their_own(file, tmp_path):
     assert limits == {"teacher-limit-100", "teacher-limit-60"}
 
 
+def test_settings_with_images_of_other_files_have_teachers_of_their_own(file, tmp_path):
+    pictures = tmp_path / "pictures"
+    for split, label, number in itertools.product(("train", "val"), ("a", "b"), range(20)):
+        path = pictures / split / label / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 255 * (label == "b"))).save(path)
+    shutil.copytree(pictures, tmp_path / "moved")
+    settings = {"digits": {}} | {
+        name: {"data": {"name": "folder", "root": str(tmp_path / name), "size": 8}, "epochs": 1}
+        for name in ("pictures", "moved")
+    }
+    path = written(tmp_path, settings=settings, seeds=0, variants=NO_TOPOLOGY)
+    outcome = run(studies.load(path), tmp_path / "runs", Local(1), QUIET)
+    assert (outcome.failed, outcome.left) == ([], 0)
+    names = sorted(each.name for each in (tmp_path / "runs").glob("teacher*"))
+    assert names[0] == "teacher-limit-100"
+    assert [re.sub(r"[0-9a-f]{8}$", "HASH", name) for name in names[1:]] == [
+        "teacher-limit-100-size-8-HASH"
+    ] * 2
+
+
 def test_a_part_of_a_plan_is_the_baseline_and_the_named_variants(file):
     plan = studies.load(file).only(["random"])
     assert plan.variants == ["kd", "random"]
@@ -496,6 +679,32 @@ def test_options_of_terms_are_changed_for_all_variants_that_have_them(file, tmp_
         studies.load(written(tmp_path, set={"kdd.weight": 3.0}))
 
 
+def test_a_weight_replaces_a_share_and_the_other_way_round(file, tmp_path):
+    variants = STUDY["variants"] | {
+        "weighted": {"of": "topkd", "set": {"topkd.weight": 5.0}},
+        "shared": {"of": "weighted", "set": {"topkd.share": 0.3}},
+    }
+    recipes = studies.load(written(tmp_path, variants=variants)).recipes
+    found = {name: recipes["main", name].losses[-1] for name in ("weighted", "shared")}
+    assert (found["weighted"].weight, found["weighted"].share) == (5.0, None)
+    assert (found["shared"].weight, found["shared"].share) == (1.0, 0.3)
+
+
+def test_finished_jobs_of_another_teacher_are_refused(file, tmp_path):
+    path, out = (
+        written(tmp_path, variants={"kd": STUDY["variants"]["kd"]}, seeds="0"),
+        tmp_path / "runs",
+    )
+    assert run(studies.load(path), out, Local(1), QUIET).left == 0
+    assert run(studies.load(path), out, Local(1), QUIET).done_before == 1
+    (trained,) = [
+        p for p in out.rglob("student.safetensors") if "teacher" in str(p.relative_to(out))
+    ]
+    trained.write_bytes(trained.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match="seed0 was trained with another teacher than"):
+        run(studies.load(path), out, Local(1), QUIET)
+
+
 def test_a_schedule_that_does_not_fit_is_refused_or_reported(file, tmp_path):
     with pytest.raises(RecipeError, match=r"kd is never active in 2 epochs \(start 9\)"):
         studies.load(written(tmp_path, set={"kd.start": 9}))
@@ -552,11 +761,35 @@ def test_variants_of_a_grid_with_two_keys_are_named(file, tmp_path):
 
 @pytest.mark.parametrize(
     ("methods", "message"),
-    [(["ce", "kd"], "--methods: ce is part of every variant"), (["kd", "kd"], "kd appears twice")],
+    [
+        (["ce", "kd"], "--methods: ce is part of every variant"),
+        (["kd", "kd"], "kd appears twice"),
+        (["simkd", "kd"], "--methods: simkd replaces the student's classifier, so it cannot be"),
+    ],
 )
 def test_a_template_that_could_not_be_run_is_refused(methods, message):
     with pytest.raises(RecipeError, match=message):
         template("digits", methods, "0")
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"ce", "kd"}))
+def test_a_template_can_be_run_with_every_loss(file, tmp_path, monkeypatch, name, cache):
+    monkeypatch.chdir(tmp_path)
+    Path("new.yaml").write_text(template("recipe.yaml", ["kd", name], "0"), encoding="utf-8")
+    changes = () if cache else ("set.teacher.cache=false",)
+    plan = studies.load("new.yaml", changes)
+    for recipe in plan.recipes.values():
+        check(recipe)
+    recipe = plan.recipes["main", name]
+    if name == "deit":
+        with pytest.raises(RecipeError, match="deit needs a student with a distillation token"):
+            try_losses(recipe)
+        return
+    try_losses(recipe)
+    term = recipe.losses[-1]
+    assert (term.share is None) == (LOSSES[name].info.group == "logits")
+    assert recipe.teacher.cache == (cache and not LOSSES[name].reads_maps)
 
 
 def test_the_command_line(file, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,9 @@ from topkd.config import study as studies
 from topkd.reporting.plots.forest import Difference, forest
 from topkd.reporting.plots.interactive import Chart
 from topkd.reporting.sections import fixed
-from topkd.studies import benchmark, sentences
+from topkd.studies import benchmark, figures, sentences, table
 from topkd.studies.analysis import compare
-from topkd.studies.collect import collect
+from topkd.studies.collect import collect, primary_metric
 from topkd.studies.overall import over_settings
 from topkd.studies.plan import Place
 from topkd.studies.report import html
@@ -261,6 +262,85 @@ def test_an_incomplete_study_says_so_first(undrawn, made):
     assert "Mean over" not in page.text
 
 
+def test_selected_variants_are_judged_as_in_the_whole_study(undrawn, made):
+    study, place = made()
+    part = collect(study.plan.only(["edges"]), place)
+    for setting in study.plan.settings:
+        whole = {each.variant: each for each in study.comparisons(setting)}
+        (alone,) = part.comparisons(setting)
+        assert (alone.interval, alone.p) == (whole["edges"].interval, whole["edges"].p)
+    note = "Selected: 1 of the 3 variants besides kd."
+    assert note in Page(html(part, place)).text
+    assert note not in Page(html(study, place)).text
+
+
+def test_variants_that_are_not_finished_do_not_narrow_the_intervals_of_others(made):
+    values = measured()
+    del values["easy"]["ce"]
+    study, _ = made(values)
+    (edges,) = [each for each in study.comparisons("easy") if each.variant == "edges"]
+    pairs = np.array(edges.differences.values)
+    found = stats.ttest_1samp(pairs, 0.0).confidence_interval(1 - 0.05 / 3)
+    assert edges.interval == pytest.approx((found.low, found.high))
+
+
+def test_a_table_has_a_row_for_what_is_missing(made):
+    values = measured()
+    del values["easy"]["ce"], values["hard"]["kd"]
+    study, _ = made(values)
+    found = {(row["setting"], row["variant"]): row for row in table.rows(study)}
+    assert len(found) == 8
+    assert found["easy", "ce"]["verdict"] == "not finished"
+    assert found["hard", "kd"]["verdict"] == "not finished"
+    assert found["hard", "edges"]["verdict"] == "baseline not finished"
+    assert found["hard", "edges"]["n"] == 5
+    for form in table.FORMATS.values():
+        assert form(study).count("not finished") == 5
+
+
+def test_metrics_that_were_not_measured_are_not_called_unfinished(undrawn, made):
+    study, _ = made(
+        changes=("primary={metric: nll}",), last={"top1": 90.0, "top5": 99.0, "ece": 1.0}
+    )
+    with pytest.raises(ValueError, match="study: the runs of the baseline kd have no nll"):
+        table.rows(study)
+    assert "easy: the runs of the baseline kd have no nll." in sentences.finding(study, "easy")
+
+
+def test_a_metric_of_the_teacher_needs_a_teacher(tmp_path):
+    tree = STUDY | {"recipe": "digits/teacher", "primary": {"metric": "agreement"}}
+    tree["variants"] = {"kd": [{"name": "ce"}]}
+    (tmp_path / "alone.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    plan = studies.load(tmp_path / "alone.yaml")
+    with pytest.raises(ValueError, match="agreement cannot be computed without a teacher"):
+        primary_metric(plan)
+
+
+def test_results_of_different_teachers_are_pointed_out(undrawn, made, tmp_path, monkeypatch):
+    study, place = made()
+    other = {"model": "resnet20", "hash": "abab", "top1": 98.0}
+    job = study.plan.jobs()[0]
+    files.write_sealed(place.run(job) / "result.json", result(job, 90.0, teacher=other))
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["study", "table", "study.yaml", "--out", "runs"])
+    assert "easy: These runs have 2 different teachers." in shown.stderr
+
+
+def test_a_copied_result_is_no_other_seed(made):
+    study, place = made()
+    first, second = study.plan.jobs()[0], study.plan.jobs()[4]
+    assert (first.variant, second.variant, second.seed) == ("kd", "kd", 1)
+    content = (place.run(first) / "result.json").read_bytes()
+    (place.run(second) / "result.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"seed1/result\.json is the result of seed 0"):
+        collect(study.plan, place)
+
+
+def test_folders_of_results_must_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--results: there is no folder .*typo"):
+        Place(tmp_path, [tmp_path / "typo"])
+
+
 def test_one_seed_decides_nothing(undrawn, made):
     study, place = made(measured(seeds=[0]), changes=("seeds=0",))
     page = Page(html(study, place))
@@ -357,10 +437,55 @@ def test_an_interval_far_from_zero_has_no_arrow():
 # --- Means over settings -------------------------------------------------------------------------
 
 
-def test_the_mean_over_settings_is_welch_and_satterthwaites():
+def test_seeds_are_averaged_over_settings_first():
+    """A t-test of the averages, as the runs of a seed may be correlated over settings."""
     values = measured()
     found = {s: compare(s, values[s], "kd") for s in values}
-    found["hard"] = compare("hard", values["hard"] | {"ce": {0: 70.0, 1: 79.0, 2: 75.0}}, "kd")
+    for average in over_settings(found):
+        parts = [
+            e.differences.values for s in found for e in found[s] if e.variant == average.variant
+        ]
+        test = stats.ttest_1samp(np.mean(parts, axis=0), 0.0)
+        interval = test.confidence_interval(1 - 0.05 / 3)
+        assert average.mean == pytest.approx(np.mean(parts))
+        assert average.interval == pytest.approx((interval.low, interval.high))
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
+def test_intervals_of_means_over_settings_cover_where_settings_are_correlated(correlation):
+    generator, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        common = generator.normal(0, math.sqrt(correlation), 5)
+        found = {}
+        for name in "abc":
+            x = common + generator.normal(0, math.sqrt(1 - correlation), 5)
+            values = {"kd": dict.fromkeys(range(5), 0.0), "new": dict(enumerate(x.tolist()))}
+            found[name] = compare(name, values, "kd")
+        low, high = over_settings(found)[0].interval
+        covered += low <= 0 <= high
+    assert abs(covered / 400 - 0.95) <= 0.022  # twice the standard error of 400 trials
+
+
+def test_the_same_runs_three_times_decide_no_more_than_once():
+    values = {"kd": {0: 80.0, 1: 81.0, 2: 82.0}, "new": {0: 80.3, 1: 81.8, 2: 82.4}}
+    (once,) = compare("a", values, "kd")
+    (thrice,) = over_settings({name: compare(name, values, "kd") for name in "abc"})
+    assert thrice.interval == pytest.approx(once.interval)
+
+
+def apart(values):
+    """The same differences, with seeds that no two settings share."""
+    return {
+        setting: {v: {s + 10 * number: x for s, x in runs.items()} for v, runs in variants.items()}
+        for number, (setting, variants) in enumerate(values.items())
+    }
+
+
+def test_the_mean_over_settings_without_common_seeds_is_welch_and_satterthwaites():
+    values = apart(measured())
+    found = {s: compare(s, values[s], "kd") for s in values}
+    few = {"ce": {10: 70.0, 11: 79.0, 12: 75.0}}
+    found["hard"] = compare("hard", values["hard"] | few, "kd")
     for average in over_settings(found):
         parts = [e for s in found for e in found[s] if e.variant == average.variant]
         variances, freedoms, means = [], [], []
@@ -383,9 +508,11 @@ def test_of_two_equal_settings_the_interval_is_welchs_t_interval():
     a, b = generator.normal(1, 1, 6), generator.normal(0.5, 3, 9)
     found = {
         name: compare(
-            name, {"kd": dict.fromkeys(range(len(x)), 0.0), "new": dict(enumerate(x))}, "kd"
+            name,
+            {"kd": dict.fromkeys(range(s, s + len(x)), 0.0), "new": dict(enumerate(x, s))},
+            "kd",
         )
-        for name, x in (("a", a.tolist()), ("b", b.tolist()))
+        for s, name, x in ((0, "a", a.tolist()), (50, "b", b.tolist()))
     }
     (average,) = over_settings(found)
     welch = stats.ttest_ind(a, -b, equal_var=False).confidence_interval(0.95)
@@ -397,9 +524,9 @@ def test_intervals_of_means_over_settings_cover_with_few_seeds():
     covered = 0
     for _ in range(150):
         found = {}
-        for name, spread in (("a", 1.0), ("b", 1.5), ("c", 2.0)):
+        for s, name, spread in ((0, "a", 1.0), (3, "b", 1.5), (6, "c", 2.0)):
             x = generator.normal(0, spread, 3).tolist()
-            values = {"kd": dict.fromkeys(range(3), 0.0), "new": dict(enumerate(x))}
+            values = {"kd": dict.fromkeys(range(s, s + 3), 0.0), "new": dict(enumerate(x, s))}
             found[name] = compare(name, values, "kd")
         low, high = over_settings(found)[0].interval
         covered += low <= 0 <= high
@@ -463,3 +590,14 @@ def test_a_missing_result_is_a_dash(made):
     study, _ = made(values)
     (line,) = [x for x in benchmark.FORMATS["markdown"](study).splitlines() if "edges" in x]
     assert line.endswith(" | – |")
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [("embedding", "at"), ("backbone weights", "at, at the backbone weights")],
+)
+def test_gradients_that_were_compared_at_the_weights_are_marked(tmp_path, place, expected):
+    found = SimpleNamespace(gradient_share={"ce": 0.5, "at": 0.5}, gradient_at=place)
+    chart, _ = figures.shares({"at": {0: SimpleNamespace(result=found)}})
+    (axes,) = chart.figure.axes
+    assert [text.get_text() for text in axes.texts] == [expected]

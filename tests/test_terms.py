@@ -381,6 +381,7 @@ def made(loss, student, teacher):
         teacher_hash="some",
         folder=Path(),
         progress=Recorder(),
+        sample=shown.images,
     )
     return bound(LOSSES[loss], student(shown.images), teacher(shown.images), ask)
 

@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from topkd._io.progress import Progress
-from topkd.cli import app
 from topkd.config import recipe as recipes
 from topkd.config.search import Range, read_space, with_values
 from topkd.config.validation import RecipeError
 from topkd.data import DATA
+from topkd.models import MODELS, checkpoint
 from topkd.studies import tune as tuning
 from topkd.training.experiment import Experiment
 from topkd.training.trainer import Trainer
@@ -63,20 +64,6 @@ def here(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, here):
-    """Calls the command and gives its status, output and messages."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["topkd", *words])
-        with pytest.raises(SystemExit) as end:
-            app.main()
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
-
-
-@pytest.fixture
 def scored(monkeypatch):
     """Replaces training by a formula of the values; returns the trials that were run."""
     run = []
@@ -110,7 +97,7 @@ def plain_run(seed, *changes):
 # --- What is found -------------------------------------------------------------------------------
 
 
-def test_the_best_value_is_that_of_plain_runs_on_validation_images(call, monkeypatch):
+def test_the_best_value_is_that_of_plain_runs_on_validation_images(call, here, monkeypatch):
     digits = DATA["digits"]
     words = ("tune", "tiny.yaml", "kd.weight=4", "optimizer.lr=0.0001,0.1")
     with monkeypatch.context() as patch:
@@ -137,6 +124,10 @@ def test_the_best_value_is_that_of_plain_runs_on_validation_images(call, monkeyp
     best = tuned["best"]
     assert best["score"] == pytest.approx(max(by_hand.values()))
     assert by_hand[tuple(best["values"].values())] == max(by_hand.values())
+
+    trial = next(Path("runs/tiny-tuning/trials").rglob("result.json")).parent
+    assert json.loads(call("evaluate", str(trial), "--json")[1])["eval_split"] == "validation"
+    assert " on the 250 validation images of digits\n" in call("evaluate", str(trial))[1]
 
     written = Path(tuned["file"])
     text, recipe = written.read_text(encoding="utf-8"), recipes.load(str(written))
@@ -198,6 +189,22 @@ def test_a_killed_search_resumes_and_trains_nothing_twice(here, monkeypatch):
     assert len(trained) == 1 + 4 * 2 + 1
     monkeypatch.setattr(Trainer, "_epoch", None)
     assert tune(*changes) == expected
+
+
+def test_scores_of_another_teacher_choose_nothing(here):
+    teacher = {"model": "resnet8x0.25", "checkpoint": "teacher.safetensors"}
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY | {"teacher": teacher}), encoding="utf-8")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        path = Path("teacher.safetensors")
+        checkpoint.save_weights(path, MODELS["resnet8x0.25"].build(10).network, {})
+        if seed == 0:
+            tuned = tune("kd.weight=1,2")
+            assert tune("kd.weight=1,2") == tuned
+    with pytest.raises(ValueError, match="was trained with another teacher than"):
+        tune("kd.weight=1,2")
+    with pytest.raises(ValueError, match="was trained with another teacher than"):
+        tune("kd.weight=1,2,3,4")  # although some trials are new
 
 
 def test_a_trial_that_diverges_loses_and_the_others_go_on(here):
@@ -270,7 +277,7 @@ def test_a_search_without_a_complete_trial_says_why(here, scored):
         tune("kd.weight=1,2", trials=2)
 
 
-def test_no_held_out_images_are_refused(call):
+def test_no_held_out_images_are_refused(call, here):
     status, _, err = call("tune", "tiny.yaml", "kd.weight=1,2", "--validation", "0")
     assert (status, err.count("\n")) == (2, 1)
     assert "--validation: expected a fraction" in err
@@ -292,6 +299,31 @@ def test_a_key_is_one_of_the_recipe_or_of_a_term(here, key):
     assert chosen.losses[1].share == 0.1
     assert chosen.data.validation == 0
     assert with_values(chosen, {"kd.weight": 3}).losses[1].model_dump()["share"] is None
+
+
+def test_an_option_of_a_term_is_that_of_every_control_with_it():
+    topkd = {"name": "topkd", "share": 0.1}
+    tree = TINY | {
+        "losses": [*TINY["losses"], topkd],
+        "controls": {
+            "ce": [{"name": "ce"}],
+            "kd": [{"name": "ce"}, {"name": "kd", "weight": 2.0}],
+            "random": [*TINY["losses"], topkd | {"edges": "random", "label": "topkd-random"}],
+            "weak": [*TINY["losses"], topkd | {"share": 0.01}],
+        },
+    }
+    chosen = with_values(recipes.parse(tree), {"kd.weight": 8, "topkd.share": 0.3})
+    found = {
+        variant: [(term.name, term.share or term.weight) for term in terms]
+        for variant, terms in chosen.variants.items()
+    }
+    assert found == {
+        "ce": [("ce", 1.0)],
+        "kd": [("ce", 1.0), ("kd", 8.0)],
+        "random": [("ce", 1.0), ("kd", 8.0), ("topkd", 0.3)],
+        "weak": [("ce", 1.0), ("kd", 8.0), ("topkd", 0.01)],
+        "kd+topkd": [("ce", 1.0), ("kd", 8.0), ("topkd", 0.3)],
+    }
 
 
 # --- What is refused -----------------------------------------------------------------------------
@@ -339,7 +371,7 @@ def test_a_comparison_with_the_teacher_needs_one(here):
         tune("optimizer.lr=0.1,0.2", name="teacher.yaml", metric="agreement")
 
 
-def test_without_optuna_the_line_that_installs_it_is_told(call, monkeypatch):
+def test_without_optuna_the_line_that_installs_it_is_told(call, here, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     status, _, err = call("tune", "tiny.yaml", "kd.weight=1,2")
     assert status == 2

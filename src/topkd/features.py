@@ -128,7 +128,7 @@ class FeatureExtractor(nn.Module):
         self.memory_format = memory_format(network)
         # The images determine the format; channels-last weights would override it.
         self.network = network.to(memory_format=torch.contiguous_format)
-        self._to_map = to_map
+        self.to_map = to_map
         self.maps, self.preactivations = tuple(maps), tuple(preactivations)
         self.others: tuple[str, ...] = ()
         self._records: dict[str, tuple[Tensor, int] | None] = {}
@@ -176,7 +176,7 @@ class FeatureExtractor(nn.Module):
         for name in without:
             network.set_submodule(name, nn.Identity())
         head = self._embedding.removesuffix(INPUT)
-        return FeatureExtractor(network, maps, head, preactivations, to_map=self._to_map)
+        return FeatureExtractor(network, maps, head, preactivations, to_map=self.to_map)
 
     @property
     def _taps(self) -> tuple[str, ...]:
@@ -207,10 +207,10 @@ class FeatureExtractor(nn.Module):
         self._records.update(dict.fromkeys(self._taps))
         try:
             logits, distilled = self._logits(images)
-            maps = [self._to_map(self._read(tap)) for tap in self.maps]
-            preactivations = [self._to_map(self._read(tap)) for tap in self.preactivations]
+            maps = [self.to_map(self._read(tap)) for tap in self.maps]
+            preactivations = [self.to_map(self._read(tap)) for tap in self.preactivations]
             embedding = self._read(self._embedding).flatten(1)
-            others = {tap: self._to_map(self._read(tap)) for tap in self.others}
+            others = {tap: self.to_map(self._read(tap)) for tap in self.others}
             for tap in self._distilled:
                 distilled = self._read(tap)
         finally:

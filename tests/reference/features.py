@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -111,7 +112,15 @@ def source_in(folder: Path, width: int = 3) -> LossContext:
     teacher = Teacher(tapped(WIDTH, seed=2), (0.5,) * 3, (0.25,) * 3).double()
     target = torch.arange(IMAGES) % CLASSES
     student = tapped(width, seed=1)
-    return LossContext(answers, target, student, teacher, "a teacher", folder, Recorder())
+    sample = torch.zeros(CLOUD, 3, 8, 8)
+    return LossContext(answers, target, student, teacher, "a teacher", folder, Recorder(), sample)
+
+
+def agreeing(made: Features, network: FeatureExtractor) -> Features:
+    """Features whose classifier reads the averages of the last map, as that of the network."""
+    embedding = made.maps[-1].mean((2, 3))
+    with torch.no_grad():
+        return replace(made, embedding=embedding, logits=network.head(embedding))
 
 
 def bound(loss, student, teacher, context, **options):

@@ -157,6 +157,7 @@ def losses():
                 "a teacher",
                 Path(folder),
                 Progress(quiet=True),
+                batch.images,
             )
             try:
                 loss = loss_class()

@@ -73,15 +73,18 @@ class DataSection(_Open):
     def differences(self, other: DataSection) -> list[str]:
         """Lists the settings that differ from another section, as ``limit-300``.
 
-        Text and flags are left out: they tell where the images are and how to get them.
+        Text and flags tell where the images are and how to get them. They are listed as a hash, and
+        so are keys that only the other section has.
         """
         own, others = (each.model_dump(mode="json", exclude={"workers"}) for each in (self, other))
-        listed = (
-            f"{key}-{value}"
-            for key, value in sorted(own.items())
-            if value != others.get(key) and not isinstance(value, str | bool)
-        )
-        return [re.sub(r"[^\w.]+", "-", each).strip("-") for each in listed]
+        differing = {key: own.get(key) for key in own | others if own.get(key) != others.get(key)}
+        hashed = {k: v for k, v in differing.items() if k not in own or isinstance(v, str | bool)}
+        listed = [f"{key}-{differing[key]}" for key in sorted(differing.keys() - hashed.keys())]
+        listed = [re.sub(r"[^\w.]+", "-", each).strip("-") for each in listed]
+        if hashed:
+            text = json.dumps(hashed, sort_keys=True)
+            listed.append(hashlib.sha256(text.encode()).hexdigest()[:8])
+        return listed
 
 
 class StudentSection(Section):
@@ -190,8 +193,8 @@ class Term(_Open):
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the term."""
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Replaces the weight: target fraction of the gradient at the student's embedding, measured
-    as the sum of the norms over all terms."""
+    """Replaces the weight: target fraction of the sum of the gradient norms of all terms, measured
+    at the student's embedding or, if a term reads other features, at the backbone weights."""
     start: Moment = 1
     """First epoch in which the term is active, or the fraction of the epochs that precedes it."""
     stop: Moment | None = None
@@ -434,6 +437,9 @@ class Recipe(Section):
 
         Settings at their default are excluded, so a key added by a later version does not change
         the hashes of existing recipes. The default of a setting must therefore never change.
+
+        If ``teacher.recipe`` is a file, its name counts without the folder, so that the hash does
+        not depend on the working directory. Before a run is reused, its content is compared.
         """
         update = {
             "losses": tuple(term.resolved(self.epochs) for term in self.losses),
@@ -443,7 +449,8 @@ class Recipe(Section):
             },
         }
         recipe = self.model_copy(update=update)
-        content = recipe.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+        tree = recipe.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+        content = _without_folder(tree)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -552,7 +559,16 @@ def difference(there: Recipe, here: Recipe) -> str:
 
     exclude = {"name"}
     trees = (recipe.model_dump(mode="json", exclude=exclude) for recipe in (there, here))
-    return leaf("", *trees) or "no difference"
+    return leaf("", *map(_without_folder, trees)) or "no difference"
+
+
+def _without_folder(tree: dict[str, Any]) -> dict[str, Any]:
+    """Removes the folder from ``teacher.recipe`` if it is the path of a file."""
+    teacher = tree.get("teacher") or {}
+    path = Path(teacher.get("recipe") or "")
+    if path.suffix not in (".yaml", ".yml"):
+        return tree
+    return tree | {"teacher": teacher | {"recipe": path.name}}
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -110,10 +111,15 @@ def one_by_one(space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """Sets options of a recipe and disables ``data.validation``.
 
+    Options of a term are set in the losses and in every control with this term, so that a control
+    still differs from the losses in the other terms alone. A control that differs from the losses
+    in this option alone keeps its value.
+
     Args:
         recipe: The recipe.
-        values: Key -> value. A key is one of the recipe, such as ``optimizer.lr`` or
-            ``losses.kd.weight``, or ``TERM.option``, where ``TERM`` is the name or label of a term.
+        values: Key -> value. A key is one of the recipe, such as ``optimizer.lr``, or
+            ``TERM.option`` or ``losses.TERM.option``, where ``TERM`` is the name or label of a
+            term.
 
     Raises:
         RecipeError: If a key does not exist or cannot be tuned, or a value is invalid.
@@ -127,6 +133,11 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     if set_term(tree["losses"], key, value):
+        for terms in tree.get("controls", {}).values():
+            changed = copy.deepcopy(terms)
+            set_term(changed, key, value)
+            if changed != tree["losses"]:
+                terms[:] = changed
         return
     first = re.split(r"[.\[]", key)[0]
     titles = [name for term in tree["losses"] for name in (term.get("label"), term["name"]) if name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 MOST_SEEDS = 10_000
+LARGEST = 2**32 - 1  # of NumPy's generators
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
@@ -35,11 +36,13 @@ def distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the seeds.
 
     Raises:
-        ValueError: If there is none, or one appears twice.
+        ValueError: If there is none, one appears twice or one has more than 32 bits.
     """
     if not seeds:
         raise ValueError("at least one seed is needed")
     twice = [seed for seed, count in Counter(seeds).items() if count > 1]
     if twice:
         raise ValueError(f"seed {twice[0]} appears twice")
+    if max(seeds) > LARGEST:
+        raise ValueError(f"seeds are at most {LARGEST:,}, got {max(seeds)}")
     return seeds

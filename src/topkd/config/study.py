@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +14,24 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from topkd.config import recipe as recipes
-from topkd.config.recipe import Recipe
+from topkd.config.recipe import DataSection, Recipe
 from topkd.config.seeds import distinct, read_seeds
-from topkd.config.validation import RecipeError, Section, change_by, near, read_yaml, validated
+from topkd.config.validation import (
+    RecipeError,
+    Section,
+    change_by,
+    change_inside,
+    is_section_of,
+    near,
+    read_change,
+    read_yaml,
+    validated,
+)
 
 Terms = tuple[dict[str, Any], ...]
+Changes = list[tuple[str, Any]]  # changes of a recipe, in the order in which they apply
 MOST_JOBS = 100_000
+LONGEST_NAME = 200  # bytes of a setting and a variant in a file name, which has at most 255
 _EXCLUSIVE = {"share": "weight", "weight": "share"}
 _OF_STUDY = ("name", "losses", "controls")  # keys of a recipe that the study sets itself
 
@@ -67,6 +81,16 @@ class StudyFile(Section):
     seeds: str | Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...]
     primary: Primary = Primary()
 
+    @field_validator("grid")
+    @classmethod
+    def _names_differ(cls, grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        for key, values in grid.items():
+            names = [str(value) for value in values]  # variants are named after them
+            for number, value in enumerate(values):
+                if value in values[:number] or names[number] in names[:number]:
+                    raise ValueError(f"{key}: the value {value!r} appears twice")
+        return grid
+
     @field_validator("seeds")
     @classmethod
     def _reads_ranges(cls, value: str | int | tuple[int, ...]) -> tuple[int, ...]:
@@ -112,6 +136,8 @@ class Plan:
     file: StudyFile
     recipes: Mapping[tuple[str, str], Recipe]
     """(setting, variant) -> recipe."""
+    compared: int
+    """Number of variants of the whole study, without the baseline."""
 
     @property
     def settings(self) -> list[str]:
@@ -151,7 +177,7 @@ def load(path: str | Path, changes: tuple[str, ...] = ()) -> Plan:
 
     Args:
         path: The study file.
-        changes: Changes ``key=value``, such as ``seeds=0-2``.
+        changes: Changes ``key=value``, such as ``seeds=0-2`` or ``set.optimizer.lr=0.1``.
 
     Raises:
         RecipeError: If the file, a variant or a recipe is invalid; the message locates the error.
@@ -168,8 +194,98 @@ def load(path: str | Path, changes: tuple[str, ...] = ()) -> Plan:
         raise RecipeError(f"{path}: a study is a mapping of keys to values")
     tree.setdefault("name", path.stem)
     for change in changes:
-        change_by(tree, change)
+        _change_file(tree, change)
     return expand(validated(StudyFile, tree, str(path)), path.parent)
+
+
+def _change_file(tree: dict[str, Any], change: str) -> None:
+    """Applies a change to the values of a study file, in place.
+
+    What follows ``set.``, ``grid.``, ``settings.NAME.`` and ``variants.NAME.set.`` is a key of the
+    recipe or of a term, and remains one dotted key.
+    """
+    first, separator, rest = _split(change)
+    if "=" in change and first and first not in StudyFile.model_fields:
+        known = list(StudyFile.model_fields)
+        if first in Recipe.model_fields or (separator == "." and not near(first, known, "")):
+            raise RecipeError(
+                f"{change}: a study has no key {first!r}; to change the recipe in every run, write "
+                f"set.{change}"
+            )
+        raise RecipeError(f"{change}: a study has no key {first!r}{near(first, known)}")
+    if first not in ("set", "grid", "settings", "variants") or separator not in (".", "["):
+        change_by(tree, change)
+        return
+    if separator == "[":
+        raise RecipeError(f"{change}: write a dot after {first}, as in {first}.KEY=value")
+    here = _mapping(tree, first, change)
+    if first in ("set", "grid"):
+        _change_dotted(here, rest, change)
+        return
+    if first == "settings" and not here:
+        here |= {"main": {}}
+    name, separator, rest = _split(rest, here)
+    if separator == "=":
+        here[name] = read_change(f"={rest}", change)[1]
+    elif name not in here:
+        raise RecipeError(f"{change}: {first} has no {name!r}{near(name, list(here))}")
+    elif first == "settings":
+        _change_dotted(_mapping(here, name, change), rest, change)
+    elif rest.startswith("set.") and isinstance(here[name], dict):
+        _change_dotted(_mapping(here[name], "set", change), rest.removeprefix("set."), change)
+    elif isinstance(here[name], dict | list):
+        change_inside(here[name], rest, change)
+    else:
+        raise RecipeError(f"{change}: {name} has no keys, it is {here[name]!r}")
+
+
+def _split(text: str, names: Collection[str] = ()) -> tuple[str, str, str]:
+    """Splits the first step from a change: the longest of the names, or up to a separator.
+
+    Examples:
+        >>> _split("lr-0.1.epochs=3", ["lr-0", "lr-0.1"])
+        ('lr-0.1', '.', 'epochs=3')
+        >>> _split("seeds=0-4")
+        ('seeds', '=', '0-4')
+    """
+    for name in sorted(names, key=len, reverse=True):
+        if text.startswith(name) and text[len(name) :][:1] in (".", "=", "["):
+            break
+    else:
+        name = re.split(r"[.=\[]", text, maxsplit=1)[0]
+    return name, text[len(name) :][:1], text[len(name) + 1 :]
+
+
+def _mapping(tree: dict[str, Any], key: str, change: str) -> dict[str, Any]:
+    """Returns the mapping at a key, which may be missing."""
+    if tree.get(key) is None:
+        tree[key] = {}
+    here = tree[key]
+    if not isinstance(here, dict):
+        raise RecipeError(f"{change}: {key} has no keys, it is {here!r}")
+    return here
+
+
+def _change_dotted(changes: dict[str, Any], part: str, change: str) -> None:
+    """Adds a change of a recipe or a term to others, after which it is applied."""
+    key, value = read_change(part, change)
+    if not key:
+        raise RecipeError(f"a change is written key=value, got {change!r}")
+    changes[key] = _merged(key, changes.pop(key, None), value)
+
+
+def _merged(key: str, old: Any, new: Any) -> Any:
+    """Returns the value of a key of a recipe after a change.
+
+    A mapping changes only those keys of a section that it lists. The options of a data set do not
+    apply to another one.
+    """
+    are_mappings = isinstance(old, Mapping) and isinstance(new, Mapping)
+    if not are_mappings or not is_section_of(Recipe, key):
+        return new
+    if key == "data" and new.get("name", old.get("name")) != old.get("name"):
+        old = {option: old[option] for option in old if option in DataSection.model_fields}
+    return {**old, **{k: _merged(f"{key}.{k}", old.get(k), value) for k, value in new.items()}}
 
 
 def expand(file: StudyFile, beside: Path = Path()) -> Plan:
@@ -183,31 +299,44 @@ def expand(file: StudyFile, beside: Path = Path()) -> Plan:
         RecipeError: If a variant or a change is invalid; the message locates the error.
     """
     base = _tree(file.recipe, beside)
+    _have_own_folders("name", [file.name])
     _have_own_folders("settings", list(file.settings))
+    listed = {
+        setting: _variants(file, beside, {**file.set, **changes})
+        for setting, changes in file.settings.items()
+    }
+    jobs = sum(_number(variants, file) for variants in listed.values()) * len(file.all_seeds)
+    if jobs > MOST_JOBS:  # before their recipes are built, which would take hours
+        raise RecipeError(f"{jobs:,} jobs are more than {MOST_JOBS:,}")
     found = {}
     for setting, changes in file.settings.items():
-        variants = dict(_in_grid(_variants(file, beside, {**file.set, **changes}), file))
-        names = [file.baseline, *(name for name in variants if name != file.baseline)]
-        _have_own_folders("variants", names)
+        expanded = list(_in_grid(listed[setting], file))
+        names = [file.baseline, *(name for name, _ in expanded if name != file.baseline)]
+        _have_own_folders("variants", names, folder_name(setting))
+        variants = dict(expanded)
         titles = {title for terms, _ in variants.values() for title in _titles(terms)}
         for name in names:
             terms, overrides = variants[name]
             tree = copy.deepcopy(base) | {"controls": {}, "losses": copy.deepcopy(terms)}
             for given, where in ((file.set, "set"), (changes, f"settings.{setting}")):
-                _change(tree, _of_recipe(given, titles, where), where)
-            _change(tree, overrides, f"variants.{name}.set")
+                _change_recipe(tree, _of_recipe(given, titles, where), where)
+            _change_recipe(tree, overrides, f"variants.{name}.set")
             tree["name"] = "/".join(map(folder_name, (file.name, setting, name)))
             try:
                 found[setting, name] = recipes.parse(tree)
             except RecipeError as error:
                 raise RecipeError(f"{setting}, variant {name}: {error}") from error
-    if len(found) * len(file.all_seeds) > MOST_JOBS:
-        raise RecipeError(f"{len(found) * len(file.all_seeds):,} jobs are more than {MOST_JOBS:,}")
-    return Plan(file, found)
+    return Plan(file, found, len({variant for _, variant in found}) - 1)
 
 
-def _have_own_folders(where: str, names: Sequence[str]) -> None:
-    """Refuses names without a folder name, and two names with the same one in any case."""
+def _have_own_folders(where: str, names: Sequence[str], setting: str = "") -> None:
+    """Refuses names without a folder name, or a long one, and equal ones in any case.
+
+    Args:
+        where: Location in the study file.
+        names: Names of settings or variants.
+        setting: Folder name of the setting of the variants, with which names of logs begin.
+    """
     owners: dict[str, str] = {}
     for name in names:
         folder = folder_name(name).casefold()
@@ -219,6 +348,13 @@ def _have_own_folders(where: str, names: Sequence[str]) -> None:
                 "rename one"
             )
         owners[folder] = name
+        length = len(f"{setting}-{folder_name(name)}".encode())
+        if length > LONGEST_NAME:
+            shown = name if len(name) <= 60 else f"{name[:57]}..."
+            raise RecipeError(
+                f"{where}: {shown!r} makes a file name of {length} bytes, and at most "
+                f"{LONGEST_NAME} are possible; choose a shorter name, or shorter values in the grid"
+            )
 
 
 def folder_name(name: str) -> str:
@@ -237,10 +373,10 @@ def _tree(name: str, beside: Path) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-def _of_recipe(changes: Mapping[str, Any], titles: Collection[str], where: str) -> dict[str, Any]:
+def _of_recipe(changes: Mapping[str, Any], titles: Collection[str], where: str) -> Changes:
     """Selects the changes of keys of a recipe, i.e. not of options of terms."""
-    kept = {key: value for key, value in changes.items() if term_option(key)[0] not in titles}
-    for key in kept:
+    kept = [each for each in changes.items() if term_option(each[0])[0] not in titles]
+    for key, _ in kept:
         first = key.partition(".")[0]
         if first not in recipes.Recipe.model_fields:
             known = [*titles, *recipes.Recipe.model_fields]
@@ -248,24 +384,31 @@ def _of_recipe(changes: Mapping[str, Any], titles: Collection[str], where: str) 
     return kept
 
 
-def _change(tree: dict[str, Any], changes: Mapping[str, Any], where: str) -> None:
-    for key, value in changes.items():
-        steps, here = key.split("."), tree
-        if steps[0] in _OF_STUDY:
-            raise RecipeError(
-                f"{where}: {key}: {steps[0]} cannot be changed here; `variants` sets the losses, "
-                "and runs are named after the study"
-            )
-        for step in steps[:-1]:
-            if here.get(step) is None:
-                here[step] = {}
-            here = here[step]
-            if not isinstance(here, dict):
-                raise RecipeError(f"{where}: {key}: {step} has no keys, it is {here!r}")
-        here[steps[-1]] = value
+def _change_recipe(tree: dict[str, Any], changes: Changes, where: str) -> None:
+    for key, value in changes:
+        here, last = _above(tree, key, where)
+        here[last] = _merged(key, here.get(last), value)
 
 
-Variants = dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]  # name -> terms, other changes
+def _above(tree: dict[str, Any], key: str, where: str) -> tuple[dict[str, Any], str]:
+    """Returns the mapping that contains a dotted key, and the last step of the key."""
+    *steps, last = key.split(".")
+    first = key.partition(".")[0]
+    if first in _OF_STUDY:
+        raise RecipeError(
+            f"{where}: {key}: {first} cannot be changed here; `variants` sets the losses, "
+            "and runs are named after the study"
+        )
+    for step in steps:
+        if tree.get(step) is None:
+            tree[step] = {}
+        tree = tree[step]
+        if not isinstance(tree, dict):
+            raise RecipeError(f"{where}: {key}: {step} has no keys, it is {tree!r}")
+    return tree, last
+
+
+Variants = dict[str, tuple[list[dict[str, Any]], Changes]]  # name -> terms, other changes
 
 
 def _variants(file: StudyFile, beside: Path, common: Mapping[str, Any]) -> Variants:
@@ -276,7 +419,7 @@ def _variants(file: StudyFile, beside: Path, common: Mapping[str, Any]) -> Varia
     """
     resolved: Variants = {}
 
-    def resolve(name: str, above: tuple[str, ...]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def resolve(name: str, above: tuple[str, ...]) -> tuple[list[dict[str, Any]], Changes]:
         if name not in file.variants:
             known = near(name, list(file.variants))
             raise RecipeError(f"variants.{above[-1]}.of: there is no variant {name!r}{known}")
@@ -292,21 +435,21 @@ def _variants(file: StudyFile, beside: Path, common: Mapping[str, Any]) -> Varia
             set_term(terms, key, value)
         return terms
 
-    def from_file(name: str, above: tuple[str, ...]) -> tuple[list[Any], dict[str, Any]]:
+    def from_file(name: str, above: tuple[str, ...]) -> tuple[list[Any], Changes]:
         given = file.variants[name]
         if not isinstance(given, Variant):
-            return listed(given), {}
+            return listed(given), []
         if given.recipe is not None:
-            terms, changes = listed(_tree(given.recipe, beside)["losses"]), dict[str, Any]()
+            terms, changes = listed(_tree(given.recipe, beside)["losses"]), Changes()
         else:
             if name == file.baseline and given.of is None:
                 raise RecipeError(f"variants.{name}: the baseline must list its terms")
             terms, changes = resolve(given.of or file.baseline, (*above, name))
-            terms, changes = copy.deepcopy(terms), dict(changes)
+            terms, changes = copy.deepcopy(terms), list(changes)
         terms += listed(given.add or ())
         for key, value in given.set.items():
             if not set_term(terms, key, value):
-                changes[key] = value
+                changes.append((key, value))
         return terms, changes
 
     for name in file.variants:
@@ -333,7 +476,8 @@ def set_term(terms: list[dict[str, Any]], key: str, value: Any) -> bool:
             raise RecipeError(f"{key} is a term; set one of its options, such as {key}.weight")
         if option in _EXCLUSIVE:
             term.pop(_EXCLUSIVE[option], None)
-        _change(term, {option: value}, key)
+        here, last = _above(term, option, key)
+        here[last] = value
     return bool(found)
 
 
@@ -342,11 +486,26 @@ def _titles(terms: Sequence[Mapping[str, Any]]) -> set[str]:
     return {title for term in terms for title in (term.get("label"), term.get("name")) if title}
 
 
+def _grid_keys(terms: Sequence[Mapping[str, Any]], file: StudyFile) -> list[str]:
+    """Lists the keys of the grid that apply to a variant with these terms."""
+    return [key for key in file.grid if term_option(key)[0] in _titles(terms)]
+
+
+def _number(variants: Variants, file: StudyFile) -> int:
+    """Counts the variants that :func:`_in_grid` returns."""
+    total = 0
+    for name, (terms, _) in variants.items():
+        keys = _grid_keys(terms, file)
+        total += math.prod(len(file.grid[key]) for key in keys)
+        total += bool(keys) and name == file.baseline
+    return total
+
+
 def _in_grid(variants: Variants, file: StudyFile) -> Iterator[tuple[str, Any]]:
     """Expands each variant with terms of the grid to one variant per combination of values."""
     used = set()
     for name, (terms, changes) in variants.items():
-        keys = [key for key in file.grid if term_option(key)[0] in _titles(terms)]
+        keys = _grid_keys(terms, file)
         used |= set(keys)
         if keys and name == file.baseline:
             yield name, (terms, changes)

@@ -176,11 +176,24 @@ def change_by(tree: dict[str, Any], change: str) -> None:
     Raises:
         RecipeError: If the change is malformed, or its key does not exist.
     """
-    key, equals, value = change.partition("=")
+    change_inside(tree, change, change)
+
+
+def change_inside(tree: Any, part: str, change: str) -> None:
+    """Applies the part of a change that refers to a key inside a mapping or a list, in place.
+
+    Args:
+        tree: The mapping or list.
+        part: The part, ``key=value``, with a key inside ``tree``.
+        change: The whole change, for messages.
+
+    Raises:
+        RecipeError: If the change is malformed, or its key does not exist.
+    """
+    key, new = read_change(part, change)
     steps = re.findall(r"[^.\[\]]+", key)
-    if not equals or not steps:
+    if not steps:
         raise RecipeError(f"a change is written key=value, got {change!r}")
-    new = read_yaml(value, f"{_shortened(change)}: the value")
     here: Any = tree
     for step in steps[:-1]:
         if isinstance(here, list):
@@ -195,6 +208,39 @@ def change_by(tree: dict[str, Any], change: str) -> None:
         here[_place(here, steps[-1], change)] = new
     else:
         here[steps[-1]] = new
+
+
+def read_change(part: str, change: str) -> tuple[str, Any]:
+    """Reads ``key=value``, with a value in YAML.
+
+    Args:
+        part: The text.
+        change: The whole change, for messages.
+
+    Raises:
+        RecipeError: If there is no ``=``, or the value is not YAML.
+    """
+    key, equals, value = part.partition("=")
+    if not equals:
+        raise RecipeError(f"a change is written key=value, got {change!r}")
+    return key, read_yaml(value, f"{_shortened(change)}: the value")
+
+
+def is_section_of(model: Any, key: str) -> bool:
+    """Returns whether a dotted key of a section is itself a section.
+
+    Examples:
+        >>> from topkd.config.recipe import Recipe
+        >>> is_section_of(Recipe, "optimizer"), is_section_of(Recipe, "optimizer.lr")
+        (True, False)
+        >>> is_section_of(Recipe, "teacher"), is_section_of(Recipe, "data.randaugment")
+        (True, True)
+    """
+    for step in key.split("."):
+        if not _is_section(model) or step not in model.model_fields:
+            return False
+        model = _inside(model, step)
+    return _is_section(model)
 
 
 def _place(items: list[Any], step: str, change: str) -> int:

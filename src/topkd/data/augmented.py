@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from topkd.data.augment import draws, normalize
-from topkd.data.base import Data, DataIssues, Images, ReadGroups
+from topkd.data.base import Data, DataIssues, WrappedImages
 from topkd.data.pictures import cores, stacked
 from topkd.features import Batch
 
@@ -57,7 +57,7 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class Augmented:
+class Augmented(WrappedImages):
     """Images with RandAugment, mixup, CutMix or a second, strongly augmented view.
 
     With one view, RandAugment is applied to each image. With two, a batch holds every image twice:
@@ -65,23 +65,12 @@ class Augmented:
     magnitude 10) and with a square erased.
     """
 
-    images: Images
     augmentation: Augmentation
     classes: int
     mean: Sequence[float]
     std: Sequence[float]
     workers: int = 0  # number of worker processes; 0 for threads
     faults: DataIssues = field(default_factory=DataIssues)
-
-    @property
-    def target(self) -> Tensor:
-        """(images,)."""
-        return self.images.target
-
-    @property
-    def blocks(self) -> ReadGroups | None:
-        """Read groups of the images."""
-        return self.images.blocks
 
     def read_bytes(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
         """Reads bytes (n, h, w, 3) before the stronger augmentation."""

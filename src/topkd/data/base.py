@@ -86,6 +86,23 @@ class InMemory:
 
 
 @dataclass(frozen=True)
+class WrappedImages:
+    """Base of sets that change the pixels of another set."""
+
+    images: Images
+
+    @property
+    def target(self) -> Tensor:
+        """(images,)."""
+        return self.images.target
+
+    @property
+    def blocks(self) -> ReadGroups | None:
+        """Read groups of the images."""
+        return self.images.blocks
+
+
+@dataclass(frozen=True)
 class Subset:
     """A subset of another set of images, with its own index."""
 

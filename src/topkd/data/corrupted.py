@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from topkd.data.augment import normalize
-from topkd.data.base import Images, ReadGroups
+from topkd.data.base import WrappedImages
 
 SMALL = 64  # pixels; larger images are corrupted as those of ImageNet-C
 _SEED = 1903  # arbitrary, but must never change
 
 
 @dataclass(frozen=True)
-class Corrupted:
+class Corrupted(WrappedImages):
     """Images with noise, blur, low contrast or JPEG artifacts, the same in every run.
 
     The corruption is applied after cropping and resizing, before normalization. Its strength is
@@ -29,20 +29,9 @@ class Corrupted:
         (Hendrycks & Dietterich, ICLR 2019) https://arxiv.org/abs/1903.12261
     """
 
-    images: Images
     corruption: str  # a key of CORRUPTIONS
     mean: Sequence[float]
     std: Sequence[float]
-
-    @property
-    def target(self) -> Tensor:
-        """(images,)."""
-        return self.images.target
-
-    @property
-    def blocks(self) -> ReadGroups | None:
-        """Read groups of the images."""
-        return self.images.blocks
 
     def read_bytes(self, index: Tensor, augmented: tuple[int, int] | None) -> Tensor:
         """Reads corrupted bytes (n, h, w, 3); ``augmented`` is (seed, epoch), None for plain."""

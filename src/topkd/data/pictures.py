@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, get_type_hints
 
 import numpy as np
 import torch
@@ -96,14 +97,26 @@ class CropConfig:
     The central square has ``crop`` times the shorter side, like timm's ``crop_pct``. The default
     is 7/8, but at least ``size`` pixels where a picture is large enough, so that pictures that
     already have the size are unchanged.
+
+    Args:
+        size: Height and width of the network's input, in pixels.
+        padding: Width of the black border for random crops in training, for small pictures.
+        crop: Side of the central crop for evaluation as a fraction of the shorter side.
+        flip: Whether to apply random horizontal flips in training.
+        mean: Channel means of the normalization, for values in [0, 1].
+        std: Channel standard deviations of the normalization.
+
+    References:
+        Going Deeper with Convolutions (Szegedy et al., CVPR 2015), for the random crop
+        https://arxiv.org/abs/1409.4842
     """
 
-    size: int  # height and width, in pixels
+    size: int = 224
     padding: int | None = None
-    flip: bool = True  # random horizontal flips in training
-    mean: Sequence[float] = MEAN
-    std: Sequence[float] = STD
     crop: float | None = None
+    flip: bool = True
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
 
     def __post_init__(self) -> None:
         if self.size < 1 or (self.padding or 0) < 0:
@@ -127,6 +140,37 @@ class CropConfig:
         if side == self.size:  # aligned to pixels, so that nothing is resampled
             left, top = left // 1, top // 1
         return left, top, left + side, top + side
+
+
+class CropOptions(TypedDict, total=False):
+    """Options of :class:`CropConfig`, as type checkers see them."""
+
+    size: int
+    padding: int | None
+    crop: float | None
+    flip: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+Source = TypeVar("Source", bound=Callable[..., Data])
+
+
+def with_crop_options(source: Source) -> Source:
+    """Lists the options of :class:`CropConfig` in the signature of a function that takes them.
+
+    Recipes are checked against this signature.
+
+    Args:
+        source: Function with the argument ``**pictures: Unpack[CropOptions]``.
+    """
+    given, crop = inspect.signature(source), inspect.signature(CropConfig)
+    *own, _ = given.parameters.values()
+    options = [each.replace(kind=each.KEYWORD_ONLY) for each in crop.parameters.values()]
+    del source.__annotations__["pictures"]
+    source.__annotations__.update(get_type_hints(CropConfig))
+    source.__signature__ = given.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    return source
 
 
 @dataclass(frozen=True)

@@ -210,4 +210,4 @@ def evaluation_crop(about: Mapping[str, Any]) -> CropConfig:
     complete = "padding" not in options or data.get("padding") is not None
     crop = None if complete else data.get("crop")
     padding = 0 if complete else None
-    return CropConfig(about["size"], padding, False, about["mean"], about["std"], crop)
+    return CropConfig(about["size"], padding, crop, False, about["mean"], about["std"])

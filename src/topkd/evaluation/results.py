@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError
@@ -20,6 +20,11 @@ from topkd.config.validation import read_yaml
 from topkd.evaluation.statistics import Paired, paired
 
 Value = TypeVar("Value")
+GradientPlace = Literal["embedding", "backbone weights"]
+"""Where the gradients of loss terms are measured and compared."""
+
+MADE_WITH = ("processor", "threads", "device", "dtype", "topkd", "commit", "torch", "python")
+"""What a result may depend on besides its recipe: keys of ``environment``."""
 
 
 class _Part(BaseModel):
@@ -59,6 +64,7 @@ class TeacherResult(_Part):
     model: str
     hash: str
     file: str | None = None  # hash of its weights file
+    recipe_hash: str | None = None  # of the recipe that trained it
     top1: FiniteFloat
 
     def value(self, name: str) -> float | None:
@@ -107,6 +113,7 @@ class Result(_Part):
     mean_of_last_10: FiniteFloat
     best: BestEpoch
     gradient_share: dict[str, FiniteFloat]
+    gradient_at: GradientPlace = "embedding"
     loss_metadata: dict[str, LossMetadata] = Field(default_factory=dict)
     data_issues: dict[str, Any] = Field(default_factory=dict)
     train_seconds: FiniteFloat
@@ -125,11 +132,17 @@ class Result(_Part):
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """Converts to plain values, without the parts that were not measured."""
+        """Converts to plain values, without the parts that were not measured.
+
+        A place of the gradients is written if it is not the embedding.
+        """
         optional = ("teacher", "teacher_similarity", "per_class")
         absent: dict[str, Any] = {name: True for name in optional if not getattr(self, name)}
-        if self.teacher is not None and self.teacher.file is None:
-            absent["teacher"] = {"file"}
+        if self.teacher is not None:
+            hashes = ("file", "recipe_hash")
+            absent["teacher"] = {name for name in hashes if getattr(self.teacher, name) is None}
+        if self.gradient_at == "embedding":
+            absent["gradient_at"] = True
         return self.model_dump(mode="json", exclude=absent)
 
 
@@ -163,7 +176,7 @@ class Run:
 
     @cached_property
     def examples(self) -> dict[str, Tensor]:
-        """Embeddings and labels of some test images; empty if the file is absent.
+        """Embeddings and labels of some evaluation images; empty if the file is absent.
 
         Raises:
             ValueError: If ``examples.safetensors`` is broken.

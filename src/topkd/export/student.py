@@ -143,7 +143,7 @@ def export(
         data: Overrides of the data section, as ``key=value``.
         size: Image size in pixels; needed only if the data cannot be loaded.
         license: License of the weights, as an identifier of the Hugging Face hub.
-        limit: Number of evenly spaced test images to verify on. Defaults to all.
+        limit: Number of evenly spaced evaluation images to verify on. Defaults to all.
         tolerance: Maximum difference of a logit, except for quantized formats.
         trust: Whether the file may name code, paths and addresses.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from topkd.features import Batch, Features
+from topkd.losses._places import check_preactivations
 from topkd.losses._validation import check_shapes, positive, skipped
 from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import depth_weighted_sum, paired
@@ -64,6 +65,9 @@ class AB(Loss):
     RepDistiller uses 0.003. There and in the paper, it is the only loss in the first epochs and the
     cross-entropy the only one after them: set ``start`` and ``stop`` of the terms in a recipe.
 
+    The teacher's pre-activations must be inputs of ReLUs, which excludes teachers such as
+    MobileNetV2, without a ReLU after a block. Those of the student must have negative values.
+
     Args:
         skip: Number of pre-activations skipped at the shallow end; the first are those of the stem.
         margin: Margin of the hinge loss.
@@ -77,12 +81,15 @@ class AB(Loss):
 
     Examples:
         >>> import torch
-        >>> maps = [torch.randn(2, 4, 8, 8), torch.randn(2, 8, 4, 4)]
-        >>> student = Features(torch.zeros(2, 10), torch.zeros(2, 8), preactivations=maps)
-        >>> loss = AB(margin=0.5)
-        >>> loss.setup(student, student, context=None)
-        >>> loss(student, student, batch=None).shape
-        torch.Size([])
+        >>> from topkd import Distiller
+        >>> from topkd.losses import CE
+        >>> from topkd.models import create
+        >>> images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+        >>> student, teacher = (create(name, classes=10) for name in ("resnet8", "wrn_16_1"))
+        >>> losses = [0.003 * AB(margin=0.5), CE().term(start=31)]
+        >>> distiller = Distiller(student, teacher, losses, epochs=240).setup(images)
+        >>> sorted(distiller(images, target).values)
+        ['ab']
     """
 
     info = LossInfo(
@@ -105,10 +112,11 @@ class AB(Loss):
         """Creates a connector for each stage at which the shapes differ.
 
         Raises:
-            ValueError: If the networks differ in the number of pre-activations, or the teacher's
-                are larger but not twice as large.
+            ValueError: If the networks differ in the number of pre-activations, those of the
+                teacher are not inputs of ReLUs, or are larger but not twice as large.
         """
         pairs = paired(student.preactivations, teacher.preactivations, self.skip, "pre-activations")
+        check_preactivations(pairs, context, self.skip)
         self.connectors = nn.ModuleList(
             nn.Identity() if s.shape == t.shape else regressor(s.shape[1:], t.shape[1:], relu=False)
             for s, t in pairs

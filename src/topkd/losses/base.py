@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -61,6 +62,8 @@ class LossContext:
     folder: Path
     """Folder in which fitted networks are stored."""
     progress: Progress
+    sample: Tensor
+    """Images of the features that the setup receives, (n, 3, h, w)."""
     taps: Taps = Taps()
     """Taps of this term, which override those of the networks."""
 
@@ -92,17 +95,19 @@ class Loss(nn.Module, ABC):
     """Whether the student must use its teacher's classifier."""
     reads_maps: ClassVar[bool] = False
     """Whether the loss reads feature maps or pre-activations; otherwise they are discarded."""
+    reads_distilled: ClassVar[bool] = False
+    """Whether the loss reads the logits of a distillation head."""
 
     def __new__(cls, *args: Any, **options: Any) -> Loss:
         loss = super().__new__(cls)
-        loss.__dict__["_options"] = options
+        loss.__dict__["_options"] = _named(cls.__init__, args, options)
         return loss
 
     _options: dict[str, Any]
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The options that were given to the constructor."""
+        """The options that were given to the constructor, by name."""
         return MappingProxyType(self._options)
 
     def setup(  # noqa: B027  (most losses need no setup)
@@ -146,7 +151,7 @@ class Loss(nn.Module, ABC):
                 ``label``, ``batch`` and ``taps``, as in a recipe.
 
         Raises:
-            ValueError: If a setting is unknown or invalid.
+            ValueError: If a setting is unknown or invalid, or the loss has an option of that name.
 
         Examples:
             >>> from topkd.losses import TopKD
@@ -156,12 +161,33 @@ class Loss(nn.Module, ABC):
         known = Term.model_fields.keys() - {"name"}
         for setting in settings.keys() - known:
             raise ValueError(f"a term has no {setting!r}{near(setting, sorted(known))}")
+        for option in self.options.keys() & Term.model_fields.keys():
+            raise ValueError(
+                f"{type(self).__name__}: the option {option!r} has the name of a setting of terms; "
+                "rename it"
+            )
         name = self.info.name if hasattr(self, "info") else type(self).__name__.lower()
         return LossTerm(Term(name=name, **settings, **self.options), self)
 
     def __rmul__(self, weight: float) -> LossTerm:
         """Weights the loss: ``2 * KD(temperature=4.0)``."""
         return self.term(weight=float(weight))
+
+
+def _named(
+    function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns positional and keyword arguments of a method by name."""
+    signature = inspect.signature(function)
+    try:
+        bound = signature.bind_partial(None, *args, **options).arguments
+    except TypeError:  # which the constructor raises as well
+        return options
+    names = list(bound)[1:]  # without self
+    kinds = {name: signature.parameters[name].kind for name in names}
+    named = {name: bound[name] for name in names if kinds[name] != inspect.Parameter.VAR_KEYWORD}
+    others = [bound[name] for name in names if kinds[name] == inspect.Parameter.VAR_KEYWORD]
+    return named | (others[0] if others else {})
 
 
 @dataclass(frozen=True)
@@ -186,6 +212,12 @@ class LossTerm:
     def is_active(self, epoch: int, epochs: int) -> bool:
         """Whether the term has a positive weight in an epoch, given the total number of epochs."""
         return self.settings.schedule(epoch, epochs) > 0
+
+    @property
+    def bypasses_embedding(self) -> bool:
+        """Whether the term reads features of the student other than its embedding and logits."""
+        reads_others = self.loss.reads_maps or self.loss.reads_distilled
+        return reads_others or self.settings.taps.student != View()
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
         """Binds the loss to two networks, see :meth:`Loss.setup`.

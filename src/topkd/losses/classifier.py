@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topkd.features import Batch, Features
+from topkd.losses._places import check_classifier, check_reused, pooled_taps, read_map
 from topkd.losses._validation import MAPS, check_floats, check_shapes, count, not_negative
 from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import deepest, to_smaller
 from topkd.losses.relations import directions
-from topkd.models.reused import ReusedClassifierStudent, projector
+from topkd.models.reused import ReusedClassifierStudent
 
 
 def last_map(student: Tensor, teacher: Tensor) -> Tensor:
@@ -45,25 +46,29 @@ def last_map(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class SimKD(Loss):
-    """:func:`last_map` of the last maps: the feature loss of SimKD.
+    """:func:`last_map` of the maps that both classifiers average: the feature loss of SimKD.
 
-    It is intended for a :class:`~topkd.models.reused.ReusedClassifierStudent`, which uses its
-    teacher's classifier: its last map is the projected one, and no other loss is needed. The
-    teacher's map must be the input of its global average pooling, such as the tap ``avgpool:in``.
-    For a student with a separate classifier, which this loss does not train, the same projector is
-    created if the channels differ; such a student needs another term.
+    The student must be a :class:`~topkd.models.reused.ReusedClassifierStudent`, which uses its
+    teacher's classifier: ``student.classifier: teacher`` in a recipe, or
+    :func:`topkd.models.reused.reuse`. As in the authors' code, it average-pools a map larger than
+    the teacher's before the projector. Its last map is the projected one, and no other loss is
+    needed. The teacher's map is the one whose averages its classifier reads. This is its last map,
+    or one that a forward pass finds.
 
     References:
         Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022)
         https://arxiv.org/abs/2203.14001
 
     Examples:
-        >>> from types import SimpleNamespace
-        >>> student = Features(torch.zeros(2, 10), torch.zeros(2, 8), [torch.rand(2, 8, 4, 4)])
-        >>> teacher = Features(torch.zeros(2, 10), torch.zeros(2, 32), [torch.rand(2, 32, 4, 4)])
-        >>> loss = SimKD()
-        >>> loss.setup(student, teacher, SimpleNamespace(student=SimpleNamespace(network=None)))
-        >>> loss(student, teacher, batch=None).shape
+        >>> from topkd import Distiller
+        >>> from topkd.features import Teacher
+        >>> from topkd.models import create, wrap
+        >>> from topkd.models.reused import reuse
+        >>> images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+        >>> teacher = Teacher(wrap(create("wrn_16_1", classes=10)))
+        >>> student = reuse(wrap(create("resnet8", classes=10)), teacher, images)
+        >>> distiller = Distiller(student, teacher, [SimKD()]).setup(images)
+        >>> distiller(images, target).loss.shape
         torch.Size([])
     """
 
@@ -81,27 +86,28 @@ class SimKD(Loss):
 
     def __init__(self) -> None:
         super().__init__()
-        self.project: nn.Module | None = None
         self._metadata: dict[str, Any] = {}
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
-        """Creates a projector if the student has none and the channels differ.
+        """Finds the map that the teacher's classifier averages, and checks the student's.
 
         Raises:
-            ValueError: If one of the networks has no maps.
+            ValueError: If the student does not use its teacher's classifier, or a classifier does
+                not read the averages of a map.
         """
-        channels, wide = deepest(student, "student").shape[1], deepest(teacher, "teacher").shape[1]
         network = context.student.network
-        if isinstance(network, ReusedClassifierStudent):
-            self._metadata = {"classifier": "the teacher's", "weights_brought": network.brought}
-            return
-        self._metadata = {"classifier": "the student's own, which this term does not train"}
-        if channels != wide:
-            self.project = projector(channels, wide)
+        if not isinstance(network, ReusedClassifierStudent):
+            raise ValueError(
+                f"the student ({type(network).__name__}) must use its teacher's classifier: set "
+                "student.classifier=teacher, or build it with topkd.models.reused.reuse"
+            )
+        self._taps = pooled_taps(student, teacher, context)
+        check_reused(student, teacher, context)
+        self._metadata = {"classifier": "the teacher's", "weights_brought": network.brought}
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        s, t = deepest(student, "student"), deepest(teacher, "teacher")
-        return last_map(s if self.project is None else self.project(s), t)
+        made, asked = self._taps
+        return last_map(read_map(student, made), read_map(teacher, asked))
 
     def metadata(self) -> dict[str, Any]:
         """Returns whose classifier the student uses, and the number of weights that this adds."""
@@ -116,8 +122,9 @@ class SRRL(Loss):
         r = \mathrm{pool}\big(\mathrm{ReLU}(\mathrm{BN}(\mathrm{conv}(F^s)))\big)
 
     where :math:`F^s` is the student's last map, the convolution is 1x1, pool is global average
-    pooling and :math:`h^t` is the teacher's frozen classifier. As in the authors' code, the map is
-    projected and then averaged; the copy in SimKD's repository projects the average.
+    pooling and :math:`h^t` is the teacher's frozen classifier, which must compute the teacher's
+    logits from its embedding. As in the authors' code, the map is projected and then averaged; the
+    copy in SimKD's repository projects the average.
 
     Args:
         logits: Weight w of the logits; 5 is common on CIFAR-100.
@@ -131,15 +138,14 @@ class SRRL(Loss):
         https://openreview.net/forum?id=ZzwDy_wiWv
 
     Examples:
-        >>> from types import SimpleNamespace
-        >>> student = Features(torch.zeros(2, 10), torch.zeros(2, 8), [torch.rand(2, 8, 4, 4)])
-        >>> teacher = Features(torch.zeros(2, 10), torch.zeros(2, 32))
-        >>> classifier = nn.Linear(32, 10)
-        >>> network = SimpleNamespace(classifier=classifier, head=classifier)
-        >>> loss = SRRL(logits=5.0)
-        >>> loss.setup(student, teacher, SimpleNamespace(teacher=SimpleNamespace(network=network)))
-        >>> loss(student, teacher, batch=None).shape
-        torch.Size([])
+        >>> from topkd import Distiller
+        >>> from topkd.losses import CE
+        >>> from topkd.models import create
+        >>> images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+        >>> student, teacher = (create(name, classes=10) for name in ("resnet8", "wrn_16_1"))
+        >>> distiller = Distiller(student, teacher, [CE(), SRRL(logits=5.0)]).setup(images)
+        >>> sorted(distiller(images, target).values)
+        ['ce', 'srrl']
     """
 
     info = LossInfo(
@@ -162,9 +168,11 @@ class SRRL(Loss):
         """Creates the projection and stores a reference to the teacher's classifier.
 
         Raises:
-            ValueError: If the student has no maps.
+            ValueError: If the student has no maps, or the teacher's classifier does not compute its
+                logits from its embedding.
         """
         assert context.teacher is not None
+        check_classifier("teacher", teacher, context)
         channels, width = deepest(student, "student").shape[1], teacher.embedding.shape[1]
         self._teacher = [context.teacher.network]  # in a list: not a submodule of this loss
         convolution = nn.Conv2d(channels, width, 1, bias=False)
@@ -207,15 +215,25 @@ def class_maps(last: Tensor, classifier: nn.Module) -> Tensor:
         True
     """
     check_floats("the last map", last, MAPS)
-    weight = getattr(classifier, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim not in (2, 4) or weight[0, 0].numel() != 1:
-        raise ValueError(f"class maps need a classifier of one linear layer, got {classifier}")
+    weight = linear_weight(classifier)
     if last.shape[1] != weight.shape[1]:
         raise ValueError(
             f"the classifier reads {weight.shape[1]} numbers, but the last map has {last.shape[1]} "
             "channels; tap the input of the global average pooling, such as avgpool:in"
         )
-    return torch.einsum("kd,ndhw->nkhw", weight.flatten(1).to(last.dtype), last)
+    return torch.einsum("kd,ndhw->nkhw", weight.to(last.dtype), last)
+
+
+def linear_weight(classifier: nn.Module) -> Tensor:
+    """Returns the weight (classes, d) of a linear layer or of a 1x1 convolution.
+
+    Raises:
+        ValueError: If the classifier is neither.
+    """
+    weight = getattr(classifier, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim not in (2, 4) or weight[0, 0].numel() != 1:
+        raise ValueError(f"class maps need a classifier of one linear layer, got {classifier}")
+    return weight.flatten(1)
 
 
 def class_attention(
@@ -257,7 +275,11 @@ def class_attention(
 class CATKD(Loss):
     """:func:`class_attention` of the :func:`class_maps` of both networks, CAT-KD.
 
-    The current weight of the student's classifier is used, and receives a gradient from this loss.
+    The maps are those whose averages over all positions are the input of the classifier: the last
+    ones, or those that a forward pass finds, such as the output of the last ReLU of a wide ResNet.
+    Networks without such a map are refused: transformers with a class token, and networks that
+    normalize the averages. The current weight of the student's classifier is used, and receives a
+    gradient from this loss.
 
     Args:
         resolution: Height and width of the pooled maps.
@@ -271,14 +293,14 @@ class CATKD(Loss):
         https://arxiv.org/abs/2304.12777
 
     Examples:
-        >>> from types import SimpleNamespace
-        >>> features = Features(torch.zeros(2, 10), torch.zeros(2, 8), [torch.rand(2, 8, 4, 4)])
-        >>> network = SimpleNamespace(classifier=nn.Linear(8, 10))
-        >>> context = SimpleNamespace(student=network, teacher=SimpleNamespace(network=network))
-        >>> loss = CATKD(normalize=True)
-        >>> loss.setup(features, features, context)
-        >>> loss(features, features, batch=None).item()
-        0.0
+        >>> from topkd import Distiller
+        >>> from topkd.losses import CE
+        >>> from topkd.models import create
+        >>> images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+        >>> student, teacher = (create(name, classes=10) for name in ("resnet8", "wrn_16_1"))
+        >>> distiller = Distiller(student, teacher, [CE(), 0.7 * CATKD()]).setup(images)
+        >>> sorted(distiller(images, target).values)
+        ['cat', 'ce']
     """
 
     info = LossInfo(
@@ -298,28 +320,30 @@ class CATKD(Loss):
         self.resolution, self.normalize = count("resolution", resolution), normalize
 
     def setup(self, student: Features, teacher: Features, context: LossContext) -> None:
-        """Stores references to both classifiers, and checks that they accept the last maps.
+        """Stores references to both classifiers, and finds the maps that they average.
 
         Raises:
-            ValueError: If a classifier is not a single linear layer on the channels of the last
-                map.
+            ValueError: If a classifier is not a single linear layer, or does not read the averages
+                of a map.
         """
         assert context.teacher is not None
         networks = [context.student, context.teacher.network]
-        for name, features, network in zip(
-            ("student", "teacher"), (student, teacher), networks, strict=True
-        ):
+        for role, network in zip(("student", "teacher"), networks, strict=True):
             try:
-                class_maps(deepest(features, name), network.classifier)
+                linear_weight(network.classifier)
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+                raise ValueError(f"{role}: {error}") from error
+        self._taps = pooled_taps(student, teacher, context)
         self._networks = networks  # in a list: not submodules of this loss
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         # Pooling and class maps are linear and commute; pooling first is cheaper.
-        pooled = (F.adaptive_avg_pool2d(f.maps[-1], self.resolution) for f in (student, teacher))
         s, t = (
-            class_maps(maps, network.classifier)
-            for maps, network in zip(pooled, self._networks, strict=True)
+            class_maps(
+                F.adaptive_avg_pool2d(read_map(features, tap), self.resolution), network.classifier
+            )
+            for features, tap, network in zip(
+                (student, teacher), self._taps, self._networks, strict=True
+            )
         )
         return class_attention(s, t, resolution=self.resolution, normalize=self.normalize)

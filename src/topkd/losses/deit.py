@@ -87,6 +87,8 @@ class DeiT(Loss):
         zero=False,
     )
 
+    reads_distilled = True
+
     def __init__(
         self, *, kind: Kind = "hard", temperature: float = 1.0, legacy: bool = False
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -66,7 +67,8 @@ class FSP(Loss):
 
     where G is the :func:`fsp_matrix`. In the paper and in RepDistiller, this is the only loss in
     the first epochs and the cross-entropy the only one after them: set ``start`` and ``stop`` of
-    the terms in a recipe.
+    the terms in a recipe. Maps must be ordered from shallow to deep, and have the same number of
+    channels and, beyond the first, the same size in both networks.
 
     Args:
         skip: Number of maps skipped at the shallow end; the first map is that of the stem.
@@ -109,8 +111,8 @@ class FSP(Loss):
         """Checks that the maps can be compared.
 
         Raises:
-            ValueError: If the networks differ in the number of maps or of their channels, or if
-                there are fewer than two maps.
+            ValueError: If the networks differ in the number of maps, in their channels or in the
+                size of consecutive maps, if maps become larger, or if there are fewer than two.
         """
         pairs = paired(student.maps, teacher.maps, self.skip)
         if len(pairs) < 2:
@@ -128,6 +130,7 @@ class FSP(Loss):
                 f"{', '.join(differing)}; select matching maps with the term's taps, or use at, "
                 "nst or vid, for which channels may differ"
             )
+        check_sizes(pairs, self.skip)
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
         pairs = paired(student.maps, teacher.maps, self.skip)
@@ -139,3 +142,36 @@ class FSP(Loss):
             for (s, t), (next_s, next_t) in pairwise(pairs)
         ]
         return torch.stack(values).sum()
+
+
+def check_sizes(pairs: Sequence[tuple[Tensor, Tensor]], skip: int) -> None:
+    """Checks that consecutive maps can be the start and the end of a stage, of the same size.
+
+    The larger of two consecutive maps is pooled, so the size of the matrices' maps is that of the
+    deeper one, which must be the smaller.
+
+    Args:
+        pairs: Maps of the student and of the teacher, without the skipped ones.
+        skip: Number of maps skipped before them.
+
+    Raises:
+        ValueError: If a map is larger than the one before it, or the networks' sizes differ.
+    """
+    for number, (shallow, deep) in enumerate(pairwise(pairs), skip + 1):
+        for role, before, after in zip(("student", "teacher"), shallow, deep, strict=True):
+            if after.shape[2] > before.shape[2] or after.shape[3] > before.shape[3]:
+                raise ValueError(
+                    f"map {number} of the {role} is larger than the one before it, "
+                    f"{_size(after)} after {_size(before)}; order the term's taps.{role}.maps from "
+                    "shallow to deep"
+                )
+        if deep[0].shape[2:] != deep[1].shape[2:]:
+            raise ValueError(
+                f"map {number} has {_size(deep[0])} positions in the student and {_size(deep[1])} "
+                "in the teacher, but fsp averages products of two maps over the same positions; "
+                "select maps of the same size with the term's taps"
+            )
+
+
+def _size(maps: Tensor) -> str:
+    return " x ".join(map(str, maps.shape[2:]))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from topkd.features import INPUT, Batch, Features, Teacher
+from topkd.losses._places import check_preactivations
 from topkd.losses._validation import check_shapes, skipped
 from topkd.losses.base import Loss, LossContext, LossInfo
 from topkd.losses.maps import depth_weighted_sum, paired, to_smaller
@@ -110,6 +111,9 @@ class OFD(Loss):
     without one, they are the measured means of negative responses. The loss is a sum over neurons
     and needs a small weight: the authors use 0.001, and 0.0001 for ImageNet.
 
+    The teacher's pre-activations must be inputs of ReLUs, which excludes teachers such as
+    MobileNetV2, without a ReLU after a block. Those of the student must have negative values.
+
     The authors and mdistiller run the teacher with batch statistics; here it is in eval mode, as
     for all losses.
 
@@ -124,15 +128,15 @@ class OFD(Loss):
         https://arxiv.org/abs/1904.01866
 
     Examples:
-        >>> from types import SimpleNamespace
-        >>> maps = [torch.randn(2, 4, 8, 8), torch.randn(2, 8, 4, 4)]
-        >>> features = Features(torch.zeros(2, 10), torch.rand(2, 8), preactivations=maps)
-        >>> batches = lambda epoch: [(None, features)]
-        >>> context = SimpleNamespace(teacher=None, teacher_batches=batches)
+        >>> from topkd import Distiller
+        >>> from topkd.losses import CE
+        >>> from topkd.models import create
+        >>> images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+        >>> student, teacher = (create(name, classes=10) for name in ("resnet8", "wrn_16_1"))
         >>> loss = OFD()
-        >>> loss.setup(features, features, context)
+        >>> distiller = Distiller(student, teacher, [CE(), 0.001 * loss]).setup(images)
         >>> loss.metadata()  # the stem is skipped
-        {'margins': ['measured on 16 batches']}
+        {'margins': ['block2.layer.0.bn1', 'block3.layer.0.bn1', 'bn1']}
     """
 
     info = LossInfo(
@@ -156,9 +160,11 @@ class OFD(Loss):
         """Creates the connectors and determines the margins of the teacher's channels.
 
         Raises:
-            ValueError: If the networks differ in the number of pre-activations.
+            ValueError: If the networks differ in the number of pre-activations, or those of the
+                teacher are not inputs of ReLUs.
         """
         pairs = paired(student.preactivations, teacher.preactivations, self.skip, "pre-activations")
+        check_preactivations(pairs, context, self.skip)
         found = find_margins([t for _, t in pairs], context, self.skip)
         self.sources = [source for _, source in found]
         self.connectors = nn.ModuleList(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from topkd._io import files, pickles, sealed
 from topkd.config.validation import Section, validated
@@ -344,6 +345,19 @@ def hash_of(network: nn.Module) -> str:
         data = tensor.detach().cpu().contiguous().reshape(-1)
         content.write(data.view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return files.sha256(content.getvalue())
+
+
+def object_hash(network: nn.Module) -> str:
+    """Computes a hash of the weights, the modules and the taps of a network without a name.
+
+    Networks with the same weights may differ in modules without weights, such as activations.
+    """
+    read = (*("taps", "maps", "preactivations"), *("_embedding", "_distilled"))
+    taps = [vars(network).get(name) for name in read]
+    structure = re.sub(r" at 0x[0-9a-fA-F]+", "", repr((network, taps)))  # addresses vary
+    tensors = (*network.parameters(), *network.buffers())
+    weights = "" if any(map(is_lazy, tensors)) else hash_of(network)
+    return files.sha256(f"{weights} {structure}".encode())
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -85,14 +85,19 @@ def _run(network: nn.Module, shape: Sequence[int]) -> tuple[_Trace, Any]:
     trace = _Trace({module: name for name, module in network.named_modules() if name})
     noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     weight = next(iter(network.parameters()), noise)
-    with _unchanged(network, trace), torch.no_grad():
+    with watched(network, trace), torch.no_grad():
         logits = network.eval()(noise.to(weight.device, weight.dtype))
     return trace, logits[0] if isinstance(logits, tuple) else logits
 
 
 @contextmanager
-def _unchanged(network: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
-    """Hooks all modules temporarily; restores random state and training modes."""
+def watched(network: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    """Hooks all modules temporarily; restores random state and training modes.
+
+    Args:
+        network: The network.
+        hook: A forward hook, registered with every module but the network itself.
+    """
     training = {module: module.training for module in network.modules()}
     hooks = [module.register_forward_hook(hook) for name, module in network.named_modules() if name]
     try:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topkd.features import FeatureExtractor, Teacher
+from topkd.models.places import logits_error, pooled_map, tolerance
 
 
 class ReusedClassifierStudent(nn.Module):
@@ -136,7 +137,7 @@ def reuse(
     *,
     factor: int = 2,
     tap: str | None = None,
-    teacher_tap: str = "avgpool:in",
+    teacher_tap: str | None = None,
 ) -> FeatureExtractor:
     """Replaces a student's classifier by its teacher's.
 
@@ -146,8 +147,8 @@ def reuse(
         images: Example input of both networks, used to determine sizes.
         factor: Channel reduction inside the projector.
         tap: Tap of the student's map that is projected. Defaults to its last map.
-        teacher_tap: Tap of the map whose averages the teacher's classifier reads. All networks of
-            :data:`topkd.models.MODELS` have it under this name.
+        teacher_tap: Tap of the map whose averages the teacher's classifier reads. By default, a
+            forward pass finds it.
 
     Returns:
         A :class:`ReusedClassifierStudent` with taps. Its last map is the projected one, its
@@ -201,20 +202,30 @@ def _tapped(network: ReusedClassifierStudent) -> FeatureExtractor:
 
 
 def _classifier(
-    teacher: Teacher, images: Tensor, tap: str
+    teacher: Teacher, images: Tensor, tap: str | None
 ) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
     """Returns weight and bias of a teacher's classifier, and the size of the map it averages."""
     head = teacher.network.classifier
     if not isinstance(head, nn.Linear | nn.Conv2d) or head.weight[0, 0].numel() != 1:
         raise ValueError(f"the teacher's classifier must be one linear layer, got {head}")
+    place = pooled_map(teacher, images) if tap is None else None
+    if place is not None:
+        return head.weight.flatten(1), head.bias, place.size
+    if tap is None:
+        raise ValueError(
+            "the teacher's classifier does not read the averages of any map of "
+            f"{type(teacher.network.network).__name__}, or does not return its logits; the student "
+            "cannot use it"
+        )
     asked = copy.deepcopy(teacher)  # leaves the teacher without this tap
     asked.network.also([tap])
     made = asked(images)
     seen = made.others[tap]
     averages = seen.mean((2, 3)) if seen.ndim == 4 else seen
-    if averages.shape != made.embedding.shape or not torch.allclose(
-        averages, made.embedding, rtol=1e-3, atol=1e-3 * float(made.embedding.abs().max())
-    ):
+    error = float("inf")
+    if averages.shape == made.embedding.shape:
+        error = logits_error(teacher.network, averages, made)
+    if not error <= tolerance(made.logits.dtype):
         raise ValueError(
             f"the teacher's classifier does not read the averages of {tap!r}, {tuple(seen.shape)}; "
             "give the tap of the map whose averages it reads"

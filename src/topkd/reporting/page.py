@@ -15,7 +15,7 @@ from topkd._io import files
 from topkd._io.progress import Progress
 from topkd.config.recipe import Term
 from topkd.evaluation.metrics import METRICS, Metric, displayed
-from topkd.evaluation.results import Study, TeacherResult, collect
+from topkd.evaluation.results import MADE_WITH, Study, TeacherResult, collect
 from topkd.evaluation.statistics import Paired, Sample, holm
 from topkd.models import checkpoint
 from topkd.reporting import plots, sections
@@ -32,7 +32,6 @@ INPUTS = (
     *("*net-*.safetensors", checkpoint.WEIGHTS),
 )
 """File names that a page is built from."""
-MADE_WITH = ("processor", "threads", "device", "dtype", "topkd", "commit", "torch", "python")
 
 
 Row = dict[str, str]

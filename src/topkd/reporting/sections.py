@@ -132,7 +132,9 @@ def gradients(study: Study) -> Section | None:
     for variant, last in shares.items():
         listed = ", ".join(f"{term} {percent(share.mean)}" for term, share in last.items())
         seeds = count(len(study.variants[variant]), "seed")
-        sentences.append(f"{variant}, last epoch, mean of {seeds}: {listed}.")
+        place = next(iter(study.variants[variant].values())).result.gradient_at
+        where = "" if place == "embedding" else f", at the {place}"
+        sentences.append(f"{variant}{where}, last epoch, mean of {seeds}: {listed}.")
         if terms := over_epochs[variant]:
             figure = plots.gradient_shares(terms, title=variant, colors=colors)
             alt = f"share of the gradient of {', '.join(terms)} in {variant}"

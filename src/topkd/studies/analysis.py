@@ -44,6 +44,7 @@ def compare(
     *,
     margin: float | None = None,
     higher_is_better: bool = True,
+    compared: int | None = None,
 ) -> list[Comparison]:
     r"""Compares all variants of a setting with its baseline.
 
@@ -64,6 +65,8 @@ def compare(
         margin: Smallest difference that matters. An interval within ±margin yields the verdict
             "no difference that matters".
         higher_is_better: Whether higher values of the metric are better.
+        compared: The number m of variants, if not all of them are in ``values``, so that a
+            selection or an unfinished study is not judged by narrower intervals.
 
     Returns:
         One comparison for each variant that shares a seed with the baseline.
@@ -79,13 +82,14 @@ def compare(
         for variant, runs in values.items()
         if variant != baseline and runs.keys() & base.keys()
     }
-    error = (1 - LEVEL) / max(1, len(pairs))
+    count = max(1, compared or len(pairs))
+    error = (1 - LEVEL) / count
     found = []
     for variant, differences in pairs.items():
         interval, p = differences.confidence_interval(1 - error), differences.p
         decision = verdict(interval, margin, higher_is_better)
         needed = _needed(differences, error, margin) if decision == "undecided" else None
-        corrected = None if p is None else min(1.0, len(pairs) * p)
+        corrected = None if p is None else min(1.0, count * p)
         sample = Sample(tuple(values[variant].values()))
         seeds = tuple(sorted(values[variant].keys() & base.keys()))
         found.append(

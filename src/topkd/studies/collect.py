@@ -48,14 +48,24 @@ class Collected:
         metric, file = primary_metric(self.plan), self.plan.file
         values = self.values(setting, metric)
         if file.baseline not in values:
-            raise ValueError(f"{setting}: no run of the baseline {file.baseline} is finished")
+            raise ValueError(f"{setting}: {self.without_baseline(setting)}")
         return compare(
             setting,
             values,
             file.baseline,
             margin=file.primary.margin,
             higher_is_better=metric.higher_is_better,
+            compared=self.plan.compared,
         )
+
+    def without_baseline(self, setting: str) -> str | None:
+        """Says why the variants of a setting cannot be compared; None if they can."""
+        metric, baseline = primary_metric(self.plan), self.plan.file.baseline
+        if baseline in self.values(setting, metric):
+            return None
+        if self.results.get((setting, baseline)):
+            return f"the runs of the baseline {baseline} have no {metric.name}"
+        return f"no run of the baseline {baseline} is finished"
 
 
 def primary_metric(plan: Plan) -> Metric:
@@ -75,6 +85,10 @@ def primary_metric(plan: Plan) -> Metric:
         raise RecipeError(
             f"{plan.file.name}: primary.metric: {name} is computed on request only; "
             f"set evaluation: [{name}]"
+        )
+    if METRICS[name].needs_teacher and not all(recipe.teacher for recipe in recipes):
+        raise RecipeError(
+            f"{plan.file.name}: primary.metric: {name} cannot be computed without a teacher"
         )
     return METRICS[name]
 

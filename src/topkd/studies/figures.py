@@ -174,15 +174,20 @@ def curves(runs: Runs, style: Style) -> dict[str, Chart]:
 
 
 def shares(runs: Runs) -> tuple[Chart, dict[str, str]]:
-    """Plots the gradient shares at the last epoch, averaged over seeds; see :func:`share_bars`."""
-    found = {}
+    """Plots the gradient shares at the last epoch, averaged over seeds; see :func:`share_bars`.
+
+    Variants whose gradients were not measured at the embedding are marked.
+    """
+    found, labels = {}, {}
     for variant, seeds in runs.items():
         results = [run.result.gradient_share for run in seeds.values()]
+        for place in {run.result.gradient_at for run in seeds.values()} - {"embedding"}:
+            labels[variant] = f"{variant}, at the {place}"
         terms = dict.fromkeys(term for each in results for term in each)
         found[variant] = {
             t: sum(each.get(t, 0.0) for each in results) / len(results) for t in terms
         }
-    return share_bars(found, title="Gradient shares, last epoch")
+    return share_bars(found, title="Gradient shares, last epoch", labels=labels)
 
 
 def element(chart: Chart, name: str, alt: str) -> Markup:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from topkd.evaluation.statistics import LEVEL
+from topkd.evaluation.statistics import LEVEL, Sample
 from topkd.studies.analysis import Comparison, Verdict, verdict
 
 
@@ -30,11 +30,17 @@ def over_settings(
     *,
     margin: float | None = None,
     higher_is_better: bool = True,
+    compared: int | None = None,
 ) -> list[Overall]:
     r"""Averages the differences of each variant over settings, which count equally.
 
-    With the mean difference of setting i, its standard deviation and its number of pairs, the mean
-    over k settings and its interval by Welch and Satterthwaite are
+    Runs of one seed may be correlated over settings, which share initial weights, order or data.
+    So the differences of each seed that all settings have are averaged over the settings first; the
+    interval is that of a paired t-test of these averages, with Bonferroni correction.
+
+    If the settings share fewer than two seeds, they are taken as independent. With the mean
+    difference of setting i, its standard deviation and its number of pairs, the mean over k
+    settings and its interval by Welch and Satterthwaite are then
 
     .. math:: \bar d = \frac1k \sum_i \bar d_i, \qquad
         \bar d \pm t_\nu(1 - \tfrac{0.05}{2m}) \sqrt{\textstyle\sum_i v_i}, \qquad
@@ -49,6 +55,7 @@ def over_settings(
         settings: Setting -> its comparisons. Variants that are missing in a setting are left out.
         margin: Smallest difference that matters.
         higher_is_better: Whether higher values of the metric are better.
+        compared: The number m of variants, if not all of them are in ``settings``.
 
     References:
         An Approximate Distribution of Estimates of Variance Components (Satterthwaite, Biometrics
@@ -69,22 +76,42 @@ def over_settings(
         for name in variants
     }
     complete = {name: found for name, found in by_variant.items() if len(found) == len(settings)}
-    error = (1 - LEVEL) / max(1, len(complete))
+    error = (1 - LEVEL) / max(1, compared or len(complete))
     averaged = []
     for name, found in complete.items():
+        shared = _by_seed(found)
         mean = math.fsum(each.differences.mean for each in found) / len(found)
-        half = _half_width(found, error)
-        interval = None if half is None else (mean - half, mean + half)
+        interval = _independent(found, mean, error)
+        if shared is not None:
+            mean = shared.mean
+            interval = None if interval is None else shared.confidence_interval(1 - error)
         decision = verdict(interval, margin, higher_is_better)
         averaged.append(Overall(name, tuple(found), mean, interval, decision))
     return averaged
 
 
-def _half_width(found: Sequence[Comparison], error: float) -> float | None:
+def _by_seed(found: Sequence[Comparison]) -> Sample | None:
+    """Averages the differences of each seed that all settings share; None if these are too few."""
+    of_settings = [dict(zip(each.seeds, each.differences.values, strict=True)) for each in found]
+    common = set.intersection(*(set(differences) for differences in of_settings))
+    if len(common) < 2:
+        return None
+    averages = [
+        math.fsum(differences[seed] for differences in of_settings) / len(found)
+        for seed in sorted(common)
+    ]
+    return Sample(tuple(averages))
+
+
+def _independent(
+    found: Sequence[Comparison], mean: float, error: float
+) -> tuple[float, float] | None:
+    """Computes the interval for independent settings; None if one does not show its spread."""
     if any(each.interval is None for each in found):
         return None
     samples = [each.differences for each in found]
     parts = [(each.std or 0.0) ** 2 / each.n / len(samples) ** 2 for each in samples]
     total = math.fsum(parts)
     freedom = total**2 / math.fsum(v**2 / (s.n - 1) for v, s in zip(parts, samples, strict=True))
-    return float(stats.t.ppf(1 - error / 2, freedom)) * math.sqrt(total)
+    half = float(stats.t.ppf(1 - error / 2, freedom)) * math.sqrt(total)
+    return mean - half, mean + half

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic_core import to_jsonable_python
 from torch import Tensor, nn
 
 from topkd._io import files
@@ -51,7 +53,8 @@ def distill(
 
     Args:
         student: Name of a network (``topkd list models``); a module, whose weights initialize every
-            run; or a function that creates a module.
+            run; or a function that creates a module. It is also called once
+            before the runs, to identify the network.
         teacher: A trained network: a module; a weights file that records the name of its network or
             is named after it (``resnet20.pth``); ``(name, file)``; ``torchvision:NAME`` or
             ``timm:NAME`` for published weights; None if no loss needs a teacher.
@@ -124,8 +127,21 @@ def _plain(tree: Any) -> Any:
     if isinstance(tree, list):
         return [_plain(each) for each in tree]
     if isinstance(tree, recipes.Term):
-        return tree.model_dump(mode="json", exclude_unset=True)
+        options = to_jsonable_python(tree.options, fallback=_described)
+        return tree.model_copy(update=options).model_dump(mode="json", exclude_unset=True)
     return tree
+
+
+def _described(option: Any) -> str:
+    """Names an object that was given as an option of a loss."""
+    if isinstance(option, nn.Module):
+        return _module(option)
+    name = getattr(option, "__qualname__", type(option).__name__)
+    if isinstance(option, Tensor):
+        option = option.detach().cpu().float().numpy()
+    if isinstance(option, np.ndarray):
+        return _object(name, files.sha256(f"{option.shape}".encode() + option.tobytes()))
+    return f"{OBJECT}{name}"
 
 
 def _object(name: str, content_hash: str) -> str:
@@ -134,7 +150,7 @@ def _object(name: str, content_hash: str) -> str:
 
 
 def _module(network: nn.Module) -> str:
-    return _object(type(network).__name__, checkpoint.hash_of(network))
+    return _object(type(network).__name__, checkpoint.object_hash(network))
 
 
 def _student(
@@ -145,7 +161,22 @@ def _student(
     if isinstance(student, nn.Module):
         return {"model": _module(student)}, lambda: copy.deepcopy(student)
     name = getattr(student, "__name__", type(student).__name__)
-    return {"model": f"{OBJECT}{name.strip('<>')}"}, student
+    network_hash = checkpoint.object_hash(_example(student))
+    return {"model": _object(name.strip("<>"), network_hash)}, student
+
+
+def _example(student: Callable[[], nn.Module]) -> nn.Module:
+    """Builds a network with fixed random numbers, and restores the state of the generators."""
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            return student()
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)  # noqa: NPY002
 
 
 def _teacher(
@@ -186,16 +217,18 @@ def _data(
 def _hash_of(data: Data) -> str:
     """Computes a hash of the classes, the labels and a few images of each split.
 
-    Images that differ between two reads are left out: a repeated call must find its runs.
+    Training images are read without and with augmentation. Images that differ between two reads are
+    left out: a repeated call must find its runs.
     """
     parts = [json.dumps([list(data.classes), list(data.mean), list(data.std)]).encode()]
     for images in (data.train, data.test):
         count = len(images.target)
         some = torch.linspace(0, count - 1, min(count, SAMPLED)).long()
-        first, again = images.read_bytes(some, None), images.read_bytes(some, None)
         parts.append(images.target.numpy().tobytes())
-        if torch.equal(first, again):
-            parts.append(first.contiguous().numpy().tobytes())
+        for augmented in (None, (0, 1)) if images is data.train else (None,):
+            first, again = (images.read_bytes(some, augmented) for _ in range(2))
+            if torch.equal(first, again):
+                parts.append(first.contiguous().numpy().tobytes())
     return files.sha256(b"".join(parts))
 
 

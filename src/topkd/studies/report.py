@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from markupsafe import Markup
 from topkd._io import files
 from topkd._io.progress import Progress
 from topkd.evaluation.metrics import METRICS
-from topkd.evaluation.results import read
+from topkd.evaluation.results import MADE_WITH, read
 from topkd.evaluation.statistics import Sample
-from topkd.reporting.page import MADE_WITH, formula
+from topkd.reporting.page import formula
 from topkd.reporting.plots.interactive import variable
 from topkd.reporting.plots.style import DARK
 from topkd.reporting.plots.variants import looks
@@ -26,7 +25,7 @@ from topkd.studies.collect import Collected, primary_metric
 from topkd.studies.figures import Runs, Style, element
 from topkd.studies.overall import over_settings
 from topkd.studies.plan import Place
-from topkd.studies.sentences import SYMBOLS
+from topkd.studies.sentences import SYMBOLS, counted, listed
 from topkd.studies.table import cells, headings, setting_rows
 
 ABSENT = "–"
@@ -91,6 +90,7 @@ def html(study: Collected, place: Place, progress: Progress | None = None) -> st
         "style": style,
         "complete": all(finished == jobs for finished, jobs in _counts(study)),
         "progress": sentences.progress(study, place),
+        "selection": sentences.selection(study.plan),
         "findings": [sentences.finding(study, setting) for setting in study.plan.settings],
         "legend": {
             name: (variable(look.color), GLYPHS[look.marker])
@@ -127,11 +127,10 @@ def _counts(study: Collected) -> list[tuple[int, int]]:
 
 def _compared(study: Collected) -> dict[str, list[Comparison]]:
     """Returns the comparisons of all settings in which the baseline is finished."""
-    metric = primary_metric(study.plan)
     return {
         setting: study.comparisons(setting)
         for setting in study.plan.settings
-        if study.plan.file.baseline in study.values(setting, metric)
+        if not study.without_baseline(setting)
     }
 
 
@@ -151,7 +150,10 @@ def _overall(
     if len(found) < 2:
         return None
     averages = over_settings(
-        found, margin=style.margin, higher_is_better=style.metric.higher_is_better
+        found,
+        margin=style.margin,
+        higher_is_better=style.metric.higher_is_better,
+        compared=study.plan.compared,
     )
     name = f"Mean over {len(found)} settings"
     differences: dict[str, dict[str, str]] = {variant: {} for variant in study.plan.variants}
@@ -204,7 +206,7 @@ def _setting(
         pictures=pictures,
         curves=curves,
         terms=terms,
-        cautions=_cautions(runs),
+        cautions=sentences.cautions(study, setting),
         recipes=_recipes(study, setting),
         provenance=_provenance(runs),
         missing=[] if curves else [NO_CURVES if runs else "No job of this setting is finished."],
@@ -235,9 +237,9 @@ def _pictures(runs: Runs, style: Style, name: str) -> tuple[list[Markup], dict[s
 
 
 def _comparisons(study: Collected, setting: str) -> Table | None:
-    rows = setting_rows(study, setting)
-    if not rows:
+    if study.without_baseline(setting):
         return None
+    rows = setting_rows(study, setting)
     metric = primary_metric(study.plan)
     found = {}
     for row in rows:
@@ -275,42 +277,18 @@ def _recipes(study: Collected, setting: str) -> Table:
     return Table(["Variant", "Losses", "Recipe hash", "Jobs done"], found)
 
 
-def _cautions(runs: Runs) -> list[str]:
-    """Lists reasons why the runs of a setting may not be comparable."""
-    results = [run.result for seeds in runs.values() for run in seeds.values()]
-    found = []
-    teachers = {result.teacher.hash for result in results if result.teacher is not None}
-    if len(teachers) > 1:
-        found.append(f"These runs have {len(teachers)} different teachers.")
-    for name in MADE_WITH:
-        values = _counted(result.environment.get(name) for result in results)
-        if len(values) > 1:
-            found.append(f"These runs differ in {name}: {_listed(values)}.")
-    return found
-
-
 def _provenance(runs: Runs) -> dict[str, str]:
     """Describes where results come from: name -> values; numbers of runs if they differ."""
     results = [run.result for seeds in runs.values() for run in seeds.values()]
     teachers = [result.teacher for result in results if result.teacher is not None]
     described = {
-        "student": _counted(result.model for result in results),
-        "teacher": _counted(f"{each.model} ({each.hash[:12]})" for each in teachers),
-        "data": _counted(result.data for result in results),
-        "evaluated on": _counted(result.eval_split for result in results),
-        "epochs": _counted(result.epochs for result in results),
+        "student": counted(result.model for result in results),
+        "teacher": counted(f"{each.model} ({each.hash[:12]})" for each in teachers),
+        "data": counted(result.data for result in results),
+        "evaluated on": counted(result.eval_split for result in results),
+        "epochs": counted(result.epochs for result in results),
     }
     names = dict.fromkeys([*MADE_WITH, *(name for r in results for name in r.environment)])
     for name in names:
-        described[name] = _counted(result.environment.get(name) for result in results)
-    return {name: _listed(values) for name, values in described.items() if values}
-
-
-def _counted(values: Iterable[object]) -> Counter[str]:
-    return Counter("unknown" if value is None else str(value) for value in values)
-
-
-def _listed(values: Counter[str]) -> str:
-    if len(values) == 1:
-        return next(iter(values))
-    return ", ".join(f"{value} ({count(number, 'run')})" for value, number in values.items())
+        described[name] = counted(result.environment.get(name) for result in results)
+    return {name: listed(values) for name, values in described.items() if values}

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from topkd._io import files
 from topkd._io.progress import Progress
@@ -15,6 +16,7 @@ from topkd.studies.collect import primary_metric
 from topkd.studies.executors.base import Ended, Executor
 from topkd.studies.forecast import opening
 from topkd.studies.plan import Place
+from topkd.training.experiment import Experiment
 
 
 @dataclass
@@ -59,11 +61,12 @@ def run(
 
     Raises:
         RecipeError: If the primary metric does not exist.
-        ValueError: If a result was altered or belongs to another recipe.
+        ValueError: If a result was altered, belongs to another recipe or had another teacher.
     """
     primary_metric(plan)  # a typing error should not wait for the table
     place, jobs = Place(out, results), plan.jobs()
     pending = place.pending(jobs)
+    _refuse_other_teachers(plan, place)
     _record(plan, out)
     outcome = Outcome(len(jobs), len(jobs) - len(pending))
     left = Counter(job.setting for job in pending)
@@ -91,6 +94,19 @@ def run(
                 rest = forecast.of({setting: left[setting]})
                 progress.say(f"{setting}: the other {left[setting]} take {rest}")
     return outcome
+
+
+def _refuse_other_teachers(plan: Plan, place: Place) -> None:
+    """Raises ``ValueError`` if a finished job had another teacher than its recipe has now."""
+    done: dict[tuple[str, str], dict[Path, dict[str, Any]]] = {}
+    for job in plan.jobs():
+        path = place.run(job) / "result.json"
+        if path.is_file():
+            found = done.setdefault((job.setting, job.variant), {})
+            found[path.parent] = files.read_sealed(path)
+    for of, results in done.items():
+        experiment = Experiment(plan.recipes[of], place.out, Progress(quiet=True))
+        experiment.refuse_other_teacher(results)
 
 
 def _ended(executor: Executor, pending: Sequence[Job], out: Path) -> Iterator[Ended]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
+from topkd.config.study import Plan
 from topkd.evaluation.metrics import Metric
+from topkd.evaluation.results import MADE_WITH
 from topkd.reporting.sections import count, fixed
 from topkd.studies.analysis import Comparison, Verdict
 from topkd.studies.collect import Collected, primary_metric
@@ -17,6 +20,17 @@ SYMBOLS: Mapping[Verdict, str] = {
     "undecided": "?",
 }
 NAMED = 3  # variants named in a sentence; the others are counted
+
+
+def selection(plan: Plan) -> str | None:
+    """Says that variants of a study were selected; None if all of them are shown."""
+    chosen = len(plan.variants) - 1
+    if chosen == plan.compared:
+        return None
+    return (
+        f"Selected: {chosen} of the {plan.compared} variants besides {plan.file.baseline}. "
+        "Intervals and p-values are those of the whole study."
+    )
 
 
 def progress(study: Collected, place: Place) -> str:
@@ -45,12 +59,42 @@ def finding(study: Collected, setting: str) -> str:
     metric, baseline = primary_metric(study.plan), study.plan.file.baseline
     finished, jobs = done(study, setting)
     name = setting if finished == jobs else f"{setting} ({finished} of {jobs} jobs)"
-    if baseline not in study.values(setting, metric):
-        return f"{name}: no run of the baseline {baseline} is finished."
+    if problem := study.without_baseline(setting):
+        return f"{name}: {problem}."
     comparisons = study.comparisons(setting)
     if not comparisons:
         return f"{name}: no variant shares a seed with the baseline {baseline}."
     return f"{name}: {'; '.join(clauses(comparisons, baseline, metric))}."
+
+
+def cautions(study: Collected, setting: str) -> list[str]:
+    """Lists reasons why the runs of a setting may not be comparable."""
+    runs = [
+        result
+        for variant in study.plan.variants
+        for result in study.results.get((setting, variant), {}).values()
+    ]
+    teachers = {run["teacher"]["hash"] for run in runs if run.get("teacher")}
+    found = []
+    if len(teachers) > 1:
+        found.append(f"These runs have {len(teachers)} different teachers.")
+    for name in MADE_WITH:
+        values = counted(run["environment"].get(name) for run in runs)
+        if len(values) > 1:
+            found.append(f"These runs differ in {name}: {listed(values)}.")
+    return found
+
+
+def counted(values: Iterable[object]) -> Counter[str]:
+    """Counts the values of a property of runs."""
+    return Counter("unknown" if value is None else str(value) for value in values)
+
+
+def listed(values: Counter[str]) -> str:
+    """Lists the values of a property of runs, with the numbers of runs if there are several."""
+    if len(values) == 1:
+        return next(iter(values))
+    return ", ".join(f"{value} ({count(number, 'run')})" for value, number in values.items())
 
 
 def clauses(comparisons: Sequence[Comparison], baseline: str, metric: Metric) -> list[str]:

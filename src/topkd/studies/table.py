@@ -19,31 +19,42 @@ def rows(study: Collected) -> list[dict[str, Any]]:
     """Returns a row per variant and setting, as plain values; the baseline comes first.
 
     Raises:
-        ValueError: If no run of the baseline is finished.
+        ValueError: If no setting has a finished run of the baseline.
     """
-    found = [row for setting in study.plan.settings for row in setting_rows(study, setting)]
-    if not found:
-        raise ValueError(f"{study.plan.file.name}: no run of the baseline is finished")
-    return found
+    problems = [study.without_baseline(setting) for setting in study.plan.settings]
+    if all(problems):
+        raise ValueError(f"{study.plan.file.name}: {problems[0]}")
+    return [row for setting in study.plan.settings for row in setting_rows(study, setting)]
 
 
 def setting_rows(study: Collected, setting: str) -> list[dict[str, Any]]:
-    """Returns the rows of one setting; none if no run of the baseline is finished."""
-    values, baseline = study.values(setting, primary_metric(study.plan)), study.plan.file.baseline
-    if baseline not in values:
-        return []
-    sample = Sample(tuple(values[baseline].values()))
-    first = _summary(setting, baseline, sample) | {"verdict": "baseline"}
-    return [first, *(_row(each) for each in study.comparisons(setting))]
+    """Returns the rows of one setting, including variants that cannot be compared."""
+    problem = study.without_baseline(setting)
+    compared = {} if problem else {each.variant: each for each in study.comparisons(setting)}
+    values = study.values(setting, primary_metric(study.plan))
+    found = []
+    for variant in study.plan.variants:
+        if variant in compared:
+            found.append(_row(compared[variant]))
+            continue
+        sample = Sample(tuple(values[variant].values())) if variant in values else None
+        verdict = "no common seed" if problem is None else "baseline not finished"
+        if sample is None:
+            has_runs = study.results.get((setting, variant))
+            verdict = "not measured" if has_runs else "not finished"
+        elif variant == study.plan.file.baseline:
+            verdict = "baseline"
+        found.append(_summary(setting, variant, sample) | {"verdict": verdict})
+    return found
 
 
-def _summary(setting: str, variant: str, sample: Sample) -> dict[str, Any]:
+def _summary(setting: str, variant: str, sample: Sample | None) -> dict[str, Any]:
     return {
         "setting": setting,
         "variant": variant,
-        "n": sample.n,
-        "mean": sample.mean,
-        "std": sample.std,
+        "n": 0 if sample is None else sample.n,
+        "mean": None if sample is None else sample.mean,
+        "std": None if sample is None else sample.std,
     }
 
 
@@ -108,7 +119,7 @@ def as_json(study: Collected) -> str:
     """Writes JSON with the values of all seeds."""
     metric = primary_metric(study.plan)
     found = [
-        row | {"values": study.values(row["setting"], metric)[row["variant"]]}
+        row | {"values": study.values(row["setting"], metric).get(row["variant"], {})}
         for row in rows(study)
     ]
     return json.dumps(found, indent=2) + "\n"
@@ -149,7 +160,7 @@ def cells(row: Mapping[str, Any], metric: Metric) -> tuple[str, ...]:
     return (
         row["setting"],
         row["variant"],
-        f"{row['mean']:{spec}}{spread} ({row['n']})",
+        "–" if row["mean"] is None else f"{row['mean']:{spec}}{spread} ({row['n']})",
         difference,
         str(row.get("pairs", "–")),
         p,

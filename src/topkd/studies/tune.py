@@ -17,9 +17,10 @@ from topkd.config.recipe import Recipe
 from topkd.config.search import Range, Space, one_by_one, size, with_values
 from topkd.config.validation import RecipeError, write_yaml
 from topkd.evaluation.metrics import METRICS, Metric
-from topkd.evaluation.results import Result, Run, finished
+from topkd.evaluation.results import Result, Run
 from topkd.training.check import check, check_batches, check_metric, check_name
 from topkd.training.experiment import Experiment
+from topkd.training.trainer import OnEpoch, ignore_epoch
 from topkd.training.trial import try_losses
 
 if TYPE_CHECKING:
@@ -271,8 +272,9 @@ class _Search:
                 if earlier.score is None:
                     raise pruned
                 return earlier.score
+        recipe = self.recipe_of(values)
+        self._refuse_other_teacher(recipe)
         try:
-            recipe = self.recipe_of(values)
             scores = [self._score(recipe, seed, trial, on_epoch) for seed in self.seeds]
         except pruned as stop:
             self.trials.append(Trial(values, "pruned", note=str(stop)))
@@ -325,11 +327,8 @@ class _Search:
             if seed == self.seeds[0] and entry["epoch"] < recipe.epochs and trial.should_prune():
                 raise _optuna().TrialPruned(f"after epoch {entry['epoch']}")
 
-        experiment = Experiment(
-            recipe, self.folder, Progress(quiet=True), trackers=(), on_epoch=report_and_prune
-        )
-        folder = experiment.folder / recipe.main / f"seed{seed}"
-        done, history = processes.by_first(lambda: _finished(folder))
+        experiment = self._experiment(recipe, on_epoch=report_and_prune)
+        done, history = processes.by_first(lambda: _finished(experiment, seed))
         for entry in history:
             report(entry)
         result = Result.model_validate(done or experiment.train_student(seed))
@@ -337,6 +336,18 @@ class _Search:
         if value is None:
             raise ValueError(f"{self.metric} is undefined for {experiment.folder}")
         return value
+
+    def _experiment(self, recipe: Recipe, on_epoch: OnEpoch = ignore_epoch) -> Experiment:
+        quiet = Progress(quiet=True)
+        return Experiment(recipe, self.folder, quiet, trackers=(), on_epoch=on_epoch)
+
+    def _refuse_other_teacher(self, recipe: Recipe) -> None:
+        """Raises ``ValueError`` if a finished run of a trial had another teacher.
+
+        This ends the search: the trials would be compared across teachers.
+        """
+        experiment = self._experiment(recipe)
+        processes.by_first(lambda: [experiment.finished(seed) for seed in self.seeds])
 
     def _news(self) -> str:
         """Describes the last trial in a line."""
@@ -347,7 +358,9 @@ class _Search:
         return f"{values}: {metric.title} {metric.format(trial.score)}"
 
 
-def _finished(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+def _finished(
+    experiment: Experiment, seed: int
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """Reads the result of a finished run and its metrics per epoch."""
-    result = finished(folder)
+    result, folder = experiment.finished(seed), experiment.run_folder(seed)
     return result, [] if result is None else Run(Result.model_validate(result), folder).history

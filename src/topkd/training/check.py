@@ -183,7 +183,8 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     """Returns the recipe that trains the teacher, with the data of the student's recipe.
 
     Its name lists the settings of the data that differ from those of the teacher's own recipe, as
-    ``digits/teacher-limit-300``, so that students on different data do not share a teacher.
+    ``digits/teacher-limit-300``, and ends with a hash if text or flags differ, so that students on
+    different data do not share a teacher.
     """
     section = recipe.teacher
     assert section is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,9 @@ from topkd.config.recipe import Term
 from topkd.features import Batch, Features, Teacher
 from topkd.losses.base import Loss, LossContext, LossTerm, naming_term, needed_taps
 from topkd.models import checkpoint, factory
-from topkd.training.objective import GradientBalancer
+from topkd.training.objective import MEASURED_EVERY, GradientBalancer, backbone, measured_at
 
 Sample = Tensor | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
-MEASURED_EVERY = 16  # steps between gradient measurements, if a term has a share
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Distiller(nn.Module):
         self._teacher = [teacher]  # in a list, so that it is not a submodule
         self.epoch, self.epochs = 1, epochs
         self._balancer, self._steps, self._is_bound = GradientBalancer(), 0, False
+        self._measured_terms: set[str] = set()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         super()._apply(fn, recurse)
@@ -139,6 +140,7 @@ class Distiller(nn.Module):
             "" if teacher is None else checkpoint.hash_of(teacher.network.network),
             Path(mkdtemp(prefix="topkd-")) if folder is None else folder,
             Progress(),
+            images,
         )
         for term in self.terms:
             term.setup(student_output, teacher_output, context)
@@ -189,22 +191,31 @@ class Distiller(nn.Module):
     def _weights(self, values: dict[str, Tensor], student_output: Features) -> dict[str, float]:
         """Returns the weights of all terms; measures gradients if a term has a share."""
         settings = [term.settings for term in self.terms]
-        is_shared = any(each.share for each in settings)
-        if is_shared and torch.is_grad_enabled() and self._steps % MEASURED_EVERY == 0:
-            found = {
-                title: torch.autograd.grad(
-                    value, student_output.embedding, retain_graph=True, allow_unused=True
-                )[0]
-                for title, value in values.items()
-            }
-            norms = {title: g.norm().item() for title, g in found.items() if g is not None}
-            self._balancer.update(norms)
+        if any(each.share for each in settings) and torch.is_grad_enabled():
+            self._measure(values, student_output)
         if not torch.is_grad_enabled():  # gradients may not have been measured yet
             known = self._balancer.norms
             settings = [each for each in settings if not each.share or each.title in known]
             unknown = dict.fromkeys(values, 0.0)
             return unknown | self._balancer.weights(settings, self.epoch, self._last_epoch)
         return self._balancer.weights(settings, self.epoch, self._last_epoch)
+
+    def _measure(self, values: dict[str, Tensor], student_output: Features) -> None:
+        """Measures the gradient norms of the terms at some steps, and when a term starts."""
+        place = measured_at(self.terms, self.epoch, self._last_epoch)
+        every = MEASURED_EVERY[place]
+        is_known = values.keys() <= self._measured_terms and place == self._balancer.at
+        if self._steps % every and is_known:
+            return
+        embedding, norms = student_output.embedding, {}
+        places = [embedding] if place == "embedding" else backbone(self.student, embedding)
+        for title, value in values.items() if places else ():
+            found = torch.autograd.grad(value, places, retain_graph=True, allow_unused=True)
+            reached = [gradient.norm() for gradient in found if gradient is not None]
+            if reached:
+                norms[title] = math.hypot(*torch.stack(reached).tolist())
+        self._balancer.update(norms, place, times=every / MEASURED_EVERY["embedding"])
+        self._measured_terms = set(values)
 
 
 def _check_schedules(terms: Sequence[Term], epochs: int | None) -> None:

@@ -31,7 +31,10 @@ def evaluate_file(
     requested: Sequence[str] = (),
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates the network of a weights file on test images, in float32.
+    """Evaluates the network of a weights file on the evaluation images, in float32.
+
+    These are the test images, or the held-out training images if the data section has
+    ``validation``; ``eval_split`` names the split.
 
     Args:
         target: Folder of a run, a weights file of topkd, or another checkpoint.
@@ -87,7 +90,8 @@ def evaluate_file(
     network.to(device).eval()
     with progress.bar("Evaluating", len(images.test.target), "images") as advance:
         predictions = metrics.predict(network, images.test, device, advance)
-    evaluated = {"model": model, "data": images.name, "images": len(images.test.target)}
+    evaluated: dict[str, Any] = {"model": model, "data": images.name}
+    evaluated |= {"eval_split": images.eval_split, "images": len(images.test.target)}
     evaluated |= metrics.prediction_metrics(predictions)
     evaluation = metrics.Evaluation(network, images, device, predictions)
     evaluated |= metrics.requested_metrics(requested, evaluation, needs_teacher=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -105,9 +105,15 @@ class Experiment:
         """The teacher's outputs that all runs share; None if there is no teacher."""
         if self.teacher is None or self.recipe.teacher is None:
             return None
-        section, images = self.recipe.teacher, self.recipe.data
-        folder = self.out / "answers"
-        return TeacherOutputs(self.teacher, section, images, self.data, self.device, folder)
+        return TeacherOutputs(
+            self.teacher,
+            self.recipe.teacher,
+            self.recipe.data,
+            self.data,
+            self.device,
+            folder=self.out / "answers",
+            is_object=self.objects.teacher is not None,
+        )
 
     @property
     def teacher_file(self) -> Path:
@@ -128,6 +134,14 @@ class Experiment:
         if section is None or section.pretrained or self.objects.teacher is not None:
             return None
         return files.sha256_of(self.teacher_file) if self.teacher_file.exists() else None
+
+    @property
+    def _teacher_recipe_hash(self) -> str | None:
+        """Hash of the recipe that trains the teacher; None if no recipe does."""
+        section = self.recipe.teacher
+        if section is None or section.recipe is None or section.checkpoint is not None:
+            return None
+        return None if self.objects.teacher is not None else teacher_recipe(self.recipe).hash
 
     def cache_teacher(self) -> None:
         """Computes the teacher's predictions on evaluation images, which all runs share."""
@@ -167,10 +181,7 @@ class Experiment:
 
     def build(self, terms: Sequence[Term], context: LossContext, seed: int) -> list[LossTerm]:
         """Builds losses and sets them up with the networks; see :meth:`losses`."""
-        index = torch.arange(self.recipe.batch_size).repeat(self.recipe.data.views)
-        images = self.data.train.read(index, None)  # size of a training batch
-        images = images.to(self.device.device)
-        student, teacher = context.student, context.teacher
+        images, student, teacher = context.sample, context.student, context.teacher
         for term in terms:
             student.also(needed_taps(term.taps.student))
             if teacher is not None:
@@ -190,6 +201,8 @@ class Experiment:
 
     def context(self, student: FeatureExtractor) -> LossContext:
         """Returns the context that losses may use in their setup."""
+        index = torch.arange(self.recipe.batch_size).repeat(self.recipe.data.views)
+        images = self.data.train.read(index, None)  # size of a training batch
         return LossContext(
             self.teacher_features,
             self.data.train.target,
@@ -198,6 +211,7 @@ class Experiment:
             "" if self.teacher_outputs is None else self.teacher_outputs.hash,
             self.folder,
             self.progress,
+            images.to(self.device.device),
         )
 
     def teacher_features(self, epoch: int) -> Iterator[tuple[Batch, Features]]:
@@ -231,12 +245,7 @@ class Experiment:
             return student
         assert self.teacher is not None
         images = self.data.test.read(torch.arange(2), None).to(self.device.device)
-        section, teacher_network = self.recipe.teacher, self.teacher.network
-        maps = section.maps if section else None
-        if not maps and teacher_network.found:  # may lack a module named avgpool
-            maps = teacher_network.maps
-        tap = maps[-1] if maps else "avgpool:in"
-        return reuse(student.to(self.device.device), self.teacher, images, teacher_tap=tap)
+        return reuse(student.to(self.device.device), self.teacher, images)
 
     def fit_losses(self) -> None:
         """Fits losses such as RipsNet to the teacher.
@@ -270,17 +279,36 @@ class Experiment:
                 teacher.
         """
         variant = variant or self.recipe.main
-        check_name(self.recipe.variants, variant, "variant")
+        folder = self.run_folder(seed, variant)
         claim(self.folder, self.recipe)
-        folder = self.folder / variant / f"seed{seed}"
         with locked(folder, self.progress), cpu_threads(self.recipe.threads):
             claim(self.folder, self.recipe, own=folder)  # again, now that no other run can
-            done = processes.by_first(lambda: self._finished(folder))
+            done = processes.by_first(lambda: self.finished(seed, variant))
             return self._train_student(variant, seed, folder) if done is None else done
 
-    def _finished(self, folder: Path) -> dict[str, Any] | None:
-        """Reads the result of a finished run; refuses one of another recipe or teacher."""
-        done, file = finished(folder), self._teacher_file_hash
+    def run_folder(self, seed: int, variant: str | None = None) -> Path:
+        """Returns the folder of a run; the variant defaults to the recipe's ``losses``.
+
+        Raises:
+            RecipeError: If the recipe has no such variant.
+        """
+        variant = variant or self.recipe.main
+        check_name(self.recipe.variants, variant, "variant")
+        return self.folder / variant / f"seed{seed}"
+
+    def finished(self, seed: int, variant: str | None = None) -> dict[str, Any] | None:
+        """Reads the result of a run; returns None if it is not finished.
+
+        Args:
+            seed: Seed of the run.
+            variant: Name of a control. Defaults to the recipe's ``losses``.
+
+        Raises:
+            RecipeError: If the recipe has no such variant.
+            ValueError: If the run had another recipe or teacher, or a file of it was altered.
+        """
+        folder = self.run_folder(seed, variant)
+        done = finished(folder)
         if done is None:
             return None
         if done["recipe_hash"] != self.recipe.hash:
@@ -288,12 +316,46 @@ class Experiment:
                 f"{folder} is the run of another recipe ({done['recipe_hash']}, not "
                 f"{self.recipe.hash}); choose another name with name=NAME, or --out"
             )
-        if file is not None and (done.get("teacher") or {}).get("file", file) != file:
-            raise ValueError(
-                f"{folder} was trained with another teacher than {self.teacher_file} now holds; "
-                "choose another name with name=NAME, or another folder with --out"
-            )
+        self.refuse_other_teacher({folder: done})
         return done
+
+    def refuse_other_teacher(self, results: Mapping[Path, Mapping[str, Any]]) -> None:
+        """Compares the teacher of finished runs with the present one.
+
+        Args:
+            results: Folder of a run -> its result.
+
+        Raises:
+            ValueError: If the weights of the teacher, or the recipe that trains it, have changed.
+        """
+        file, recipe, section = (
+            self._teacher_file_hash,
+            self._teacher_recipe_hash,
+            self.recipe.teacher,
+        )
+        for folder, result in results.items():
+            used = result.get("teacher") or {}
+            if file is not None and used.get("file", file) != file:
+                raise ValueError(
+                    f"{folder} was trained with another teacher than {self.teacher_file} now "
+                    "holds; choose another name with name=NAME, or another folder with --out"
+                )
+            if recipe is not None and section is not None and self._recipe_of(used) != recipe:
+                raise ValueError(
+                    f"{folder} has a teacher of another recipe than {section.recipe} now is; undo "
+                    "the change of teacher.recipe, or choose another folder with --out"
+                )
+
+    def _recipe_of(self, used: Mapping[str, Any]) -> str | None:
+        """Returns the hash of the recipe that trained the teacher of a result."""
+        if "recipe_hash" in used:
+            recorded: str = used["recipe_hash"]
+            return recorded
+        beside = self.teacher_file.with_name("result.json")  # earlier versions did not record it
+        found: str | None = self._teacher_recipe_hash
+        if beside.exists():
+            found = files.read_sealed(beside)["recipe_hash"]
+        return found
 
     def run(self, seeds: Iterable[int]) -> list[dict[str, Any]]:
         """Runs all stages: the teacher, fitted losses, and every variant with every seed."""
@@ -334,7 +396,9 @@ class Experiment:
         trained_by = None
         if outputs is not None:
             file = self._teacher_file_hash
-            trained_by = TeacherOfRun(outputs.hash, outputs.predictions, file)
+            trained_by = TeacherOfRun(
+                outputs.hash, outputs.predictions, file, self._teacher_recipe_hash
+            )
         outcome = Outcome(self.recipe, self.data, student, losses, predictions, history, trained_by)
         result = outcome.result(variant, seed, self.device)
         if processes.rank() == 0:

@@ -37,6 +37,8 @@ class TeacherOfRun:
     predictions: metrics.Predictions
     file: str | None = None
     """Hash of its weights file, if it has one."""
+    recipe_hash: str | None = None
+    """Hash of the recipe that trained it, if one did."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Outcome:
                 "mean_of_last_10": sum(recent) / len(recent),
                 "best": {"epoch": best, "top1": accuracies[best]},
                 "gradient_share": history[-1]["gradient_share"],
+                "gradient_at": history[-1].get("gradient_at", "embedding"),
                 "loss_metadata": metadata,
                 "data_issues": self.data.faults.facts(),
                 "train_seconds": round(sum(entry["seconds"] for entry in history), 1),
@@ -102,6 +105,8 @@ class Outcome:
         described = {"model": self.recipe.teacher.model, "hash": self.teacher.hash}
         if self.teacher.file is not None:
             described["file"] = self.teacher.file
+        if self.teacher.recipe_hash is not None:
+            described["recipe_hash"] = self.teacher.recipe_hash
         return {
             "teacher": described | metrics.prediction_metrics(self.teacher.predictions),
             "teacher_similarity": metrics.teacher_similarity(

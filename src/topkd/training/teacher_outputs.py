@@ -33,6 +33,8 @@ class TeacherOutputs:
         data: The loaded data.
         runtime: Device and precision.
         folder: Folder of the cache.
+        is_object: Whether the teacher was given as a module, so that its name does not determine
+            its architecture.
     """
 
     teacher: Teacher
@@ -41,6 +43,7 @@ class TeacherOutputs:
     data: Data
     runtime: Runtime
     folder: Path
+    is_object: bool = False
 
     @cached_property
     def hash(self) -> str:
@@ -87,7 +90,9 @@ class TeacherOutputs:
 
     def _key(self) -> dict[str, Any]:
         """Returns everything that the teacher's features depend on."""
-        return {
+        network = self.teacher.network
+        given = {"object": checkpoint.object_hash(network)} if self.is_object else {}
+        return given | {
             "teacher": self.hash,
             "normalization": [self.teacher.mean, self.teacher.std],
             "seen": self.section.model_dump(include={"size", "head"}),

@@ -71,7 +71,7 @@ class Trackers:
         for key, value in entry.items():
             if isinstance(value, Mapping):
                 values |= {f"{key}/{name}": number for name, number in value.items()}
-            elif not isinstance(value, list):  # list of warnings
+            elif not isinstance(value, list | str):  # warnings, place of the gradients
                 values[key] = value
         for tracker in self._open:
             tracker.log(values, step=entry["epoch"])

@@ -23,17 +23,14 @@ from topkd._runtime.sync_batchnorm import synchronize
 from topkd.config.recipe import Recipe
 from topkd.data import Data, training_batches
 from topkd.evaluation import metrics
+from topkd.evaluation.results import GradientPlace
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 from topkd.losses.base import LossTerm, located
-from topkd.training import optim
-from topkd.training.objective import GradientBalancer, cosines, gradients, warnings
+from topkd.training import objective, optim
+from topkd.training.objective import GradientBalancer, measured_at
 from topkd.training.precision import Runtime
 from topkd.training.teacher_cache import TeacherCache
 from topkd.training.tracking import Sums, Trackers, summary
-
-MEASURED = 8  # steps per epoch at which the gradient of each term is measured
-BALANCED = 32  # the same, if terms have a share of the gradient
-
 
 OnEpoch = Callable[[Mapping[str, Any]], None]
 
@@ -101,8 +98,8 @@ class Trainer:
         self.steps = len(data.train.target) // (recipe.batch_size * self.accelerator.num_processes)
         self.history: list[dict[str, Any]] = []
         self.balance = GradientBalancer()
-        parallel = self.accelerator.prepare(student)  # data parallel with several processes
-        self.run_student: Callable[[Tensor], Features] = self._compiled(parallel)
+        self.parallel = self.accelerator.prepare(student)  # for several processes
+        self.run_student: Callable[[Tensor], Features] = self._compiled(self.parallel)
         reads_teacher = any(w.loss.needs_teacher for w in self.losses)
         self.run_teacher = self._compiled(teacher) if teacher and reads_teacher else None
         self.predictions: metrics.Predictions | None = None
@@ -166,7 +163,7 @@ class Trainer:
         self.student.train()
         for weighted in self.losses:
             weighted.on_epoch_start(epoch)
-        often = BALANCED if any(w.settings.share for w in self.losses) else MEASURED
+        often = self._measurements(epoch)
         measured = {round(i * self.steps / often) for i in range(often)}
         batches = training_batches(
             self.data.train,
@@ -199,6 +196,7 @@ class Trainer:
             "weights": sums.means("weight/"),
             "gradient_share": sums.means("share/"),
             "gradient_cosine": sums.means("cosine/"),
+            "gradient_at": self._place(epoch),
             "warnings": self._warnings(epoch, sums),
             "seconds": round(seconds, 3),
         }
@@ -218,21 +216,15 @@ class Trainer:
     def step(self, batch: Batch, epoch: int, sums: Sums, *, measure: bool) -> None:
         device = self.device.device
         batch = batch.apply(lambda t: t.to(device, non_blocking=True))
-        with self.device.autocast():
-            student_output = self.run_student(batch.images)
-            # If no loss reads the teacher, the student's features are a placeholder.
-            teacher_output = (
-                student_output if self.run_teacher is None else self._teacher_features(batch, epoch)
-            )
-        if not self.reads_maps:  # avoids copies of large tensors
-            student_output = replace(student_output, maps=[], preactivations=[])
-            teacher_output = replace(teacher_output, maps=[], preactivations=[])
+        # Measuring at the weights retains the graph, parts of which compiled networks overwrite.
+        is_eager = measure and self._place(epoch) == "backbone weights"
+        student_output, teacher_output = self._outputs(batch, epoch, is_eager=is_eager)
         # Detached copies, so that the gradient of each term can be measured at the features.
         features = student_output.apply(lambda t: t.detach().float().requires_grad_())
         teacher_output = teacher_output.apply(lambda t: t.detach().float())
         values = self._values(features, teacher_output, batch, epoch)
         if measure:
-            self._measure(values, features, epoch, sums)
+            self._measure(values, features, student_output, epoch, sums)
         weights = self._weights(epoch)
         total = torch.stack([weights[title] * value for title, value in values.items()]).sum()
         self.optimizer.zero_grad()
@@ -251,6 +243,23 @@ class Trainer:
             sums.add(f"loss/{title}", value)
             sums.add(f"weight/{title}", torch.tensor(weights[title]))
         sums.add("right", (features.logits.argmax(1) == batch.target).float().mean())
+
+    def _outputs(self, batch: Batch, epoch: int, *, is_eager: bool) -> tuple[Features, Features]:
+        """Runs both networks; the student uncompiled if ``is_eager``."""
+        run_student = self.parallel if is_eager else self.run_student
+        with self.device.autocast():
+            student_output = run_student(batch.images)
+            # If no loss reads the teacher, the student's features are a placeholder.
+            teacher_output = (
+                student_output if self.run_teacher is None else self._teacher_features(batch, epoch)
+            )
+        if self.reads_maps:
+            return student_output, teacher_output
+        outputs = (student_output, teacher_output)  # avoids copies of large tensors
+        student_output, teacher_output = (
+            replace(output, maps=[], preactivations=[]) for output in outputs
+        )
+        return student_output, teacher_output
 
     def _teacher_features(self, batch: Batch, epoch: int) -> Features:
         assert self.run_teacher is not None
@@ -297,26 +306,46 @@ class Trainer:
         terms = [weighted.settings for weighted in self.losses]
         return self.balance.weights(terms, epoch, self.recipe.epochs)
 
+    def _place(self, epoch: int) -> GradientPlace:
+        return measured_at(self.losses, epoch, self.recipe.epochs)
+
+    def _measurements(self, epoch: int) -> int:
+        is_shared = any(weighted.settings.share for weighted in self.losses)
+        return objective.measurements(self._place(epoch), self.steps, is_shared=is_shared)
+
     def _measure(
-        self, values: Mapping[str, Tensor], features: Features, epoch: int, sums: Sums
+        self,
+        values: Mapping[str, Tensor],
+        features: Features,
+        output: Features,
+        epoch: int,
+        sums: Sums,
     ) -> None:
-        """Measures the share of each term in the gradient at the embedding."""
-        found = gradients(values, features, self.student)
+        """Measures the share of each term in the gradient."""
+        place, times = self._place(epoch), 1.0
+        if place == "embedding":
+            found = objective.gradients(values, features, self.student)
+        else:
+            found = objective.weight_gradients(values, features, output, self.student)
+            times = min(objective.BALANCED, self.steps) / self._measurements(epoch)
         if not found:
+            self.balance.update({}, place)
             return
         norms = self.accelerator.reduce(torch.stack([g.norm() for g in found.values()]), "mean")
-        self.balance.update(dict(zip(found, norms.tolist(), strict=True)))
+        measured = dict(zip(found, norms.tolist(), strict=True))
+        self.balance.update(measured, place, times=times)
         weights = self._weights(epoch)
         weighed = norms * norms.new_tensor([weights[title] for title in found])
         for title, share in zip(found, weighed / weighed.sum().clamp(min=1e-30), strict=True):
             sums.add(f"share/{title}", share)
-        for pair, cosine in cosines(found).items():
+        for pair, cosine in objective.cosines(found).items():
             sums.add(f"cosine/{pair}", cosine)
 
     def _warnings(self, epoch: int, sums: Sums) -> list[str]:
         """Returns warnings about ineffective terms, and prints each one once per term."""
         known = {line.split()[0] for entry in self.history for line in entry["warnings"]}
-        lines = warnings(sums.means("share/"), sums.means("cosine/"))
+        means = sums.means("share/"), sums.means("cosine/")
+        lines = objective.warnings(*means, self._place(epoch))
         for line in lines:
             if line.split()[0] not in known:
                 self.progress.say(f"warning: epoch {epoch}: {line}")
@@ -377,6 +406,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
             "norms": self.balance.norms,
+            "norms_at": self.balance.at,
             "processes": processes.count(),
             "buffers_of_others": list(others),
             "identity": self.identity,
@@ -412,7 +442,7 @@ class Trainer:
         self.adapters.load_state_dict(buffers, strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = list(state["history"])
-        self.balance = GradientBalancer(dict(state["norms"]))
+        self.balance = GradientBalancer(dict(state["norms"]), state.get("norms_at", "embedding"))
 
 
 def _carry_back(student_output: Features, features: Features) -> None:

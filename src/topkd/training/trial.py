@@ -1,4 +1,4 @@
-"""Trial setup of all losses with new networks and black images, before training."""
+"""Trial setup of all losses with new networks and noise for images, before training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def try_losses(recipe: Recipe) -> None:
         )
         if student is None or teacher_network is None:
             return
-        teacher = Teacher(teacher_network)
+        teacher = Teacher(teacher_network, size=_side(recipe.teacher, recipe))
         for variant, terms in recipe.variants.items():
             for number, term in enumerate(terms):
                 where = f"{recipe.place(variant)}[{number}]"
@@ -70,12 +70,10 @@ def _side(section: StudentSection, recipe: Recipe) -> int:
 def _bind(
     term: LossTerm, where: str, student: FeatureExtractor, teacher: Teacher, recipe: Recipe
 ) -> None:
-    assert recipe.teacher is not None
-    sides = _side(recipe.student, recipe), _side(recipe.teacher, recipe)
-    student_output, teacher_output = (
-        network(torch.zeros(2, 3, side, side))
-        for network, side in zip((student, teacher), sides, strict=True)
-    )
+    # Noise: features of black images are zero in new networks, which would hide their differences.
+    side = _side(recipe.student, recipe)
+    noise = torch.randn(2, 3, side, side)
+    student_output, teacher_output = student(noise), teacher(noise)
     context = LossContext(
         _no_batches,
         torch.arange(2 * CLASSES) % CLASSES,
@@ -84,6 +82,7 @@ def _bind(
         "trial",
         Path(),
         Progress(quiet=True),
+        noise,
     )
     try:
         with torch.enable_grad():

@@ -44,7 +44,9 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate a network on test images in float32. `--json` adds accuracy and errors by class.
+    """Evaluate a network in float32 on the test images, or on those its run held out.
+
+    `--json` adds accuracy and errors by class.
 
     Example: `topkd evaluate resnet20.pth --model resnet20 --data cifar100 --root ~/data/cifar100`
     """
@@ -67,6 +69,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
-    typer.echo(f"{result['model']} on the {result['images']:,} test images of {result['data']}")
+    images = f"{result['images']:,} {result['eval_split']} images of {result['data']}"
+    typer.echo(f"{result['model']} on the {images}")
     for line in metric_lines(result):
         typer.echo(line)

@@ -37,7 +37,7 @@ def export(
         str | None, typer.Option("--license", help="License of the weights, for the model card.")
     ] = None,
     images: Annotated[
-        int | None, typer.Option(min=1, help="Number of test images to verify on. Defaults to all.")
+        int | None, typer.Option(min=1, help="Number of images to verify on. Defaults to all.")
     ] = None,
     tolerance: Annotated[
         float, typer.Option(help="Maximum difference of a logit, except for int8.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from topkd.cli.options import AsJson, Changes, Out, Quiet
+from topkd.cli.options import AsJson, Out, Quiet
 
 # The package is imported inside the commands: `topkd --help` should not have to load torch.
 if TYPE_CHECKING:
@@ -28,6 +28,14 @@ study = typer.Typer(
 )
 
 File = Annotated[Path, typer.Argument(metavar="STUDY", help="A study file (YAML).")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Changes of the study, e.g. `seeds=0-4`, `set.optimizer.lr=0.1` for the recipe in "
+        "every run, or `settings.NAME.data.limit=300`.",
+    ),
+]
 Results = Annotated[
     list[Path] | None,
     typer.Option(help="Folder with finished results of another machine, which count as done."),
@@ -221,11 +229,15 @@ def table(
     from topkd.studies import benchmark
     from topkd.studies import table as comparison
     from topkd.studies.collect import collect
+    from topkd.studies.sentences import cautions, selection
 
     formats = {"comparison": comparison.FORMATS, "benchmark": benchmark.FORMATS}[layout]
-    typer.echo(
-        formats[form](collect(_plan(file, changes, variants), _place(out, results))), nl=False
-    )
+    found = collect(_plan(file, changes, variants), _place(out, results))
+    typer.echo(formats[form](found), nl=False)
+    notes = [f"{s}: {line}" for s in found.plan.settings for line in cautions(found, s)]
+    for line in [selection(found.plan), *notes]:
+        if line is not None:
+            typer.echo(line, err=True)
 
 
 @study.command()

@@ -21,7 +21,7 @@ def tune(
         typer.Argument(
             metavar="KEY=VALUES...",
             help="Options and the values to try: `optimizer.lr=0.05,0.1`, `topkd.share=0.02,0.1`, "
-            "or a range, `losses.kd.weight=0.5..8`.",
+            "or a range, `kd.weight=0.5..8`. Options of a term are set in every control with it.",
         ),
     ],
     trials: Annotated[int, typer.Option(min=1, help="Maximum number of trials.")] = 20,

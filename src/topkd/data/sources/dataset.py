@@ -12,11 +12,19 @@ from torch import Tensor
 
 from topkd._runtime.imports import imported
 from topkd.data.base import Data, DataIssues
-from topkd.data.pictures import MEAN, STD, CropConfig, OnError, StorageError, picture_data
+from topkd.data.pictures import (
+    CropConfig,
+    CropOptions,
+    OnError,
+    StorageError,
+    picture_data,
+    with_crop_options,
+)
 from topkd.data.shards import numbered
 
 if TYPE_CHECKING:
     from PIL import Image
+    from typing_extensions import Unpack
 
 
 class Indexed(Protocol):
@@ -49,25 +57,20 @@ class Items:
         return _picture(self.dataset[index][0], self.name(index))
 
 
+@with_crop_options
 def from_dataset(
     train: Indexed,
     test: Indexed,
     *,
     classes: Sequence[str] | None = None,
-    size: int = 224,
-    padding: int | None = None,
-    crop: float | None = None,
-    flip: bool = True,
-    mean: tuple[float, float, float] = MEAN,
-    std: tuple[float, float, float] = STD,
     on_error: OnError = "stop",
+    **pictures: Unpack[CropOptions],
 ) -> Data:
     """Builds a data set from two map-style data sets.
 
     They return pictures without normalization and augmentation, which topkd applies: a PIL image,
-    an array (h, w, 3) of bytes, or a tensor (1 or 3, h, w) of bytes or of floats in [0, 1]. They
-    are cropped and resized as in :func:`topkd.data.sources.folder.folder`. Several threads read at
-    a time.
+    an array (h, w, 3) of bytes, or a tensor (1 or 3, h, w) of bytes or of floats in [0, 1]. Several
+    threads read at a time.
 
     Labels are read from the attribute ``targets`` or ``labels``; without it, every sample is read
     once.
@@ -76,15 +79,9 @@ def from_dataset(
         train: Training samples.
         test: Evaluation samples.
         classes: Class names in order. Defaults to the attribute ``classes``, or else to numbers.
-        size: Height and width of the network's input, in pixels.
-        padding: Width of the black border for random crops in training, for small pictures.
-        crop: Side of the central crop for evaluation as a fraction of the shorter side. Defaults to
-            7/8, but to at least ``size`` pixels where a picture is large enough.
-        flip: Whether to apply random horizontal flips in training.
-        mean: Channel means of the normalization, for values in [0, 1].
-        std: Channel standard deviations of the normalization.
         on_error: Whether an unreadable training picture raises an error or is replaced by the next
             picture of its class. An unreadable evaluation picture always raises an error.
+        **pictures: Cropping and normalization: see :class:`topkd.data.pictures.CropConfig`.
 
     Raises:
         ValueError: If a data set is empty, or a label is not the number of a class.
@@ -95,7 +92,7 @@ def from_dataset(
         >>> data.classes, data.test.read(torch.arange(2), None).shape
         (['0', '1'], torch.Size([2, 3, 8, 8]))
     """
-    faults, frame = DataIssues(), CropConfig(size, padding, flip, mean, std, crop)
+    faults, frame = DataIssues(), CropConfig(**pictures)
     names = classes or getattr(train, "classes", None)
     origins = [f"{part} {type(d).__name__}" for part, d in (("train", train), ("test", test))]
     labels = [_labels(d, origin) for d, origin in zip((train, test), origins, strict=True)]
@@ -105,18 +102,14 @@ def from_dataset(
     return picture_data(type(train).__name__, items, target, found, frame, on_error, faults)
 
 
+@with_crop_options
 def dataset(
     *,
     train: str,
     test: str,
     classes: tuple[str, ...] | None = None,
-    size: int = 224,
-    padding: int | None = None,
-    crop: float | None = None,
-    flip: bool = True,
-    mean: tuple[float, float, float] = MEAN,
-    std: tuple[float, float, float] = STD,
     on_error: OnError = "stop",
+    **pictures: Unpack[CropOptions],
 ) -> Data:
     """Loads data sets returned by Python functions, given as MODULE:CALLABLE.
 
@@ -124,31 +117,15 @@ def dataset(
         train: Training data as ``module:function``, which is imported and called without arguments.
         test: Evaluation data in the same form.
         classes: Class names in order. Defaults to the attribute ``classes``, or else to numbers.
-        size: Height and width of the network's input, in pixels.
-        padding: Width of the black border for random crops in training, for small pictures.
-        crop: Side of the central crop for evaluation as a fraction of the shorter side. Defaults to
-            7/8, but to at least ``size`` pixels where a picture is large enough.
-        flip: Whether to apply random horizontal flips in training.
-        mean: Channel means of the normalization, for values in [0, 1].
-        std: Channel standard deviations of the normalization.
         on_error: Whether an unreadable training picture raises an error or is replaced by the next
             picture of its class. An unreadable evaluation picture always raises an error.
+        **pictures: Cropping and normalization: see :class:`topkd.data.pictures.CropConfig`.
 
     Raises:
         ValueError: If there is no such function, or :func:`from_dataset` raises it.
     """
     parts = [_called(name, f"data.{key}") for key, name in (("train", train), ("test", test))]
-    return from_dataset(
-        *parts,
-        classes=classes,
-        size=size,
-        padding=padding,
-        crop=crop,
-        flip=flip,
-        mean=mean,
-        std=std,
-        on_error=on_error,
-    )
+    return from_dataset(*parts, classes=classes, on_error=on_error, **pictures)
 
 
 def _called(name: str, where: str) -> Indexed:

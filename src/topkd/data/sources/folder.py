@@ -14,17 +14,18 @@ from topkd.data.base import Data, DataIssues, refuse_clashes, stratified_split
 from topkd.data.pictures import (
     EXTENSIONS,
     FORMATS,
-    MEAN,
-    STD,
     CropConfig,
+    CropOptions,
     Names,
     OnError,
     is_hidden,
     picture_data,
+    with_crop_options,
 )
 
 if TYPE_CHECKING:
     from PIL import Image
+    from typing_extensions import Unpack
 
 
 EVALUATION = ("val", "test")  # the first existing folder is used
@@ -55,50 +56,32 @@ class Files:
         return Image.open(path, formats=FORMATS)
 
 
+@with_crop_options
 def folder(
     *,
     root: str,
     split: float | None = None,
-    size: int = 224,
-    padding: int | None = None,
-    crop: float | None = None,
-    flip: bool = True,
-    mean: tuple[float, float, float] = MEAN,
-    std: tuple[float, float, float] = STD,
     on_error: OnError = "stop",
+    **pictures: Unpack[CropOptions],
 ) -> Data:
     """Loads pictures from ``train/<class>/*`` and ``val/<class>/*`` (or ``test/<class>/*``).
 
     Hidden files and folders, and links that lead back into a class, are skipped and reported.
 
-    Training uses a random crop of 8 to 100 % of the area with an aspect ratio of 3/4 to 4/3,
-    resized to the square, and random flips. Evaluation uses a central square of ``crop``. With
-    ``padding``, the full picture is resized to the square.
-
     Args:
         root: Folder with the two trees.
         split: For ``<class>/*`` without the two trees: the share of each class for evaluation. The
             split is fixed as long as no picture is added or removed.
-        size: Height and width of the network's input, in pixels.
-        padding: Width of the black border for random crops in training, for small pictures.
-        crop: Side of the central crop for evaluation as a fraction of the shorter side. Defaults to
-            7/8, but to at least ``size`` pixels where a picture is large enough.
-        flip: Whether to apply random horizontal flips in training.
-        mean: Channel means of the normalization, for values in [0, 1].
-        std: Channel standard deviations of the normalization.
         on_error: Whether an unreadable training picture raises an error or is replaced by the next
             picture of its class. An unreadable evaluation picture always raises an error.
+        **pictures: Cropping and normalization: see :class:`topkd.data.pictures.CropConfig`.
 
     Raises:
         FileNotFoundError: If a tree is missing, or a class holds no picture.
         ValueError: If the classes of the two trees differ, two class names differ only in case,
             two classes are the same folder, or a split leaves a class without pictures.
-
-    References:
-        Going Deeper with Convolutions (Szegedy et al., CVPR 2015), for the random crop
-        https://arxiv.org/abs/1409.4842
     """
-    frame = CropConfig(size, padding, flip, mean, std, crop)
+    frame = CropConfig(**pictures)
     top, faults = Path(root).expanduser(), DataIssues()
     if split is None:
         trees = _trees(top)

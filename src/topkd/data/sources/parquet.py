@@ -14,18 +14,19 @@ import numpy as np
 
 from topkd.data.base import Data, DataIssues, ReadGroups
 from topkd.data.pictures import (
-    MEAN,
-    STD,
     CropConfig,
+    CropOptions,
     OnError,
     StorageError,
     open_bytes,
     picture_data,
+    with_crop_options,
 )
 from topkd.data.shards import listing, numbered, splits
 
 if TYPE_CHECKING:
     from PIL import Image
+    from typing_extensions import Unpack
 
 
 GROWTH, ALWAYS = 20, 1 << 30  # limits of an unpacked column: multiple of the file size, and bytes
@@ -112,26 +113,21 @@ class Rows:
         return pictures
 
 
+@with_crop_options
 def parquet(
     *,
     root: str,
     image: str | None = None,
     label: str | None = None,
-    size: int = 224,
-    padding: int | None = None,
-    crop: float | None = None,
-    flip: bool = True,
-    mean: tuple[float, float, float] = MEAN,
-    std: tuple[float, float, float] = STD,
     buffer: int = 2048,
     on_error: OnError = "stop",
+    **pictures: Unpack[CropOptions],
 ) -> Data:
     """Loads pictures from parquet files in the layout of Hugging Face.
 
     The split is read from the name of the file (``data/train-00000-of-00002.parquet``) or of its
-    folder (``train/0000.parquet``). Evaluation prefers validation to test. Pictures are cropped
-    and resized as in :func:`topkd.data.sources.folder.folder`. They stay on disk: row groups are
-    read on demand, in a random order that mixes about ``buffer`` pictures.
+    folder (``train/0000.parquet``). Evaluation prefers validation to test. Pictures stay
+    on disk: row groups are read on demand, in a random order that mixes about ``buffer`` pictures.
 
     Args:
         root: Folder with the files, or with folders of them.
@@ -139,23 +135,17 @@ def parquet(
             to ``image`` or ``img``.
         label: Column of the labels, integers or names. Defaults to the only one that the files
             describe as such, or else to ``label``.
-        size: Height and width of the network's input, in pixels.
-        padding: Width of the black border for random crops in training, for small pictures.
-        crop: Side of the central crop for evaluation as a fraction of the shorter side. Defaults to
-            7/8, but to at least ``size`` pixels where a picture is large enough.
-        flip: Whether to apply random horizontal flips in training.
-        mean: Channel means of the normalization, for values in [0, 1].
-        std: Channel standard deviations of the normalization.
         buffer: Size of the shuffle buffer, in encoded pictures. A set that is no larger is
             shuffled completely.
         on_error: Whether an unreadable training picture raises an error or is replaced by the next
             picture of its class. An unreadable evaluation picture always raises an error.
+        **pictures: Cropping and normalization: see :class:`topkd.data.pictures.CropConfig`.
 
     Raises:
         FileNotFoundError: If a split has no files, or one is missing.
         ValueError: If a file cannot be read or lacks a column, or a label is not a class.
     """
-    frame = CropConfig(size, padding, flip, mean, std, crop)
+    frame = CropConfig(**pictures)
     top, faults = Path(root).expanduser(), DataIssues()
     parts = splits(top, ".parquet")
     image, label, names = _columns(parts[0][0], image, label)

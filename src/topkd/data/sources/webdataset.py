@@ -20,20 +20,21 @@ from topkd._io import files
 from topkd.data.base import Data, DataIssues, ReadGroups
 from topkd.data.pictures import (
     EXTENSIONS,
-    MEAN,
-    STD,
     CropConfig,
+    CropOptions,
     Names,
     OnError,
     StorageError,
     is_hidden,
     open_bytes,
     picture_data,
+    with_crop_options,
 )
 from topkd.data.shards import numbered, splits
 
 if TYPE_CHECKING:
     from PIL import Image
+    from typing_extensions import Unpack
 
 
 LONGEST, FILE = 1000, 1 << 20  # limits: characters of a label, bytes of its file
@@ -167,6 +168,7 @@ class Members:
         return open_bytes(content)
 
 
+@with_crop_options
 def webdataset(
     *,
     root: str = ".",
@@ -176,13 +178,8 @@ def webdataset(
     classes: str | None = None,
     cache: str | None = None,
     keep: int | None = None,
-    size: int = 224,
-    padding: int | None = None,
-    crop: float | None = None,
-    flip: bool = True,
-    mean: tuple[float, float, float] = MEAN,
-    std: tuple[float, float, float] = STD,
     on_error: OnError = "stop",
+    **pictures: Unpack[CropOptions],
 ) -> Data:
     """Loads pictures from tar shards: ``0001.jpg`` and ``0001.cls`` are one sample.
 
@@ -204,15 +201,9 @@ def webdataset(
         cache: Folder for downloaded shards and indices. Without it, every start indexes all shards,
             which takes about 30 microseconds per file: one or two minutes for ImageNet.
         keep: Maximum number of downloaded shards, at least 3. Defaults to no limit.
-        size: Height and width of the network's input, in pixels.
-        padding: Width of the black border for random crops in training, for small pictures.
-        crop: Side of the central crop for evaluation as a fraction of the shorter side. Defaults to
-            7/8, but to at least ``size`` pixels where a picture is large enough.
-        flip: Whether to apply random horizontal flips in training.
-        mean: Channel means of the normalization, for values in [0, 1].
-        std: Channel standard deviations of the normalization.
         on_error: Whether an unreadable training picture raises an error or is replaced by the next
             picture of its class. An unreadable evaluation picture always raises an error.
+        **pictures: Cropping and normalization: see :class:`topkd.data.pictures.CropConfig`.
 
     Raises:
         FileNotFoundError: If there are no shards, or one is missing.
@@ -222,7 +213,7 @@ def webdataset(
     References:
         https://github.com/webdataset/webdataset
     """
-    frame = CropConfig(size, padding, flip, mean, std, crop)
+    frame = CropConfig(**pictures)
     top, faults = Path(root).expanduser(), DataIssues()
     parts = _shards(top, train, test)
     if any(shard.is_remote for part in parts for shard in part) and cache is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -148,13 +149,17 @@ def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 
 def share_bars(
-    shares: Mapping[str, Mapping[str, float]], *, title: str
+    shares: Mapping[str, Mapping[str, float]],
+    *,
+    title: str,
+    labels: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Chart, dict[str, str]]:
     """Plots the gradient shares of loss terms as one stacked bar per variant.
 
     Args:
         shares: Variant -> term -> share of the gradient, 0 to 1.
         title: Title of the figure.
+        labels: Variant -> label of its bar. Defaults to its name.
 
     Returns:
         The figure, and term -> color.
@@ -172,6 +177,7 @@ def share_bars(
                 (bar,) = axes.barh(place + 0.16, 100 * share, 0.34, left, color=colors[term])
                 chart.mark(bar, variant, f"{variant}, {term}: {100 * share:.3g} %")
                 left += 100 * share
-            chart.mark(axes.text(0, place - 0.25, variant, fontsize=LETTERS, va="center"), variant)
+            label = labels.get(variant, variant)
+            chart.mark(axes.text(0, place - 0.25, label, fontsize=LETTERS, va="center"), variant)
         _finish(axes, title, "share of the gradient, %", "")
     return chart, colors

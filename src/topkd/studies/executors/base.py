@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 from topkd._io.progress import Progress
 from topkd.config.recipe import Recipe
-from topkd.config.study import Job
+from topkd.config.study import Job, folder_name
 from topkd.data import Data
 from topkd.studies.executors.task import DONE, INVALID, LATE, UNSHARED, USER_ERRORS, Exit, Task
 from topkd.training.build import Objects
@@ -109,7 +110,8 @@ class Executor(ABC):
         log.parent.mkdir(parents=True, exist_ok=True)
         preparation = partial(prepare, recipes, out, data)
         setting = jobs[0].setting
-        first = Task(setting, preparation, log.with_name(f"{setting}.log"), self.threads)
+        name = f"{folder_name(setting)}.log"
+        first = Task(setting, preparation, log.with_name(name), self.threads)
         for _, _, error in self._ended([first]):
             if error is not None:
                 yield from (Ended(job, 0.0, error) for job in jobs)
@@ -125,7 +127,8 @@ class Executor(ABC):
     def log(self, job: Job, out: Path) -> Path:
         """Returns the file with the output of a job, in a folder of its study."""
         study = job.recipe.name.partition("/")[0]
-        return out / "logs" / study / f"{job.title.replace('/', '-').replace(' ', '-')}.log"
+        names = folder_name(job.setting), folder_name(job.variant), f"seed-{job.seed}.log"
+        return out / "logs" / study / "-".join(names)
 
     def _ended(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, float, str | None]]:
         """Runs tasks, retries those that crash, and yields each with its seconds and its error."""
@@ -165,9 +168,7 @@ def prepare(recipes: Sequence[Recipe], out: Path, data: Data | None = None) -> N
     Jobs of a recipe that cannot be prepared report it themselves.
 
     Raises:
-        ValueError: If no recipe can be prepared; this and the following for the first one.
-        OSError: If a file is missing.
-        ImportError: If a package is missing.
+        Exception: The error of the first recipe, if no recipe can be prepared.
     """
     errors = list[Exception]()
     for recipe in recipes:
@@ -178,6 +179,9 @@ def prepare(recipes: Sequence[Recipe], out: Path, data: Data | None = None) -> N
             experiment.fit_losses()
             experiment.cache_teacher()
         except USER_ERRORS as error:
+            errors.append(error)
+        except Exception as error:  # code of a user may raise any; other recipes may not use it
+            traceback.print_exc()
             errors.append(error)
     if len(errors) == len(recipes):
         raise errors[0]

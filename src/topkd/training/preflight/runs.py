@@ -21,7 +21,7 @@ from topkd.features import FeatureExtractor
 from topkd.losses.base import LossTerm
 from topkd.topology.approximation import MIN_R2
 from topkd.training.experiment import Experiment
-from topkd.training.objective import warnings
+from topkd.training.objective import measured_at, warnings
 from topkd.training.optim import learning_rate
 from topkd.training.preflight.finding import Finding, random_subset
 from topkd.training.tracking import Sums
@@ -70,7 +70,9 @@ def check_run(experiment: Experiment, variant: str) -> tuple[list[Finding], floa
         findings.append(Finding(part, line, "warning", advice))
     weighted_titles = {w.title for w in losses if w.settings.weight or w.settings.share}
     shares = {t: share for t, share in sums.means("share/").items() if t in weighted_titles}
-    for line in warnings(shares, sums.means("cosine/")):
+    epochs = experiment.recipe.epochs
+    place = measured_at(losses, _fullest([w.settings for w in losses], epochs), epochs)
+    for line in warnings(shares, sums.means("cosine/"), place):
         found, _, advice = line.rpartition("; ")
         findings.append(Finding(part, f"in the first steps, {found}", "warning", advice))
     return findings, seconds
