@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference.features import WIDTH, batch, bound, features, source_in
+from reference.features import WIDTH, agreeing_networks, batch, bound, features, source_in
 
 import topkd.losses
 from topkd.config import recipe
@@ -182,7 +182,8 @@ def observed(name, options, source):
     if options.get("via", "exact") != "exact" and not options.get("file"):
         options = {"training": SHORT} | options
     width = 3 if LOSSES[name].info.any_width else WIDTH
-    student, teacher, shown = features(width, seed=1), features(WIDTH, seed=2), batch()
+    source, student, teacher = agreeing_networks(LOSSES[name], source, width)
+    shown = batch()
     if name in SPACINGS:
         student, teacher = (
             replace(made, embedding=0.005 * made.embedding + grid(made.embedding.shape[1], space))
@@ -237,6 +238,7 @@ def test_an_option_that_changes_nothing_is_refused(name, mode, option, default, 
     try:
         without = observed(name, mode | together | ({option: 1.0} if together else {}), source)
     except ValueError:
+        assert mode  # what a loss does by default is not refused
         pytest.skip("a mode that is refused")
     try:
         changed = observed(name, mode | together | {option: value}, source)
@@ -286,15 +288,16 @@ def in_single(features):
 def configured_in_single(name, source, width=WIDTH, **options):
     """A loss, bound to usual features; in eval mode, so that constants can be normalized."""
     also = {k: v for k, v in ALSO.get(name, {}).items() if k not in options}
-    usual = in_single(features(width, seed=1)), in_single(features(WIDTH, seed=2))
+    own, student, teacher = agreeing_networks(LOSSES[name], source, width)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return bound(LOSSES[name], *usual, source, **also, **options).float().eval()
+        loss = bound(LOSSES[name], student, teacher, own, **also, **options).float().eval()
+    return loss, in_single(student), in_single(teacher)
 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - set(NOT_LEAST)))
 def test_equal_networks_have_the_least_loss(name, source):
-    loss, teacher = configured_in_single(name, source), in_single(features(WIDTH, seed=2))
+    loss, _, teacher = configured_in_single(name, source)
     least = loss(teacher, teacher, batch())
     assert not LOSSES[name].info.zero or least.abs() < 1e-6
     for seed in range(5):
@@ -318,8 +321,7 @@ def test_what_is_not_least_for_equal_networks_is_not_said_to_be_0():
 @pytest.mark.parametrize("name", LOSSES)
 def test_constant_features_have_finite_gradients(name, constant, which, source):
     width = 3 if LOSSES[name].info.any_width else WIDTH
-    loss = configured_in_single(name, source, width)
-    student, teacher = in_single(features(width, seed=1)), in_single(features(WIDTH, seed=2))
+    loss, student, teacher = configured_in_single(name, source, width)
     if which != "teacher":
         student = student.apply(CONSTANT[constant])
     if which != "student":
@@ -353,7 +355,7 @@ def extreme(name, option):
 @pytest.mark.parametrize("end", [0, 1], ids=["lowest", "highest"])
 @pytest.mark.parametrize("seed", range(3))
 def test_extreme_temperatures_are_those_of_double_precision(name, option, end, seed, source):
-    loss = configured_in_single(name, source, **extreme(name, option)[end])
+    loss, _, _ = configured_in_single(name, source, **extreme(name, option)[end])
     generator = torch.Generator().manual_seed(seed)
     wide = [torch.randn(64, 100, generator=generator) for _ in range(2)]  # they differ by about 1
     student, teacher = (
