@@ -1,16 +1,13 @@
 """One contract for every loss of the catalog."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from reference.features import CLOUD, WIDTH, agreeing, batch, bound, features, source_in, tapped
+from reference.features import CLOUD, WIDTH, agreeing_networks, batch, bound, source_in
 from torch import nn
 from torch.autograd import gradcheck
 
 from topkd.features import Batch
 from topkd.losses import LOSSES
-from topkd.models.reused import reuse
 from topkd.topology.approximation import Training
 
 SHORT = Training(passes=2, epochs=2)
@@ -48,14 +45,7 @@ def make(request, shared_source):
     name, options = CASES[request.param]
 
     def build(width):
-        own = replace(shared_source, student=tapped(width, seed=1))
-        student = agreeing(features(width, seed=1), own.student)
-        teacher = agreeing(features(WIDTH, seed=2), own.teacher.network)
-        if LOSSES[name].replaces_classifier:
-            own = replace(
-                own, student=reuse(own.student, own.teacher, own.sample.double()).double()
-            )
-            student = agreeing(features(WIDTH, seed=1), own.student)
+        own, student, teacher = agreeing_networks(LOSSES[name], shared_source, width)
         loss = bound(LOSSES[name], student, teacher, own, **options)
         for module in loss.modules():
             if isinstance(module, nn.BatchNorm2d):  # new ones put a ReLU at its kink

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference.features import WIDTH, batch, bound, features, source_in
+from reference.features import WIDTH, agreeing_networks, batch, bound, features, source_in
 
 import topkd.losses
 from topkd.config import recipe
@@ -182,7 +182,8 @@ def observed(name, options, source):
     if options.get("via", "exact") != "exact" and not options.get("file"):
         options = {"training": SHORT} | options
     width = 3 if LOSSES[name].info.any_width else WIDTH
-    student, teacher, shown = features(width, seed=1), features(WIDTH, seed=2), batch()
+    source, student, teacher = agreeing_networks(LOSSES[name], source, width)
+    shown = batch()
     if name in SPACINGS:
         student, teacher = (
             replace(made, embedding=0.005 * made.embedding + grid(made.embedding.shape[1], space))
@@ -237,6 +238,7 @@ def test_an_option_that_changes_nothing_is_refused(name, mode, option, default, 
     try:
         without = observed(name, mode | together | ({option: 1.0} if together else {}), source)
     except ValueError:
+        assert mode  # what a loss does by default is not refused
         pytest.skip("a mode that is refused")
     try:
         changed = observed(name, mode | together | {option: value}, source)
@@ -255,6 +257,134 @@ def test_a_recipe_with_an_option_that_changes_nothing_says_so(form):
     message = rf"^losses\[1\]: {unused} has no effect with form: {form}; leave it out$"
     with pytest.raises(RecipeError, match=message):
         check(recipe_with("cc", form=form, **{unused: 2}))
+
+
+# --- Laws of all losses --------------------------------------------------------------------------
+
+# Losses that are not least for equal networks, and why.
+NOT_LEAST = {
+    "ce": "it compares with the labels",
+    "deit": "it compares with the teacher's class",
+    "nkd": "it is least for a student that is certain of the label",
+    "ttm": "it softens the teacher only",
+    "wttm": "it softens the teacher only",
+    **dict.fromkeys(("ab", "ofd"), "it asks for a margin"),
+    **dict.fromkeys(("cc", "crd", "fitnet", "ft", "review", "srrl", "vid"), "weights are between"),
+    "cat": "the classifiers of both networks differ",
+}
+AS_NAMED = ("temperature", "temperatures", "lowest", "exponent")
+CONSTANT = {
+    "zero": torch.zeros_like,
+    "one": torch.ones_like,
+    "large": lambda t: torch.full_like(t, 1e4),
+    "the same for all images": lambda t: t[:1].expand_as(t).clone(),
+}
+
+
+def in_single(features):
+    return features.apply(lambda t: t.float())
+
+
+def configured_in_single(name, source, width=WIDTH, **options):
+    """A loss, bound to usual features; in eval mode, so that constants can be normalized."""
+    also = {k: v for k, v in ALSO.get(name, {}).items() if k not in options}
+    own, student, teacher = agreeing_networks(LOSSES[name], source, width)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        loss = bound(LOSSES[name], student, teacher, own, **also, **options).float().eval()
+    return loss, in_single(student), in_single(teacher)
+
+
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - set(NOT_LEAST)))
+def test_equal_networks_have_the_least_loss(name, source):
+    loss, _, teacher = configured_in_single(name, source)
+    least = loss(teacher, teacher, batch())
+    assert not LOSSES[name].info.zero or least.abs() < 1e-6
+    for seed in range(5):
+        other = in_single(features(WIDTH, seed=10 + seed))
+        moved = replace(
+            other.apply(lambda t: 0.1 * t),
+            logits=teacher.logits + 0.1 * other.logits,
+            embedding=teacher.embedding + 0.1 * other.embedding,
+            maps=[a + 0.1 * b for a, b in zip(teacher.maps, other.maps, strict=True)],
+        )
+        assert loss(moved, teacher, batch()) > least
+
+
+def test_what_is_not_least_for_equal_networks_is_not_said_to_be_0():
+    assert set(NOT_LEAST) < set(LOSSES)
+    assert {n for n in LOSSES if not LOSSES[n].info.zero} == {*NOT_LEAST, "dist"}
+
+
+@pytest.mark.parametrize("which", ["student", "teacher", "both"])
+@pytest.mark.parametrize("constant", CONSTANT)
+@pytest.mark.parametrize("name", LOSSES)
+def test_constant_features_have_finite_gradients(name, constant, which, source):
+    width = 3 if LOSSES[name].info.any_width else WIDTH
+    loss, student, teacher = configured_in_single(name, source, width)
+    if which != "teacher":
+        student = student.apply(CONSTANT[constant])
+    if which != "student":
+        teacher = teacher.apply(CONSTANT[constant])
+    inputs = [t.requires_grad_() for t in student.tensors()]
+    own = [weight for weight in loss.parameters() if weight.requires_grad]
+    value = loss(student, teacher, batch())
+    assert value.isfinite()
+    for slope in torch.autograd.grad(value, [*inputs, *own], allow_unused=True):
+        assert slope is None or slope.isfinite().all()
+
+
+def tempered():
+    """Loss, option that is a temperature or its inverse, and other options."""
+    for name in LOSSES:
+        for option in options_of(name)[1]:
+            if option in AS_NAMED:
+                yield pytest.param(name, option, id=f"{name} {option}")
+
+
+def extreme(name, option):
+    """The smallest and the largest permitted value, as options."""
+    highest = 1e6 if option == "exponent" else 100.0
+    also = {"kind": "soft"} if name == "deit" else {"spread": 20.0} if option == "lowest" else {}
+    if option == "temperatures":
+        return [also | {option: (value,)} for value in (1e-6, highest)]
+    return [also | {option: value} for value in (1e-6, highest - also.get("spread", 0.0))]
+
+
+@pytest.mark.parametrize(("name", "option"), [*tempered()])
+@pytest.mark.parametrize("end", [0, 1], ids=["lowest", "highest"])
+@pytest.mark.parametrize("seed", range(3))
+def test_extreme_temperatures_are_those_of_double_precision(name, option, end, seed, source):
+    loss, _, _ = configured_in_single(name, source, **extreme(name, option)[end])
+    generator = torch.Generator().manual_seed(seed)
+    wide = [torch.randn(64, 100, generator=generator) for _ in range(2)]  # they differ by about 1
+    student, teacher = (
+        replace(in_single(features(WIDTH, seed=s, n=64)), logits=z, distilled=z)
+        for s, z in enumerate(wide, 1)
+    )
+    shown = replace(batch(64), index=torch.arange(64) % 48)
+    single = loss(student, teacher, shown)
+    double = copy.deepcopy(loss).double()(
+        *(f.apply(lambda t: t.double()) for f in (student, teacher)), shown
+    )
+    assert single.item() == pytest.approx(double.item(), rel=2e-3)
+
+
+@pytest.mark.parametrize(("name", "option"), [*tempered()])
+@pytest.mark.parametrize("end", [0, 1], ids=["lowest", "highest"])
+def test_temperatures_out_of_range_are_refused(name, option, end):
+    options = extreme(name, option)[end]
+    given = options[option]
+    factor = (0.99, 1.01)[end]
+    beyond = tuple(factor * v for v in given) if isinstance(given, tuple) else factor * given
+    with pytest.raises(ValueError, match=r"must be between 1e-06 and 1"):
+        LOSSES[name](**options | {option: beyond})
+
+
+def test_every_softened_loss_has_a_checked_temperature():
+    found = {case.values[0] for case in tempered()}
+    softened = {name for name in LOSSES if "emperature T" in (LOSSES[name].__doc__ or "")}
+    assert softened <= found
 
 
 # --- Terms ---------------------------------------------------------------------------------------

@@ -144,7 +144,11 @@ def test_other_dimensions_are_refused(name):
 
 POSITIVE = {0.0: "must be positive", -1.0: "must be positive", NAN: "must be positive"}
 FINITE = POSITIVE | {INF: "must be positive"}
-TEMPERATURE = FINITE | {1e30: r"must be between 1e-06 and 1e\+06", 1e-30: "must be between 1e-06"}
+TEMPERATURE = FINITE | {
+    **dict.fromkeys((1e30, 1e6, 101.0), "must be between 1e-06 and 100"),
+    **dict.fromkeys((1e-30, 9e-7), "must be between 1e-06 and 100"),
+}
+EXPONENT = FINITE | dict.fromkeys((1e30, 9e-7), r"must be between 1e-06 and 1e\+06")
 WEIGHT = {-1.0: "must not be negative", NAN: "must not be negative", INF: "must be finite"}
 COUNT = {0: "must be positive", -1: "must be positive", 1.5: "must be a whole number"}
 CHOICE = {"none": "must be .* or "}
@@ -155,7 +159,7 @@ OPTIONS = [
     ("correlation_distillation", "beta", WEIGHT, DIST),
     ("correlation_distillation", "gamma", WEIGHT, DIST),
     ("correlation_distillation", "damping", WEIGHT, DIST),
-    ("transformed_teacher_matching", "exponent", FINITE, TTM),
+    ("transformed_teacher_matching", "exponent", EXPONENT, TTM),
     ("decoupled_distillation", "temperature", TEMPERATURE, DKD),
     ("decoupled_distillation", "alpha", WEIGHT, DKD),
     ("decoupled_distillation", "beta", WEIGHT, DKD),

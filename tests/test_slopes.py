@@ -6,11 +6,9 @@ at a spread of a thousandth of what networks have. Features of spread 1 here giv
 are in eval mode: in training, theirs at constant maps is 316, one over the root of their epsilon.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
-from reference.features import WIDTH, batch, bound, features, source_in, tapped
+from reference.features import WIDTH, agreeing_networks, batch, bound, source_in
 
 from topkd.losses import LOSSES
 from topkd.losses.functional import correlation_distillation, distillation, standardized
@@ -56,11 +54,9 @@ def shared_source(tmp_path_factory):
 def test_slopes_are_bounded_whatever_the_student_makes(name, half, shared_source):
     loss, options = CASES[name]
     width = 3 if LOSSES[loss].info.any_width else WIDTH
-    usual, teacher = (
-        features(w, seed).apply(lambda t: t.float()) for w, seed in ((width, 1), (WIDTH, 2))
-    )
-    source = replace(shared_source, student=tapped(width, seed=1))
-    built = bound(LOSSES[loss], usual, teacher, source, **options).float().eval()
+    source, *networks = agreeing_networks(LOSSES[loss], shared_source, width)
+    built = bound(LOSSES[loss], *networks, source, **options).float().eval()
+    usual, teacher = (made.apply(lambda t: t.float()) for made in networks)
     for made, change in STUDENTS.items():
         student = usual.apply(lambda t, change=change: change(t).requires_grad_())
         with torch.autocast("cpu", torch.bfloat16, enabled=half):

@@ -10,7 +10,8 @@ from torch import nn
 
 from topkd._io.progress import Progress
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
-from topkd.losses import LossContext
+from topkd.losses import Loss, LossContext
+from topkd.models.reused import reuse
 
 CLOUD, IMAGES, CLASSES = 6, 48, 4
 WIDTH = 5  # of the teacher's embedding; its maps have WIDTH channels, WIDTH - 1, WIDTH - 2, ...
@@ -121,6 +122,16 @@ def agreeing(made: Features, network: FeatureExtractor) -> Features:
     embedding = made.maps[-1].mean((2, 3))
     with torch.no_grad():
         return replace(made, embedding=embedding, logits=network.head(embedding))
+
+
+def agreeing_networks(loss: type[Loss], context: LossContext, width: int):
+    """A context with the student that a loss needs, and features of both networks."""
+    own = replace(context, student=tapped(width, seed=1))
+    teacher = agreeing(features(WIDTH, seed=2), own.teacher.network)
+    if loss.replaces_classifier:
+        student = reuse(own.student, own.teacher, own.sample.double()).double()
+        own, width = replace(own, student=student), WIDTH
+    return own, agreeing(features(width, seed=1), own.student), teacher
 
 
 def bound(loss, student, teacher, context, **options):

@@ -11,7 +11,9 @@ Value = TypeVar("Value")
 Number = TypeVar("Number", float, Tensor, float | Tensor)
 
 LOGITS, EMBEDDINGS, MAPS = "(n, classes)", "(n, d)", "(n, c, h, w)"
-MAX_TEMPERATURE = 1e6  # keeps T² and 1 / T² representable
+# Above it, float32 loses the value of losses that multiply by T²: KD has an error of about 5e-8 T².
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 100.0
+MAX_EXPONENT = 1e6  # of probabilities: the inverse of a temperature
 
 
 def positive(name: str, value: Number) -> Number:
@@ -26,15 +28,27 @@ def positive(name: str, value: Number) -> Number:
 
 
 def temperature(value: Number, name: str = "temperature") -> Number:
-    """Returns a temperature, which must be between 1e-6 and 1e6.
+    """Returns a temperature, which must be between 1e-6 and 100.
 
     Raises:
         ValueError: If it is not; the message names the option.
     """
+    return _between(name, value, MIN_TEMPERATURE, MAX_TEMPERATURE)
+
+
+def exponent(name: str, value: float) -> float:
+    """Returns an exponent of probabilities, which must be between 1e-6 and 1e6.
+
+    Raises:
+        ValueError: If it is not; the message names the option.
+    """
+    return _between(name, value, 1 / MAX_EXPONENT, MAX_EXPONENT)
+
+
+def _between(name: str, value: Number, lowest: float, highest: float) -> Number:
     positive(name, value)
-    if _is_readable(value) and not 1 / MAX_TEMPERATURE <= value <= MAX_TEMPERATURE:
-        lowest, highest = f"{1 / MAX_TEMPERATURE:g}", f"{MAX_TEMPERATURE:g}"
-        raise ValueError(f"{name} must be between {lowest} and {highest}, got {_number(value)}")
+    if _is_readable(value) and not lowest <= value <= highest:
+        raise ValueError(f"{name} must be between {lowest:g} and {highest:g}, got {_number(value)}")
     return value
 
 

@@ -35,7 +35,7 @@ def contrast(
         similarity: Cosine similarities s of anchors and rows, (n, 1 + K); the positive comes first.
         log_z: Logarithm of the normalization constant Z.
         images: N, the number of rows in the memory.
-        temperature: Temperature :math:`\tau`.
+        temperature: Temperature :math:`\tau`, 1e-6 to 100.
 
     Returns:
         The loss, a scalar.
@@ -158,7 +158,7 @@ class CRD(Loss):
     Args:
         size: Width of the contrasted embeddings.
         negatives: Maximum number of negatives, images of other classes; fewer if there are fewer.
-        temperature: Temperature :math:`\tau`.
+        temperature: Temperature :math:`\tau`, 1e-6 to 100.
         momentum: Momentum :math:`\mu` of the memories.
         positives: Whether the positive of an image is its own row ("exact") or the row of any image
             of its class ("relaxed").

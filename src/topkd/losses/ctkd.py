@@ -55,8 +55,8 @@ class CTKD(Loss):
     Args:
         of: Loss computed at this temperature: :func:`~topkd.losses.logits.distillation` ("kd")
             or :func:`~topkd.losses.dkd.decoupled_distillation` ("dkd").
-        lowest: Lower bound :math:`T_0` of the temperature.
-        spread: Range s of the temperature.
+        lowest: Lower bound :math:`T_0` of the temperature, at least 1e-6.
+        spread: Range s of the temperature; :math:`T_0 + s` is at most 100.
         rise: Epochs until the gradient is fully reversed.
         alpha: Weight of the target-class term of dkd. Defaults to 1.
         beta: Weight of the non-target-class term of dkd. Defaults to 2.

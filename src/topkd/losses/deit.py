@@ -58,7 +58,7 @@ class DeiT(Loss):
     Args:
         kind: Whether to distill the teacher's predicted class ("hard") or its distribution
             ("soft").
-        temperature: Softmax temperature of the soft loss.
+        temperature: Softmax temperature of the soft loss, 1e-6 to 100.
         legacy: Whether to divide the soft loss by the number of classes.
 
     Raises:

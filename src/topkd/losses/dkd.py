@@ -56,7 +56,7 @@ def decoupled_distillation(
         target: Labels y, (n,).
         alpha: Weight of the target-class term.
         beta: Weight of the non-target-class term.
-        temperature: Softmax temperature T.
+        temperature: Softmax temperature T, 1e-6 to 100.
 
     Returns:
         The loss, a scalar.
@@ -106,7 +106,7 @@ class DKD(Loss):
     Args:
         alpha: Weight of the target-class term.
         beta: Weight of the non-target-class term.
-        temperature: Softmax temperature T.
+        temperature: Softmax temperature T, 1e-6 to 100.
         standardize: Whether to compare :func:`~topkd.losses.logits.standardized` logits.
 
     Raises:
@@ -181,7 +181,7 @@ def normalized_distillation(
         teacher: Logits :math:`z^t`, (n, classes).
         target: Labels y, (n,).
         gamma: Weight of the other classes.
-        temperature: Softmax temperature T of the other classes.
+        temperature: Softmax temperature T of the other classes, 1e-6 to 100.
 
     Returns:
         The loss, a scalar.
@@ -219,7 +219,7 @@ class NKD(Loss):
 
     Args:
         gamma: Weight of the other classes.
-        temperature: Softmax temperature T of the other classes.
+        temperature: Softmax temperature T of the other classes, 1e-6 to 100.
 
     Raises:
         ValueError: If an option is out of range.

@@ -110,7 +110,7 @@ def multi_level_distillation(
         views: Number of views per image.
         faithful: Whether to follow the authors' code instead of the formula above.
         standardize: Whether I compares :func:`~topkd.losses.logits.standardized` logits.
-        temperatures: Temperatures T; a repeated one counts as often as it is given.
+        temperatures: Temperatures T, 1e-6 to 100; a repeated one counts as often as it is given.
 
     Returns:
         The loss, a scalar.
@@ -180,8 +180,8 @@ class MLKD(Loss):
             weakly augmented images, and the second half the same images, strongly augmented.
         faithful: Whether to follow the authors' code instead of the formula.
         standardize: Whether instance terms use :func:`~topkd.losses.logits.standardized` logits.
-        temperatures: Temperatures T of the sum; a repeated one counts as often as it is given. The
-            authors' code uses 4, 2, 3, 5 and 6.
+        temperatures: Temperatures T of the sum, 1e-6 to 100; a repeated one counts as often as it
+            is given. The authors' code uses 4, 2, 3, 5 and 6.
 
     Raises:
         ValueError: If ``views`` is not 1 or 2, or there is no temperature or one is out of range.
