@@ -33,7 +33,7 @@ from topkd.training.trainer import Trainer
 EMBEDDING, WEIGHTS = "embedding", "backbone weights"
 MAPS = ("ab", "at", "cat", "fitnet", "fsp", "ft", "nst", "ofd", "review", "simkd", "sp", "srrl")
 AT_WEIGHTS = (*MAPS, "vid", "deit")
-OTHERS = sorted(LOSSES.keys() - {"ce"})
+OTHERS = sorted(LOSSES.keys() - {"ce", "simkd"})  # simkd needs its own student, see below
 QUICK = {"ft": {"epochs": 1}}  # its paraphraser is trained first
 N = 16
 
@@ -82,6 +82,7 @@ def context(student, teacher, batch):
         teacher_hash="some",
         folder=Path(),
         progress=Recorder(),
+        sample=batch.images,
     )
 
 

@@ -54,7 +54,8 @@ def logits_error(
     """
     try:
         with torch.no_grad():
-            found = network.head(embedding)
+            dtype = next(network.classifier.parameters(), embedding).dtype
+            found = network.head(embedding.to(dtype)).to(features.logits.dtype)
     except RuntimeError:  # a classifier of several layers does not state its width
         return math.inf
     expected = features.logits
