@@ -63,6 +63,9 @@ def entries():
 # --- The study on digits -------------------------------------------------------------------------
 
 
+NUMBER = r"(\d+(?:\.\d+)?)"
+
+
 @pytest.mark.parametrize(("form", "ending"), [("latex", "tex"), ("csv", "csv"), ("markdown", "md")])
 def test_tables_of_the_study_are_made_from_its_results(form, ending, monkeypatch):
     monkeypatch.chdir(ROOT)  # where the documentation says to type it
@@ -70,7 +73,11 @@ def test_tables_of_the_study_are_made_from_its_results(form, ending, monkeypatch
     made = CliRunner().invoke(app, [*words, "--format", form])
     assert made.exit_code == 0, made.output
     written = (ROOT / f"docs/digits-study/table.{ending}").read_text(encoding="utf-8")
-    assert made.stdout == written
+    made, written = (re.split(NUMBER, text) for text in (made.stdout, written))
+    assert made[::2] == written[::2]
+    # Versions of SciPy differ in the last bits, which only the CSV shows.
+    numbers = [float(number) for number in written[1::2]]
+    assert [float(number) for number in made[1::2]] == pytest.approx(numbers, rel=1e-12)
 
 
 # --- The page of losses --------------------------------------------------------------------------
