@@ -10,7 +10,7 @@ from reference import data as reference
 from scipy import stats
 from torchvision.transforms import v2
 
-from topkd.config.recipe import DataSection
+from topkd.config.sections import DataSection
 from topkd.data import (
     Augmentation,
     Augmented,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from topkd.config import recipe
-from topkd.config.recipe import DataSection
+from topkd.config.sections import DataSection
 from topkd.config.validation import RecipeError
 from topkd.data import Data, InMemory, stratified_order
 from topkd.training.build import load_data

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from topkd.config.recipe import DataSection
+from topkd.config.sections import DataSection
 from topkd.config.validation import RecipeError
 from topkd.data import DATA, Data, InMemory, from_dataset, plain_batches, training_batches
 from topkd.data.base import ReadGroups

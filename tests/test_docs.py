@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from topkd._io import files
 from topkd.cli.app import app
-from topkd.config import recipe, study
+from topkd.config import recipe, sections, study, terms
 from topkd.config.validation import RecipeError
 from topkd.data import DATA
 from topkd.losses import LOSSES
@@ -197,13 +197,13 @@ def test_numbers_of_parameters_are_those_of_the_networks():
     "section",
     [
         recipe.Recipe,
-        recipe.DataSection,
-        recipe.RandAugment,
-        recipe.TeacherSection,
-        recipe.StudentSection,
-        recipe.Term,
-        recipe.View,
-        recipe.Optimizer,
+        sections.DataSection,
+        sections.RandAugment,
+        sections.TeacherSection,
+        sections.StudentSection,
+        terms.Term,
+        terms.View,
+        sections.Optimizer,
     ],
 )
 def test_every_key_of_a_recipe_is_told(section: type[BaseModel]):

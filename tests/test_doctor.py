@@ -12,7 +12,7 @@ from PIL import Image
 
 from topkd._io.progress import Progress
 from topkd.config import recipe
-from topkd.config.recipe import Term
+from topkd.config.terms import Term
 from topkd.data import DATA, InMemory
 from topkd.data.sources.digits import digits
 from topkd.evaluation.metrics import Predictions

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from topkd._io import files
 from topkd._io.progress import Progress
 from topkd.config import recipe
-from topkd.config.recipe import DataSection
+from topkd.config.sections import DataSection
 from topkd.data import DATA
 from topkd.export import formats
 from topkd.export.formats import FORMATS, Subject

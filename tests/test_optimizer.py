@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from topkd.config.recipe import Optimizer, RecipeError, load
+from topkd.config.recipe import RecipeError, load
+from topkd.config.sections import Optimizer
 from topkd.training.optim import build, learning_rate
 
 

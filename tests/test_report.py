@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from topkd._io import files
 from topkd._io.progress import Progress
 from topkd.cli.printing import print_results
-from topkd.config.recipe import Term
+from topkd.config.terms import Term
 from topkd.data import DATA
 from topkd.evaluation.metrics import METRICS, Metric, Predictions, prediction_metrics
 from topkd.evaluation.results import Result, finished

@@ -11,7 +11,8 @@ from reference.features import Recorder, bound, features, tapped
 from test_train import STATISTICS, a_batch, data, trainer
 from torch import multiprocessing, nn
 
-from topkd.config.recipe import Term, View, parse
+from topkd.config.recipe import parse
+from topkd.config.terms import Term, View
 from topkd.config.validation import RecipeError
 from topkd.features import FeatureExtractor, Teacher
 from topkd.losses import CE, KD, LOSSES, Loss, LossContext, LossTerm

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from topkd._io.progress import Progress
-from topkd.config.recipe import DataSection
+from topkd.config.sections import DataSection
 from topkd.data import DATA
 from topkd.data.sources.webdataset import webdataset
 from topkd.data.trust import PLAIN

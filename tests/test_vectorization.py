@@ -11,7 +11,7 @@ import torch
 from reference.clouds import polygon
 from reference.features import batch, bound, features, source_in
 
-from topkd.config.recipe import Term
+from topkd.config.terms import Term
 from topkd.config.validation import RecipeError
 from topkd.features import Batch
 from topkd.losses import TopKD

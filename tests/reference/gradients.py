@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from topkd._io.progress import Progress
-from topkd.config.recipe import Term
+from topkd.config.terms import Term
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 from topkd.losses import LOSSES, LossContext
 from topkd.losses.base import LossTerm

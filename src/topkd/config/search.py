@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from topkd.config import recipe as recipes
+from topkd.config.changes import change_by
 from topkd.config.recipe import Recipe
-from topkd.config.study import set_term
-from topkd.config.validation import RecipeError, change_by, near, read_yaml
+from topkd.config.validation import RecipeError, near, read_yaml
+from topkd.config.variants import set_term
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})")

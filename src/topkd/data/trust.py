@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from topkd.config.validation import change_by
+from topkd.config.changes import change_by
 
 PLAIN = frozenset(
     {

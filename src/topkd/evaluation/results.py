@@ -15,7 +15,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from topkd._io import files
-from topkd.config.recipe import Term, variant_name
+from topkd.config.terms import Term, variant_name
 from topkd.config.validation import read_yaml
 from topkd.evaluation.statistics import Paired, paired
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import topkd
 from topkd._io import files
 from topkd._io.progress import Progress
-from topkd.config.recipe import DataSection
+from topkd.config.sections import DataSection
 from topkd.config.validation import RecipeError, near, read_yaml, validated
 from topkd.data import DATA, Data, Images, InMemory, Subset, plain_batches
 from topkd.data.pictures import CROP

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from topkd.config.recipe import View
+from topkd.config.terms import View
 from topkd.features import FeatureExtractor, Features, Teacher
 from topkd.losses.base import LossContext, select
 from topkd.losses.maps import deepest

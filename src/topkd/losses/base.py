@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from topkd._io import files
 from topkd._io.progress import Progress
 from topkd._runtime.memory_format import formatted, memory_format
-from topkd.config.recipe import Taps, Term, View
+from topkd.config.terms import Taps, Term, View
 from topkd.config.validation import near
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 import topkd
 from topkd._io import files
 from topkd._io.progress import Progress
-from topkd.config.recipe import Term
+from topkd.config.terms import Term
 from topkd.evaluation.metrics import METRICS, Metric, displayed
 from topkd.evaluation.results import MADE_WITH, Study, TeacherResult, collect
 from topkd.evaluation.statistics import Paired, Sample, holm

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from topkd.config.recipe import IMPLIED
+from topkd.config.terms import IMPLIED
 from topkd.evaluation.metrics import Metric
 from topkd.evaluation.statistics import Sample
 from topkd.reporting.escaping import for_latex, for_markdown

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from topkd._io import files
 from topkd._io.progress import Progress
 from topkd.config import recipe as recipes
+from topkd.config.terms import Term
 from topkd.data import Data, from_dataset
 from topkd.data.sources.dataset import Indexed
 from topkd.losses import Loss
@@ -126,7 +127,7 @@ def _plain(tree: Any) -> Any:
         return {key: _plain(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_plain(each) for each in tree]
-    if isinstance(tree, recipes.Term):
+    if isinstance(tree, Term):
         options = to_jsonable_python(tree.options, fallback=_described)
         return tree.model_copy(update=options).model_dump(mode="json", exclude_unset=True)
     return tree

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from topkd._runtime import processes
-from topkd.config.recipe import DataSection, Recipe, StudentSection, TeacherSection
+from topkd.config.recipe import Recipe
+from topkd.config.sections import DataSection, StudentSection, TeacherSection
 from topkd.config.validation import RecipeError, parse_options
 from topkd.data import DATA, Augmentation, Data, refuse_few, with_augmentation
 from topkd.features import FeatureExtractor

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from topkd.config import recipe as recipes
-from topkd.config.recipe import Recipe, StudentSection, Term, View
+from topkd.config.recipe import Recipe
+from topkd.config.sections import StudentSection
+from topkd.config.terms import Term, View
 from topkd.config.validation import RecipeError, near, parse_options
 from topkd.data import DATA, TRAINING_IMAGES, refuse_few
 from topkd.evaluation.metrics import METRICS

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from topkd._io.progress import Progress
-from topkd.config.recipe import Term
+from topkd.config.terms import Term
 from topkd.features import Batch, Features, Teacher
 from topkd.losses.base import Loss, LossContext, LossTerm, naming_term, needed_taps
 from topkd.models import checkpoint, factory

@@ -8,7 +8,7 @@ from typing import Any
 
 from topkd._io.progress import Progress
 from topkd._runtime import processes
-from topkd.config.recipe import DataSection
+from topkd.config.sections import DataSection
 from topkd.config.validation import RecipeError, validated
 from topkd.data import DATA
 from topkd.data.trust import changed

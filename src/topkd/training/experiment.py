@@ -14,7 +14,8 @@ from topkd._io import files
 from topkd._io.progress import Progress
 from topkd._runtime import processes
 from topkd._runtime.processor import cpu_threads
-from topkd.config.recipe import Recipe, Term
+from topkd.config.recipe import Recipe
+from topkd.config.terms import Term
 from topkd.config.validation import RecipeError
 from topkd.data import Data, training_batches
 from topkd.evaluation import metrics

@@ -9,7 +9,7 @@ from torch import nn
 
 from topkd._io.progress import Progress
 from topkd._runtime import processes
-from topkd.config.recipe import TeacherSection
+from topkd.config.sections import TeacherSection
 from topkd.data import Data, same_order
 from topkd.features import FeatureExtractor, Teacher
 from topkd.models import checkpoint, factory

@@ -9,7 +9,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from topkd.config.recipe import Term
+from topkd.config.terms import Term
 from topkd.evaluation.results import GradientPlace
 from topkd.features import FeatureExtractor, Features
 from topkd.losses.base import MIN_GRADIENT_SHARE, LossTerm, located

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from topkd.config.recipe import Optimizer
+from topkd.config.sections import Optimizer
 
 
 def build(settings: Optimizer, weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

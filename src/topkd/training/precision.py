@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from topkd._io.progress import Progress
 from topkd._runtime import processes, processor
-from topkd._runtime.memory_format import BLOCK
+from topkd._runtime.memory_format import BLOCK, memory_format
 from topkd.config.recipe import Recipe
+from topkd.features import Features
 
 LONG = 500_000  # number of training images above which compilation saves time
 
@@ -65,3 +69,26 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     else:
         has_bfloat16 = device.type == "cpu" and processor.computes_bfloat16()
     return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def compiled(
+    network: nn.Module, runtime: Runtime, progress: Progress
+) -> Callable[[Tensor], Features]:
+    """Compiles a network, if the run compiles; falls back to eager mode with a message."""
+    if not runtime.compile:
+        return network
+    # By default, Inductor converts convolutions to channels-last.
+    contiguous = memory_format(network) is torch.contiguous_format
+    run = torch.compile(network, options={"layout_optimization": False} if contiguous else None)
+
+    def first_try(images: Tensor) -> Features:
+        nonlocal run
+        try:
+            return run(images)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            progress.say(f"compilation failed, continuing uncompiled: {reason}")
+            run = network
+            return network(images)
+
+    return first_try

@@ -13,7 +13,7 @@ from safetensors.torch import save as save_safetensors
 
 from topkd._io import files
 from topkd._runtime import processes
-from topkd.config.recipe import DataSection, TeacherSection
+from topkd.config.sections import DataSection, TeacherSection
 from topkd.data import Data
 from topkd.evaluation import metrics
 from topkd.features import Teacher

@@ -18,7 +18,6 @@ from topkd._io import files
 from topkd._io import state as states
 from topkd._io.progress import Progress
 from topkd._runtime import processes
-from topkd._runtime.memory_format import memory_format
 from topkd._runtime.sync_batchnorm import synchronize
 from topkd.config.recipe import Recipe
 from topkd.data import Data, training_batches
@@ -27,8 +26,9 @@ from topkd.evaluation.results import GradientPlace
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 from topkd.losses.base import LossTerm, located
 from topkd.training import objective, optim
+from topkd.training.backward import carry_back, pull_back, share_among_processes
 from topkd.training.objective import GradientBalancer, measured_at
-from topkd.training.precision import Runtime
+from topkd.training.precision import Runtime, compiled
 from topkd.training.teacher_cache import TeacherCache
 from topkd.training.tracking import Sums, Trackers, summary
 
@@ -99,9 +99,11 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.balance = GradientBalancer()
         self.parallel = self.accelerator.prepare(student)  # for several processes
-        self.run_student: Callable[[Tensor], Features] = self._compiled(self.parallel)
+        self.run_student: Callable[[Tensor], Features] = compiled(self.parallel, device, progress)
         reads_teacher = any(w.loss.needs_teacher for w in self.losses)
-        self.run_teacher = self._compiled(teacher) if teacher and reads_teacher else None
+        self.run_teacher = (
+            compiled(teacher, device, progress) if teacher and reads_teacher else None
+        )
         self.predictions: metrics.Predictions | None = None
         """Predictions for the evaluation images after the last epoch."""
 
@@ -228,14 +230,14 @@ class Trainer:
         weights = self._weights(epoch)
         total = torch.stack([weights[title] * value for title, value in values.items()]).sum()
         self.optimizer.zero_grad()
-        direct = self._pull_back(total, features)
+        direct = pull_back(total, features, self.student, self.adapters)
         if features.distilled is not None and features.distilled.grad is None:
             raise ValueError(
                 "the student has a distillation head, which contributes to predictions, but no "
                 "term trains it; add the loss deit, or use a network without this head"
             )
-        _carry_back(student_output, features)
-        self._share_among_processes(direct)
+        carry_back(student_output, features)
+        share_among_processes(self.adapters, direct, self.accelerator.reduce)
         if self.recipe.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.weights, self.recipe.gradient_clip)
         self.optimizer.step()
@@ -351,54 +353,6 @@ class Trainer:
                 self.progress.say(f"warning: epoch {epoch}: {line}")
         return lines
 
-    def _pull_back(self, total: Tensor, features: Features) -> list[tuple[nn.Parameter, Tensor]]:
-        """Stores gradients at the features and at the weights of the losses.
-
-        Returns:
-            Weights of the student that a loss uses directly, with their gradients. They are
-            added later: data-parallel weights accept one backward pass per step.
-        """
-        leaves = [*features.tensors(), *self.adapters.parameters()]
-        leaves = [leaf for leaf in leaves if leaf.requires_grad]
-        weights = [weight for weight in self.student.parameters() if weight.requires_grad]
-        found = torch.autograd.grad(total, [*leaves, *weights], allow_unused=True)
-        for leaf, grad in zip(leaves, found, strict=False):
-            leaf.grad = grad
-        used = zip(weights, found[len(leaves) :], strict=True)
-        return [(weight, grad) for weight, grad in used if grad is not None]
-
-    def _share_among_processes(self, direct: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-        """Averages over processes the gradients that bypass the data-parallel student."""
-        reduce = self.accelerator.reduce  # no-op with one process
-        for weight in self.adapters.parameters():
-            if weight.requires_grad and weight.grad is not None:  # frozen weights may be stale
-                weight.grad = reduce(weight.grad, "mean")
-        for weight, grad in direct:
-            averaged = reduce(grad, "mean")
-            weight.grad = averaged if weight.grad is None else weight.grad + averaged
-
-    def _compiled(self, network: nn.Module) -> Callable[[Tensor], Features]:
-        """Compiles a network; falls back to eager mode with a message."""
-        if not self.device.compile:
-            return network
-        # By default, Inductor converts convolutions to channels-last.
-        contiguous = memory_format(network) is torch.contiguous_format
-        compiled = torch.compile(
-            network, options={"layout_optimization": False} if contiguous else None
-        )
-
-        def first_try(images: Tensor) -> Features:
-            nonlocal compiled
-            try:
-                return compiled(images)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                reason = str(error).strip().splitlines()[0]
-                self.progress.say(f"compilation failed, continuing uncompiled: {reason}")
-                compiled = network
-                return network(images)
-
-        return first_try
-
     def _save(self, folder: Path, others: Sequence[Mapping[str, Tensor]]) -> None:
         state = {
             "student": self.student.network.state_dict(),
@@ -443,15 +397,3 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = list(state["history"])
         self.balance = GradientBalancer(dict(state["norms"]), state.get("norms_at", "embedding"))
-
-
-def _carry_back(student_output: Features, features: Features) -> None:
-    """Backpropagates the gradients at the detached copies through the network."""
-    if features.logits.grad is None:  # data parallel needs a gradient for every weight
-        features.logits.grad = torch.zeros_like(features.logits)
-    reached = [
-        (output, copy.grad.to(output.dtype))
-        for output, copy in zip(student_output.tensors(), features.tensors(), strict=True)
-        if copy.grad is not None
-    ]
-    torch.autograd.backward([output for output, _ in reached], [grad for _, grad in reached])

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from topkd._io.progress import Progress
-from topkd.config.recipe import Recipe, StudentSection
+from topkd.config.recipe import Recipe
+from topkd.config.sections import StudentSection
 from topkd.config.validation import RecipeError
 from topkd.features import Batch, FeatureExtractor, Features, Teacher
 from topkd.losses.base import LossContext, LossTerm, needed_taps

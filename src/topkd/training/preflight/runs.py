@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 
 from topkd._io.progress import Progress
-from topkd.config.recipe import Term
+from topkd.config.terms import Term
 from topkd.data import training_batches
 from topkd.evaluation import metrics
 from topkd.features import FeatureExtractor
