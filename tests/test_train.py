@@ -146,6 +146,28 @@ def test_maps_are_there_for_losses_that_read_them(reads_maps):
     torch.testing.assert_close(weights, dict(plain.named_parameters()))
 
 
+class OfClassifier(Loss):
+    """The embedding through the student's own classifier, which gets a gradient of its own."""
+
+    def forward(self, student, teacher, batch):
+        return self.classifier[0](student.embedding).square().mean()
+
+
+def test_weights_that_a_loss_uses_itself_get_both_gradients():
+    loss = OfClassifier()
+    ours, plain, batch = trainer((CE(), loss)), trainer().student.network.train(), a_batch()
+    loss.classifier = [ours.student.classifier]  # in a list, so that it is no submodule
+    ours.student.train()
+    ours.step(batch, 1, Sums(), measure=False)
+
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    logits = plain(batch.images)
+    (F.cross_entropy(logits, batch.target) + 2 * logits.square().mean()).backward()
+    optimizer.step()
+    weights = dict(ours.student.network.named_parameters())
+    torch.testing.assert_close(weights, dict(plain.named_parameters()))
+
+
 def test_the_gradient_is_clipped_to_its_greatest_norm():
     clipped = trainer(gradient_clip=0.01)
     before = [weight.detach().clone() for weight in clipped.weights]
